@@ -1,0 +1,220 @@
+"""Typed method objects and the spec strings that name them.
+
+A method (a codec, a policy, a weight format, a speculator, ...) is a frozen dataclass that derives
+from `Spec`. Its fields declare what is allowed, in the annotation, and one place enforces it:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Window(Policy, name="window"):
+        size: Annotated[int, Field(ge=1)] = 1024
+
+`Window(size=64)` and the string `"window:size=64"` make the same object. Several methods are joined
+by commas, and a name without settings takes the defaults: `"infllm:local=4096,topk=16,gear:bits=4"`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from plait.errors import ConfigError, UnknownNameError, suggestion
+
+__all__ = ["Axis", "Spec", "split_specs"]
+
+
+class Axis:
+    """The methods that answer one question, by name.
+
+    Args:
+        noun: what one method is called in messages, such as `"codec"`.
+    """
+
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
+        self.methods: dict[str, type[Spec]] = {}
+
+    def names(self) -> list[str]:
+        """The registered names, sorted."""
+        return sorted(self.methods)
+
+    def find(self, name: str) -> type[Spec]:
+        """The class registered as `name`.
+
+        Raises:
+            UnknownNameError: nothing has that name; close names are suggested.
+        """
+        try:
+            return self.methods[name]
+        except KeyError:
+            raise UnknownNameError(
+                f"Unknown {self.noun} {name!r}.{suggestion(name, self.methods)}"
+                f" Known: {', '.join(self.names())}."
+            ) from None
+
+    def parse(self, text: str) -> Any:
+        """Build the method named by a spec string such as `"gear:bits=4,rank=2"`."""
+        name, settings = _name_and_settings(text)
+        return self.find(name).from_settings(settings)
+
+
+class Spec:
+    """Base of every method object: a frozen dataclass whose annotations are its limits."""
+
+    axis: ClassVar[Axis]
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str | None = None, axis: Axis | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if axis is not None:
+            cls.axis = axis
+        if name is not None:
+            cls.name = name
+            taken = cls.axis.methods.get(name)
+            assert taken is None or taken.__qualname__ == cls.__qualname__, f"two {name!r}"
+            cls.axis.methods[name] = cls
+
+    def __post_init__(self) -> None:
+        hints = _hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = _checked(type(self), field.name, hints[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ConfigError` for settings that are allowed one by one but not together."""
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, str]) -> Self:
+        """Build the object from the text of its settings.
+
+        Raises:
+            ConfigError: an unknown setting, or a value outside its limits.
+        """
+        hints = _hints(cls)
+        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for key in settings:
+            if key not in names:
+                allowed = f"It takes {', '.join(names)}." if names else "It takes no settings."
+                raise ConfigError(
+                    f"{cls.__name__} has no setting {key!r}.{suggestion(key, names)} {allowed}"
+                )
+        return cls(**{key: _checked(cls, key, hints[key], text, text_form=True) for key, text in settings.items()})
+
+    def __str__(self) -> str:
+        changed = [
+            f"{field.name}={_text(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, field.name) != field.default
+        ]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form: `{"name": ..., setting: value, ...}`."""
+        return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+def split_specs(text: str) -> list[str]:
+    """Split `"a:x=1,y=2,b,c:z=3"` into `["a:x=1,y=2", "b", "c:z=3"]`.
+
+    A comma-separated piece with `=` and no `:` before it belongs to the method on its left.
+    Commas inside square brackets do not split.
+
+    Raises:
+        ConfigError: a setting stands before any method name, or a piece is empty.
+    """
+    specs: list[str] = []
+    for piece in _split_outside_brackets(text):
+        piece = piece.strip()
+        head, equals, _ = piece.partition("=")
+        if not piece:
+            raise ConfigError(f"Empty method name in {text!r}. Write it as name:key=value,name.")
+        if equals and ":" not in head:
+            if not specs:
+                raise ConfigError(
+                    f"{text!r} starts with a setting. Write the method first: name:key=value."
+                )
+            specs[-1] += ("," if ":" in specs[-1] else ":") + piece
+        else:
+            specs.append(piece)
+    return specs
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    pieces, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            pieces.append(text[start:i])
+            start = i + 1
+    return [*pieces, text[start:]]
+
+
+def _name_and_settings(text: str) -> tuple[str, dict[str, str]]:
+    name, _, tail = text.strip().partition(":")
+    settings: dict[str, str] = {}
+    for piece in _split_outside_brackets(tail) if tail else []:
+        key, equals, value = piece.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(f"{piece!r} in {text!r} is not a setting. Write it as key=value.")
+        if key in settings:
+            raise ConfigError(f"{key!r} is given twice in {text!r}.")
+        settings[key] = value.strip()
+    return name, settings
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
+def _adapter(hint: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(hint)
+
+
+def _checked(cls: type, field: str, hint: Any, value: Any, *, text_form: bool = False) -> Any:
+    from pydantic import ValidationError
+
+    adapter = _adapter(hint)
+    try:
+        if text_form:
+            return adapter.validate_strings(value)
+        return adapter.validate_python(value, strict=not isinstance(value, (list, tuple)))
+    except ValidationError as error:
+        raise ConfigError(f"{cls.__name__}.{field} must be {_allowed(hint, error)}. Got {value!r}.") from None
+
+
+def _allowed(hint: Any, error: Any) -> str:
+    """Say in words what an annotation allows."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        *rest, last = [str(choice) for choice in typing.get_args(hint)]
+        return f"{', '.join(rest)} or {last}" if rest else last
+    if origin is Annotated:
+        base, *constraints = typing.get_args(hint)
+        words = _limits(constraints)
+        return " ".join(filter(None, [_allowed(base, error), words]))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_allowed(choice, error) for choice in typing.get_args(hint))
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return plain.get(hint) or str(error.errors()[0]["msg"])
+
+
+def _limits(constraints: list[Any]) -> str:
+    limits: dict[str, Any] = {}
+    for constraint in constraints:
+        for item in [constraint, *getattr(constraint, "metadata", [])]:
+            limits |= {k: getattr(item, k) for k in ("ge", "gt", "le", "lt") if getattr(item, k, None) is not None}
+    low = f"{'[' if 'ge' in limits else '('}{limits.get('ge', limits.get('gt', '-inf'))}"
+    high = f"{limits.get('le', limits.get('lt', 'inf'))}{']' if 'le' in limits else ')'}"
+    return f"in {low}, {high}" if limits else ""
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

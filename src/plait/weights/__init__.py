@@ -1,0 +1,7 @@
+"""How parameters are stored: formats, packed matrices, and the linear layers that use them."""
+
+from __future__ import annotations
+
+from plait.weights.format import FORMATS, Dense, Embedding, Linear, Packed, Stacked, WeightFormat
+
+__all__ = ["FORMATS", "Dense", "Embedding", "Linear", "Packed", "Stacked", "WeightFormat"]
