@@ -13,6 +13,7 @@ by commas, and a name without settings takes the defaults: `"infllm:local=4096,t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -98,10 +99,10 @@ class Spec:
         for key in settings:
             if key not in names:
                 allowed = f"It takes {', '.join(names)}." if names else "It takes no settings."
-                raise ConfigError(
-                    f"{cls.__name__} has no setting {key!r}.{suggestion(key, names)} {allowed}"
-                )
-        return cls(**{key: _checked(cls, key, hints[key], text, text_form=True) for key, text in settings.items()})
+                raise ConfigError(f"{cls.__name__} has no setting {key!r}.{suggestion(key, names)} {allowed}")
+        return cls(
+            **{key: _checked(cls, key, hints[key], text, text_form=True) for key, text in settings.items()}
+        )
 
     def __str__(self) -> str:
         changed = [
@@ -133,9 +134,7 @@ def split_specs(text: str) -> list[str]:
             raise ConfigError(f"Empty method name in {text!r}. Write it as name:key=value,name.")
         if equals and ":" not in head:
             if not specs:
-                raise ConfigError(
-                    f"{text!r} starts with a setting. Write the method first: name:key=value."
-                )
+                raise ConfigError(f"{text!r} starts with a setting. Write the method first: name:key=value.")
             specs[-1] += ("," if ":" in specs[-1] else ":") + piece
         else:
             specs.append(piece)
@@ -181,13 +180,17 @@ def _adapter(hint: Any) -> Any:
 def _checked(cls: type, field: str, hint: Any, value: Any, *, text_form: bool = False) -> Any:
     from pydantic import ValidationError
 
-    adapter = _adapter(hint)
-    try:
-        if text_form:
-            return adapter.validate_strings(value)
-        return adapter.validate_python(value, strict=not isinstance(value, (list, tuple)))
-    except ValidationError as error:
-        raise ConfigError(f"{cls.__name__}.{field} must be {_allowed(hint, error)}. Got {value!r}.") from None
+    readings = [value]
+    if text_form:
+        with contextlib.suppress(ValueError):
+            readings.insert(0, json.loads(value))
+    failure: ValidationError | None = None
+    for reading in readings:
+        try:
+            return _adapter(hint).validate_python(reading, strict=not isinstance(reading, (list, tuple)))
+        except ValidationError as error:
+            failure = error
+    raise ConfigError(f"{cls.__name__}.{field} must be {_allowed(hint, failure)}. Got {value!r}.")
 
 
 def _allowed(hint: Any, error: Any) -> str:
@@ -210,7 +213,9 @@ def _limits(constraints: list[Any]) -> str:
     limits: dict[str, Any] = {}
     for constraint in constraints:
         for item in [constraint, *getattr(constraint, "metadata", [])]:
-            limits |= {k: getattr(item, k) for k in ("ge", "gt", "le", "lt") if getattr(item, k, None) is not None}
+            limits |= {
+                k: getattr(item, k) for k in ("ge", "gt", "le", "lt") if getattr(item, k, None) is not None
+            }
     low = f"{'[' if 'ge' in limits else '('}{limits.get('ge', limits.get('gt', '-inf'))}"
     high = f"{limits.get('le', limits.get('lt', 'inf'))}{']' if 'le' in limits else ')'}"
     return f"in {low}, {high}" if limits else ""

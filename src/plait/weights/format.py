@@ -67,7 +67,9 @@ class Dense(Packed):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__((weight.shape[0], weight.shape[1]), str(weight.dtype).removeprefix("torch."))
-        self.weight = nn.Parameter(weight, requires_grad=torch.is_grad_enabled() and weight.is_floating_point())
+        self.weight = nn.Parameter(
+            weight, requires_grad=torch.is_grad_enabled() and weight.is_floating_point()
+        )
 
     def unpack_rows(self, rows: Tensor | slice) -> Tensor:
         return self.weight[rows]
@@ -89,7 +91,9 @@ class Stacked(Packed):
     def __init__(self, parts: Sequence[Packed]) -> None:
         columns = {part.shape[1] for part in parts}
         if len(columns) != 1:
-            raise ConfigError(f"Stacked matrices must have the same number of columns. Got {sorted(columns)}.")
+            raise ConfigError(
+                f"Stacked matrices must have the same number of columns. Got {sorted(columns)}."
+            )
         super().__init__(
             (sum(part.shape[0] for part in parts), columns.pop()),
             "+".join(dict.fromkeys(part.format for part in parts)),
