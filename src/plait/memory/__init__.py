@@ -1,1 +1,42 @@
+"""The past as strands: how it is stored, which parts a query sees, and the exact merge of the parts."""
 
+from __future__ import annotations
+
+from plait.memory.memory import Memory, attend
+from plait.memory.past import Past
+from plait.memory.plan import CODECS, POLICIES, Codec, MemoryPlan, Policy, Visit
+from plait.memory.rows import Rows, Segment
+from plait.memory.state import State
+from plait.memory.strand import DenseStrand, Heads, Strand
+from plait.ops import Causal, Everything, Mask, Partial, Tree, empty_partial, merge, merge_all
+
+# The methods register themselves; they import the base classes above.
+from plait.memory import codecs, policies  # isort: skip
+
+__all__ = [
+    "CODECS",
+    "POLICIES",
+    "Causal",
+    "Codec",
+    "DenseStrand",
+    "Everything",
+    "Heads",
+    "Mask",
+    "Memory",
+    "MemoryPlan",
+    "Partial",
+    "Past",
+    "Policy",
+    "Rows",
+    "Segment",
+    "State",
+    "Strand",
+    "Tree",
+    "Visit",
+    "attend",
+    "codecs",
+    "empty_partial",
+    "merge",
+    "merge_all",
+    "policies",
+]

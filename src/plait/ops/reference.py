@@ -1,13 +1,111 @@
-"""The torch form of every primitive: any device, differentiable, and the definition of the native form."""
+"""The torch form of every primitive: any device, differentiable, and the definition of the native form.
+
+Shapes: N rows, I inputs, O outputs; Q queries, T keys, H query heads, G key/value heads, D head size.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["linear"]
+from plait.ops.masks import Everything, Mask
+from plait.ops.partial import Partial, empty_partial
+
+__all__ = ["layer_norm", "linear", "partial_attention", "rms_norm"]
+
+# Scores of one block of queries stay under this many numbers (32 MB), so that memory does not
+# grow with the square of a prompt.
+_SCORES_AT_ONCE = 8 * 1024 * 1024
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`: x (..., I), weight (O, I) -> (..., O)."""
     return F.linear(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + epsilon) * weight` over the last axis."""
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """`(x - mean) / sqrt(variance + epsilon) * weight + bias` over the last axis."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+
+def partial_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    mask: Mask | None = None,
+    first_query: int = 0,
+    first_key: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Partial:
+    """Attention of every query over these keys, as a part that can be merged with others.
+
+    Args:
+        q: (Q, H, D) queries, H a multiple of G; head h reads key/value head h // (H / G).
+        keys: (G, T, D), any floating dtype; T may be 0.
+        values: (G, T, V), any floating dtype.
+        scale: factor on the scores, usually D ** -0.5.
+        mask: which keys a query sees; every key when left out. A query that sees none gets the empty part.
+        first_query, first_key: positions of the first query and the first key, for the mask.
+        window: a key this many positions or more before a query is hidden; None for no limit.
+        softcap: c in `c * tanh(score / c)`, or None.
+
+    Returns:
+        `out` (Q, H, V) and `lse` (Q, H), fp32.
+    """
+    num_queries, num_heads, head_dim = q.shape
+    num_kv_heads, num_keys, value_dim = values.shape
+    if num_queries == 0 or num_keys == 0:
+        return empty_partial(num_queries, num_heads, value_dim, q.device)
+    group = num_heads // num_kv_heads
+    q_GNQD = (q.float() * scale).view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    mask = mask or Everything()
+
+    step = max(1, _SCORES_AT_ONCE // (num_heads * num_keys))
+    parts = []
+    for start in range(0, num_queries, step):
+        block = range(start, min(start + step, num_queries))
+        low, high, visible = mask.view(first_query, block, first_key, num_keys, window, q.device)
+        rows = len(block)
+        q_GMD = q_GNQD[:, :, start : start + rows].reshape(num_kv_heads, group * rows, head_dim)
+        scores = torch.bmm(q_GMD, keys[:, low:high].float().transpose(1, 2))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if visible is not None:
+            scores = scores.view(num_kv_heads, group, rows, high - low).masked_fill(~visible, -math.inf)
+            scores = scores.view(num_kv_heads, group * rows, high - low)
+        out, lse = _softmax_times(scores, values[:, low:high].float())
+        parts.append((out.view(num_kv_heads, group, rows, value_dim), lse.view(num_kv_heads, group, rows)))
+    out_GNQV, lse_GNQ = (
+        parts[0] if len(parts) == 1 else (torch.cat(p, dim=2) for p in zip(*parts, strict=True))
+    )
+    return Partial(
+        out_GNQV.permute(2, 0, 1, 3).reshape(num_queries, num_heads, value_dim),
+        lse_GNQ.permute(2, 0, 1).reshape(num_queries, num_heads),
+    )
+
+
+def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """`softmax(scores) @ values` and the log-sum-exp; a row of -inf gives 0 and -inf."""
+    if scores.shape[-1] == 0:
+        return scores.new_zeros(*scores.shape[:-1], values.shape[-1]), scores.new_full(
+            scores.shape[:-1], -math.inf
+        )
+    top = scores.amax(dim=-1, keepdim=True)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weights = (scores - top).exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    out = torch.bmm(weights, values) / total
+    return out, (top + total.log()).masked_fill(nothing, -math.inf).squeeze(-1)

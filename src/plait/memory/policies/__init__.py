@@ -1,1 +1,8 @@
+"""Policies: which strands a query sees. One file each."""
 
+from __future__ import annotations
+
+from plait.memory.policies.full import Full
+from plait.memory.policies.window import Window
+
+__all__ = ["Full", "Window"]

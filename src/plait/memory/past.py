@@ -1,0 +1,45 @@
+"""Everything one sequence remembers: a memory or a state for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from plait.memory.memory import Memory
+from plait.memory.state import State
+
+__all__ = ["Past"]
+
+
+class Past:
+    """The past of one sequence, layer by layer.
+
+    Args:
+        layers: one memory or state for each layer of the model, all of one length.
+    """
+
+    def __init__(self, layers: Sequence[Memory | State]) -> None:
+        self.layers = list(layers)
+
+    def __len__(self) -> int:
+        """Position of the next token."""
+        return len(self.layers[0])
+
+    def commit(self, path: Sequence[int] | Tensor | None = None) -> None:
+        """Make the rows of the last forward pass part of the past; see `Memory.commit`."""
+        for layer in self.layers:
+            layer.commit(path)
+
+    def truncate(self, length: int) -> None:
+        """Forget every token at position `length` or later; see `Memory.truncate`."""
+        for layer in self.layers:
+            layer.truncate(length)
+
+    def fork(self) -> Past:
+        """A second past that shares what is stored; writing to one does not change the other."""
+        return Past([layer.fork() for layer in self.layers])
+
+    def nbytes(self) -> int:
+        """Bytes allocated over all layers; strands shared between pasts count in each."""
+        return sum(layer.nbytes() for layer in self.layers)

@@ -1,0 +1,214 @@
+"""A strand: a run of remembered tokens of one layer, stored in a frame of positions of its own.
+
+Shapes: Q queries, H query heads, G key/value heads, T tokens of the strand, D head size, V value size.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from plait import ops
+from plait.errors import CapacityError
+from plait.ops import Mask, Partial, Rope
+
+__all__ = ["DenseStrand", "Heads", "Strand"]
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """The geometry of one attention layer.
+
+    Args:
+        num_heads: query heads H.
+        num_kv_heads: key/value heads G; divides H.
+        head_dim: size D of a query or key.
+        scale: factor on the scores, usually `head_dim ** -0.5`.
+        softcap: c in `c * tanh(score / c)`, or None.
+        rope: rotary positions, or None where positions are not rotary.
+        value_dim: size V of a value; `head_dim` when left out.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float | None = None
+    rope: Rope | None = None
+    value_dim: int | None = None
+
+
+class Strand:
+    """A run of consecutive tokens of one layer.
+
+    Keys are stored rotated at their *frame* position. `offset` says where the frame starts in the
+    sequence, so key i stands at sequence position `offset + start + i`. Moving the whole strand by d
+    adds d to `offset`: queries are then rotated by d less when they visit, and no key is touched.
+
+    Attributes:
+        heads: the layer's geometry.
+        offset: where the frame starts, in the sequence's positions.
+        start: frame position of the first token.
+    """
+
+    heads: Heads
+    offset: int
+    start: int
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def position(self) -> int:
+        """Sequence position of the first token."""
+        return self.offset + self.start
+
+    def attend(self, q: Tensor, first_query: int, mask: Mask, window: int | None = None) -> Partial:
+        """Attention of queries over this strand.
+
+        Args:
+            q: (Q, H, D), rotated in this strand's frame, that is at their position minus `offset`
+                (the fold rotates them once for all strands of one frame).
+            first_query: sequence position of the first query; the mask knows the others.
+            mask: which keys each query sees.
+            window: keys this many positions or more before a query are hidden; None for no limit.
+        """
+        raise NotImplementedError
+
+    def split(self, at: int) -> tuple[Self, Self]:
+        """Two strands that hold tokens [0, at) and [at, T). They share storage with this one."""
+        raise NotImplementedError
+
+    def moved(self, by: int) -> Self:
+        """The same tokens `by` positions further on. Shares storage; no key is touched."""
+        twin = copy.copy(self)
+        twin.offset += by
+        return twin
+
+    def nbytes(self) -> int:
+        """Bytes this strand keeps allocated."""
+        raise NotImplementedError
+
+
+class DenseStrand(Strand):
+    """Keys and values as plain numbers; the only strand that can be appended to.
+
+    Storage grows by a quarter at a time, so appending n tokens one by one costs O(n).
+
+    Args:
+        heads: the layer's geometry.
+        offset: where the frame starts, in the sequence's positions.
+        start: frame position of the first token.
+        dtype: of the stored keys and values: float32, bfloat16 or float16.
+        device: where they are stored.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        *,
+        offset: int = 0,
+        start: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.heads = heads
+        self.offset = offset
+        self.start = start
+        self.length = 0
+        self._keys = torch.empty(heads.num_kv_heads, 0, heads.head_dim, dtype=dtype, device=device)
+        self._values = torch.empty(
+            heads.num_kv_heads, 0, heads.value_dim or heads.head_dim, dtype=dtype, device=device
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def keys(self) -> Tensor:
+        """(G, T, D), rotated in this strand's frame; a view."""
+        return self._keys[:, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        """(G, T, V); a view."""
+        return self._values[:, : self.length]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Write tokens behind the last one.
+
+        Args:
+            keys: (n, G, D), already rotated in this strand's frame.
+            values: (n, G, V).
+        """
+        stop = self.length + keys.shape[0]
+        self._reserve(stop)
+        self._keys[:, self.length : stop] = keys.transpose(0, 1)
+        self._values[:, self.length : stop] = values.transpose(0, 1)
+        self.length = stop
+
+    def keep(self, rows: Tensor, first: int) -> None:
+        """Of the tokens from index `first` on, keep those at `first + rows`, in that order; drop the others."""
+        stop = first + rows.numel()
+        self._keys[:, first:stop] = self._keys[:, first + rows]
+        self._values[:, first:stop] = self._values[:, first + rows]
+        self.length = stop
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from index `length` on. Storage is kept for what comes next."""
+        self.length = min(self.length, length)
+
+    def attend(self, q: Tensor, first_query: int, mask: Mask, window: int | None = None) -> Partial:
+        return ops.partial_attention(
+            q,
+            self.keys,
+            self.values,
+            scale=self.heads.scale,
+            mask=mask,
+            first_query=first_query,
+            first_key=self.position,
+            window=window,
+            softcap=self.heads.softcap,
+        )
+
+    def split(self, at: int) -> tuple[Self, Self]:
+        front, back = type(self).__new__(type(self)), type(self).__new__(type(self))
+        for piece, low, high in ((front, 0, at), (back, at, self.length)):
+            piece.heads, piece.offset, piece.start = self.heads, self.offset, self.start + low
+            piece._keys, piece._values = self._keys[:, low:high], self._values[:, low:high]
+            piece.length = high - low
+        return front, back
+
+    def copied(self) -> Self:
+        """The same tokens in storage of their own, so that what this one was split from can be freed."""
+        twin = copy.copy(self)
+        twin._keys, twin._values = self.keys.clone(), self.values.clone()
+        return twin
+
+    def nbytes(self) -> int:
+        return (
+            self._keys.numel() * self._keys.element_size()
+            + self._values.numel() * self._values.element_size()
+        )
+
+    def _reserve(self, length: int) -> None:
+        if length <= self._keys.shape[1]:
+            return
+        capacity = max(length, self._keys.shape[1] * 5 // 4, 32)
+        try:
+            self._keys = self._grown(self._keys, capacity)
+            self._values = self._grown(self._values, capacity)
+        except RuntimeError as error:
+            raise CapacityError(
+                f"No memory for keys and values of {capacity} tokens. "
+                f"Shorten the context or choose a smaller memory, such as memory='window:size=1024'."
+            ) from error
+
+    def _grown(self, old: Tensor, capacity: int) -> Tensor:
+        new = old.new_empty(old.shape[0], capacity, old.shape[2])
+        new[:, : self.length] = old[:, : self.length]
+        return new

@@ -1,0 +1,177 @@
+"""Which keys a query may see, as structure rather than as a table of booleans.
+
+A mask speaks of the queries of one *segment* (a run of rows of one sequence) and the keys of one
+strand. Packed batches need no mask of their own: each segment visits only its own strands, so a
+packed batch is block-diagonal by construction.
+
+Shapes: Q queries, T keys. Distances and windows are counted in positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from plait.errors import ConfigError
+
+__all__ = ["Causal", "Everything", "Mask", "Tree", "View"]
+
+
+class View(NamedTuple):
+    """What a block of queries sees of a strand.
+
+    Attributes:
+        low, high: key indices outside [low, high) are seen by none of the queries.
+        visible: (queries, high - low) bool, or None when every query sees every key in the range.
+    """
+
+    low: int
+    high: int
+    visible: Tensor | None
+
+
+class Mask:
+    """Which keys each query of a segment may see."""
+
+    def depths(self, num_queries: int) -> Tensor:
+        """How many positions each query stands behind the segment's first query, (Q,) int64."""
+        return torch.arange(num_queries)
+
+    def view(
+        self,
+        first_query: int,
+        queries: range,
+        first_key: int,
+        num_keys: int,
+        window: int | None = None,
+        device: torch.device | None = None,
+    ) -> View:
+        """The part of a strand that a block of the segment's queries sees.
+
+        Args:
+            first_query: position of the segment's first query.
+            queries: indices, within the segment, of the block's queries.
+            first_key, num_keys: position of the strand's first key, and how many follow.
+            window: a key `window` or more positions before a query is hidden; None for no limit.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Everything(Mask):
+    """Every query sees every key, as in a bidirectional encoder; a window counts in both directions."""
+
+    def view(
+        self,
+        first_query: int,
+        queries: range,
+        first_key: int,
+        num_keys: int,
+        window: int | None = None,
+        device: torch.device | None = None,
+    ) -> View:
+        if window is None:
+            return View(0, num_keys, None)
+        distance = _distance(first_query, queries, first_key, range(num_keys), device)
+        return View(0, num_keys, distance.abs() < window)
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """A query sees itself and what came before it."""
+
+    def view(
+        self,
+        first_query: int,
+        queries: range,
+        first_key: int,
+        num_keys: int,
+        window: int | None = None,
+        device: torch.device | None = None,
+    ) -> View:
+        first, last = first_query + queries.start - first_key, first_query + queries.stop - 1 - first_key
+        high = min(max(last + 1, 0), num_keys)
+        low = 0 if window is None else min(max(first - window + 1, 0), high)
+        if high - 1 <= first and (window is None or last - low < window):
+            return View(low, high, None)
+        distance = _distance(first_query, queries, first_key, range(low, high), device)
+        seen = distance >= 0
+        return View(low, high, seen if window is None else seen & (distance < window))
+
+
+@dataclass(frozen=True)
+class Tree(Mask):
+    """Queries are the nodes of a draft tree: a node sees the past, its ancestors and itself.
+
+    Node i stands at the position of the root plus its depth; siblings share a position. The nodes'
+    keys are the last rows of the strand they were written to, in the order of the nodes.
+
+    Args:
+        parents: parent of each node, with `parents[0] == -1` and `parents[i] < i`.
+
+    Raises:
+        ConfigError: a parent does not come before its child.
+    """
+
+    parents: tuple[int, ...]
+
+    def __init__(self, parents: Sequence[int]) -> None:
+        object.__setattr__(self, "parents", tuple(int(parent) for parent in parents))
+        for node, parent in enumerate(self.parents):
+            if (node == 0) != (parent == -1) or not -1 <= parent < max(node, 1):
+                raise ConfigError(
+                    "Tree.parents must start with -1 and name an earlier node for each other one. "
+                    f"Got parent {parent} for node {node}."
+                )
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """(n, n) bool: column j is an ancestor of row i, or i itself."""
+        table = torch.eye(len(self.parents), dtype=torch.bool)
+        for node, parent in enumerate(self.parents[1:], start=1):
+            table[node] |= table[parent]
+        return table
+
+    @cached_property
+    def _depths(self) -> Tensor:
+        return self.ancestors.sum(dim=1) - 1
+
+    def depths(self, num_queries: int) -> Tensor:
+        return self._depths
+
+    def view(
+        self,
+        first_query: int,
+        queries: range,
+        first_key: int,
+        num_keys: int,
+        window: int | None = None,
+        device: torch.device | None = None,
+    ) -> View:
+        block = slice(queries.start, queries.stop)
+        depths = self._depths[block]
+        num_past = min(max(first_query - first_key, 0), num_keys)
+        if window is None:
+            past = torch.ones(len(queries), num_past, dtype=torch.bool)
+        else:
+            past = first_query + depths[:, None] - first_key - torch.arange(num_past) < window
+        if num_past == num_keys:
+            return View(0, num_keys, None if bool(past.all()) else past.to(device))
+        nodes = self.ancestors[block]
+        if window is not None:
+            nodes = nodes & (depths[:, None] - self._depths < window)
+        return View(0, num_keys, torch.cat([past, nodes], dim=1).to(device))
+
+
+def _distance(
+    first_query: int, queries: range, first_key: int, keys: range, device: torch.device | None
+) -> Tensor:
+    """Positions from each key (column) up to each query (row)."""
+    rows = torch.arange(first_query + queries.start, first_query + queries.stop, device=device)
+    columns = torch.arange(first_key + keys.start, first_key + keys.stop, device=device)
+    return rows[:, None] - columns[None, :]
