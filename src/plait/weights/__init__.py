@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from plait.weights.format import FORMATS, Dense, Embedding, Linear, Packed, Stacked, WeightFormat
+from plait.weights.ggml import Blocks
 
-__all__ = ["FORMATS", "Dense", "Embedding", "Linear", "Packed", "Stacked", "WeightFormat"]
+__all__ = ["FORMATS", "Blocks", "Dense", "Embedding", "Linear", "Packed", "Stacked", "WeightFormat"]
