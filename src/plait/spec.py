@@ -19,6 +19,7 @@ import functools
 import json
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from plait.errors import ConfigError, UnknownNameError, suggestion
@@ -105,6 +106,8 @@ class Spec:
         )
 
     def __str__(self) -> str:
+        if not hasattr(self, "name"):
+            return repr(self)
         changed = [
             f"{field.name}={_text(getattr(self, field.name))}"
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
@@ -113,8 +116,46 @@ class Spec:
         return self.name + (":" + ",".join(changed) if changed else "")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready form: `{"name": ..., setting: value, ...}`."""
-        return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        """A JSON-ready form: its settings, and its `name` where it has one. `from_json` reads it back."""
+        named = {"name": self.name} if hasattr(self, "name") else {}
+        return named | {
+            field.name: _to_json(getattr(self, field.name))
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Build the object from its JSON form; `name` chooses the method where the class has an axis.
+
+        Raises:
+            ConfigError: an unknown name or setting, or a value outside its limits.
+        """
+        settings = dict(data)
+        target: Any = cls
+        if not dataclasses.is_dataclass(cls):
+            target = cls.axis.find(str(settings.pop("name", None)))
+        elif hasattr(cls, "name"):
+            settings.pop("name", None)
+        names = {field.name for field in dataclasses.fields(target)}
+        unknown = sorted(set(settings) - names)
+        if unknown:
+            raise ConfigError(
+                f"{target.__name__} has no setting {unknown[0]!r}.{suggestion(unknown[0], names)}"
+            )
+        return target(**settings)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        def read(value: Any) -> Any:
+            if isinstance(value, cls):
+                return value
+            if isinstance(value, Mapping):
+                return cls.from_json(value)
+            raise ValueError(f"a {cls.__name__}")
+
+        return core_schema.no_info_plain_validator_function(read)
 
 
 def split_specs(text: str) -> list[str]:
@@ -222,4 +263,12 @@ def _limits(constraints: list[Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(_to_json(value))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return value.to_json()
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    return value

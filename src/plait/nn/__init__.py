@@ -1,1 +1,22 @@
+"""Models: one config-driven transformer, its mixers, and the families and files it is read from."""
 
+from __future__ import annotations
+
+from plait.nn.config import BlockConfig, FeedForwardConfig, MixerConfig, NormConfig, TransformerConfig
+from plait.nn.load import describe, load_transformer
+from plait.nn.parameters import CheckpointParameters, Parameters, RandomParameters
+from plait.nn.transformer import Transformer
+
+__all__ = [
+    "BlockConfig",
+    "CheckpointParameters",
+    "FeedForwardConfig",
+    "MixerConfig",
+    "NormConfig",
+    "Parameters",
+    "RandomParameters",
+    "Transformer",
+    "TransformerConfig",
+    "describe",
+    "load_transformer",
+]

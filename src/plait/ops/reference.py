@@ -22,8 +22,10 @@ _SCORES_AT_ONCE = 8 * 1024 * 1024
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`: x (..., I), weight (O, I) -> (..., O)."""
-    return F.linear(x, weight)
+    """`x @ weight.T`: x (..., I), weight (O, I) -> (..., O) in x's dtype; multiplied in the weight's."""
+    if x.dtype == weight.dtype:
+        return F.linear(x, weight)
+    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -47,6 +47,10 @@ class Packed(nn.Module):
         """Multiply activations x (..., I) by the transpose of this matrix: (..., O)."""
         return ops.linear(x, self.unpack().to(x.dtype))
 
+    def select(self, rows: Tensor) -> Packed:
+        """The chosen rows, in the order given, as a matrix of the same form; (len(rows), I)."""
+        raise NotImplementedError
+
     def nbytes(self) -> int:
         """Bytes held by this matrix: every code, scale, table and index."""
         tensors = {t.untyped_storage().data_ptr(): t for t in [*self.parameters(), *self.buffers()]}
@@ -73,6 +77,9 @@ class Dense(Packed):
 
     def unpack_rows(self, rows: Tensor | slice) -> Tensor:
         return self.weight[rows]
+
+    def select(self, rows: Tensor) -> Dense:
+        return Dense(self.weight.detach()[rows])
 
     def matmul(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight)

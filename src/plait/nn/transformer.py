@@ -1,0 +1,159 @@
+"""One decoder for every family: blocks of a mixer and a feed-forward, described by a configuration.
+
+Shapes: N packed rows, W width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from plait.errors import CapacityError, ConfigError
+from plait.memory import Memory, MemoryPlan, Past, Rows, State
+from plait.nn.config import BlockConfig, NormConfig, TransformerConfig
+from plait.nn.layers import FeedForward, Norm
+from plait.nn.parameters import Parameters
+from plait.weights import Embedding, Linear
+
+__all__ = ["Block", "Transformer"]
+
+
+class Block(nn.Module):
+    """A mixer and a feed-forward, each added to the row it read."""
+
+    def __init__(self, config: BlockConfig, width: int, norm: NormConfig, parameters: Parameters) -> None:
+        super().__init__()
+        self.norms = config.norms
+        self.mixer = config.mixer.build(width, norm, parameters.under("mixer"))
+        self.feed_forward = FeedForward(config.feed_forward, width, parameters.under("feed_forward"))
+
+        def norm_at(place: str, used: bool) -> nn.Module:
+            return Norm(norm, width, parameters.under(place)) if used else nn.Identity()
+
+        self.mixer_norm = norm_at("mixer_norm", config.norms != "post")
+        self.feed_forward_norm = norm_at("feed_forward_norm", config.norms != "post")
+        self.mixer_output_norm = norm_at("mixer_output_norm", config.norms != "pre")
+        self.feed_forward_output_norm = norm_at("feed_forward_output_norm", config.norms != "pre")
+
+    def forward(self, x: Tensor, rows: Rows, past: Sequence[Memory | State] | None) -> Tensor:
+        if self.norms == "post":
+            x = self.mixer_output_norm(x + self.mixer(x, rows, past))
+            return self.feed_forward_output_norm(x + self.feed_forward(x))
+        x = x + self.mixer_output_norm(self.mixer(self.mixer_norm(x), rows, past))
+        return x + self.feed_forward_output_norm(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Transformer(nn.Module):
+    """A decoder: token ids in, a hidden row for each token out, logits on request.
+
+    Args:
+        config: the model as data.
+        parameters: where its parameters come from.
+    """
+
+    def __init__(self, config: TransformerConfig, parameters: Parameters) -> None:
+        super().__init__()
+        self.config = config
+        inner = config.embedding_width or config.width
+        embedding = parameters.matrix(["embedding.weight"], inner, [config.vocab_size])
+        self.embedding = Embedding(embedding)
+        self.positions = (
+            Embedding(parameters.matrix(["positions.weight"], config.width, [config.learned_positions]))
+            if config.learned_positions
+            else None
+        )
+        projected = config.embedding_width is not None
+        self.project_in = (
+            parameters.linear(["project_in"], inner, [config.width], False) if projected else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(block, config.width, config.norm, parameters.under(f"blocks.{index}"))
+            for index, block in enumerate(config.blocks)
+        )
+        self.norm = (
+            Norm(config.norm, config.width, parameters.under("norm")) if config.final_norm else nn.Identity()
+        )
+        self.project_out = (
+            parameters.linear(["project_out"], config.width, [inner], False) if projected else None
+        )
+        head = (
+            embedding if config.tied_head else parameters.matrix(["head.weight"], inner, [config.vocab_size])
+        )
+        bias = parameters.vector(["head.bias"], [config.vocab_size]) if config.head_bias else None
+        self.head = Linear(head, bias)
+
+    def new_past(self, plan: MemoryPlan) -> Past:
+        """An empty past for one sequence."""
+        return Past([block.mixer.new_memory(plan) for block in self._blocks()])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embedding rows of token ids (N,), scaled as the model expects: (N, embedding width).
+
+        Raises:
+            ConfigError: an id is outside the vocabulary.
+        """
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
+            raise ConfigError(f"Token ids must be in [0, {self.config.vocab_size}). Got {int(bad)}.")
+        x = self.embedding(tokens).float()
+        return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
+
+    def forward(
+        self,
+        tokens: Tensor | None,
+        rows: Rows,
+        pasts: Sequence[Past] | None = None,
+        *,
+        embeddings: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden rows of packed tokens.
+
+        Args:
+            tokens: (N,) int64 ids; None when `embeddings` is given.
+            rows: which segment and position each row belongs to.
+            pasts: what each segment remembers; the rows are added to it as pending (`Past.commit`).
+                None for the parallel form, in which a segment sees only itself and gradients flow.
+            embeddings: (N, embedding width) rows to use in place of `embed(tokens)`.
+
+        Returns:
+            (N, W) fp32, normalised as the output head expects.
+
+        Raises:
+            ConfigError: an id is outside the vocabulary.
+            CapacityError: a position lies behind the end of a learned position table.
+        """
+        if embeddings is None:
+            if tokens is None:
+                raise ConfigError("Transformer needs tokens or embeddings. Got neither.")
+            embeddings = self.embed(tokens)
+        x = embeddings if self.project_in is None else self.project_in(embeddings)
+        if self.positions is not None:
+            x = x + self._learned_positions(rows)
+        for index, block in enumerate(self._blocks()):
+            x = block(x, rows, None if pasts is None else [past.layers[index] for past in pasts])
+        x = self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every token id for hidden rows (N, W): (N, V) fp32."""
+        logits = self.head(hidden)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return logits
+
+    def _learned_positions(self, rows: Rows) -> Tensor:
+        assert self.positions is not None
+        table = self.positions.weight.shape[0] - self.config.position_shift
+        last = max((segment.position + segment.length for segment in rows.segments), default=0)
+        if last > table:
+            raise CapacityError(
+                f"The model has learned positions for {table} tokens. The sequence would reach {last}; shorten it."
+            )
+        return self.positions(rows.positions + self.config.position_shift).float()
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
