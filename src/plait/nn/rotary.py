@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -34,11 +34,14 @@ class RopeConfig(Spec):
         theta: base of the geometric series of turning speeds.
         dim: number of rotated channels of a head.
         scaling: how the speeds are stretched, or None.
+        angles: precision of position times speed. `fp64` keeps frames exact; `fp32` repeats the
+            rounding of Hugging Face Transformers, which shows from about a thousand tokens on.
     """
 
     theta: Annotated[float, Field(gt=0)] = 10000.0
     dim: Annotated[int, Field(ge=2, multiple_of=2)]
     scaling: RopeScaling | None = None
+    angles: Literal["fp64", "fp32"] = "fp64"
 
 
 def base_frequencies(theta: float, dim: int) -> Tensor:
@@ -50,5 +53,7 @@ def base_frequencies(theta: float, dim: int) -> Tensor:
 def rope_of(config: RopeConfig) -> Rope:
     """The turning speeds of a configuration; layers with equal configurations share them."""
     if config.scaling is None:
-        return Rope(base_frequencies(config.theta, config.dim))
-    return config.scaling.rope(config.theta, config.dim)
+        rope = Rope(base_frequencies(config.theta, config.dim))
+    else:
+        rope = config.scaling.rope(config.theta, config.dim)
+    return replace(rope, dtype=torch.float64 if config.angles == "fp64" else torch.float32)
