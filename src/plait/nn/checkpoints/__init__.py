@@ -1,1 +1,48 @@
+"""Model files: one interface over GGUF files and safetensors folders."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from plait.errors import ModelFileError
+from plait.nn.checkpoints.base import Checkpoint, TensorInfo
+from plait.nn.checkpoints.files import GGUF_MAGIC, file_start, folder_files
+from plait.nn.checkpoints.gguf import GGUFCheckpoint
+from plait.nn.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
+
+__all__ = ["Checkpoint", "GGUFCheckpoint", "SafetensorsCheckpoint", "TensorInfo", "open_checkpoint"]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a model by what is on disk.
+
+    Args:
+        path: a GGUF file or a safetensors file, told apart by their first bytes; or a folder with
+            safetensors weights, or else with exactly one GGUF file.
+
+    Raises:
+        ModelFileError: nothing there, a damaged or hostile file, or a kind that is not loaded; pickled
+            weights (`pytorch_model.bin`, `.pt`, `.pth`, `.ckpt`, `.pkl`) are always refused.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        return _open_folder(path)
+    start = file_start(path)
+    if start.startswith(GGUF_MAGIC):
+        return GGUFCheckpoint(path)
+    # A safetensors file is an 8-byte length and a JSON object.
+    if start[8:9] == b"{":
+        return SafetensorsCheckpoint(path)
+    raise ModelFileError(f"{path} is neither a GGUF nor a safetensors file: it starts with {start[:8]!r}.")
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    files = folder_files(folder)
+    ggufs = [path for path in files.values() if path.suffix == ".gguf"]
+    if not ggufs or SINGLE_NAME in files or INDEX_NAME in files:
+        return SafetensorsCheckpoint(folder)
+    if len(ggufs) > 1:
+        names = ", ".join(file.name for file in ggufs[:4])
+        raise ModelFileError(f"{folder} has {len(ggufs)} GGUF files ({names}). Give the path of one of them.")
+    return GGUFCheckpoint(ggufs[0])
