@@ -2,8 +2,8 @@
 
 The layout is that of the GGUF specification (ggml/docs/gguf.md): a header of typed metadata, a table
 of tensors, then their data. Every count, length, offset and product is checked against the bytes
-that are left before anything is allocated, and the whole header may take at most 64 MiB of memory
-more than the file's size (192 MiB in all), so any file ends in a reader or in one `ModelFileError`.
+that are left before anything is allocated, and a header may take 64 MiB of memory plus the size of
+the file, at most 128 MiB; so any file ends in a reader or in one `ModelFileError`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MAX_NESTING = 4
 
 # Memory that a header may take: this much for any file, and as much again as the file is long.
 _MEMORY_FLOOR = 64 << 20
-_MEMORY_SCALED = 128 << 20
+_MEMORY_SCALED = 64 << 20
 # What Python keeps for each of these beside its contents, rounded up so far that the limit on memory
 # also keeps the time below a second.
 _ENTRY_COST, _TENSOR_COST, _ARRAY_COST, _STRING_COST = 512, 2048, 1024, 24
@@ -92,9 +92,8 @@ class GGUFCheckpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        start = file_start(self.path)
-        if not start.startswith(GGUF_MAGIC):
-            raise ModelFileError(f"{self.path} is not a GGUF file: it starts with {start[:4]!r}.")
+        if not file_start(self.path).startswith(GGUF_MAGIC):
+            raise ModelFileError(f"{self.path} is not a GGUF file. Give the path of a model.")
         self._map: mmap.mmap | None = _map(self.path)
         header = _Header(self.path, self._map)
         self.metadata = header.metadata
