@@ -1,1 +1,5 @@
+"""One claim a file."""
 
+from __future__ import annotations
+
+__all__: list[str] = []
