@@ -276,7 +276,8 @@ def _block_format(name: str) -> BlockFormat:
         return BLOCK_FORMATS[name]
     except KeyError:
         raise UnknownNameError(
-            f"Unknown block format {name!r}.{suggestion(name, BLOCK_FORMATS)} Known: {', '.join(BLOCK_FORMATS)}."
+            f"Unknown block format {name!r}.{suggestion(name, BLOCK_FORMATS)}"
+            f" Known: {', '.join(BLOCK_FORMATS)}."
         ) from None
 
 
@@ -301,7 +302,8 @@ class _Quantized(WeightFormat):
             scales, codes = self.encode(groups[start : start + step].float())
             if not torch.isfinite(scales).all():
                 raise ConfigError(
-                    f"{self.name} keeps scales in fp16, up to 65504. The weight has NaN, infinite or larger values."
+                    f"{self.name} keeps scales in fp16, up to 65504."
+                    " The weight has NaN, infinite or larger values."
                 )
             blocks[start : start + step] = torch.cat([scales.view(torch.uint8), codes], dim=1)
         return Blocks(packed, self.name)
