@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from plait.errors import ConfigError, TemplateError
 from plait.text.gguf_vocabulary import gguf_special_pieces
+from plait.text.json_vocabulary import read_json, read_text
 from plait.text.sandbox import SANDBOX
 
 __all__ = ["ChatTemplate"]
@@ -86,6 +88,19 @@ class ChatTemplate:
             named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
             found, tool_source = named.get("default"), named.get("tool_use")
         return cls(_present(found), tool_source=tool_source, variables=_special_tokens(config))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The template of a Hugging Face folder: chat_template.jinja, or the one in tokenizer_config.json.
+
+        Raises:
+            ConfigError: there is none: the model was not trained for chat.
+            ModelFileError: a file is damaged.
+        """
+        config, source = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        return cls.from_config(
+            read_json(config) if config.is_file() else {}, read_text(source) if source.is_file() else None
+        )
 
     @classmethod
     def plain(cls) -> Self:

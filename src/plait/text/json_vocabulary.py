@@ -22,7 +22,7 @@ from plait.text.vocabulary import (
     spell_wordpiece,
 )
 
-__all__ = ["read_json", "read_json_tokenizer"]
+__all__ = ["read_json", "read_json_tokenizer", "read_text"]
 
 _MAX_BYTES = 256 << 20
 
@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelFileError: the file is missing, unreadable, too large, or not a JSON object.
     """
-    return _parsed(_read_text(path), path.name)
+    return _parsed(read_text(path), path.name)
 
 
 def read_json_tokenizer(
@@ -54,7 +54,7 @@ def read_json_tokenizer(
     else:
         path = Path(source)
         path = path / "tokenizer.json" if path.is_dir() else path
-        text, name = _read_text(path), path.name
+        text, name = read_text(path), path.name
         config = _beside(path, "tokenizer_config.json") if config is None else config
         if generation_config is None:
             generation_config = _beside(path, "generation_config.json")
@@ -78,7 +78,7 @@ class _JSONTokenizer:
             raise self._damaged(f"it does not describe a tokenizer ({error})") from error
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.ids = self.backend.get_vocab(with_added_tokens=True)
+        self.pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=True).items()}
         self.added = self.backend.get_added_tokens_decoder()
         self._check_ids()
 
@@ -103,17 +103,14 @@ class _JSONTokenizer:
         )
 
     def _vocabulary(self, special: set[int]) -> Vocabulary:
-        pieces = [""] * (max(self.ids.values(), default=-1) + 1)
-        for piece, id in self.ids.items():
-            pieces[id] = piece
+        pieces = [self.pieces.get(id, "") for id in range(max(self.pieces) + 1)]
         unused = {id for id, piece in enumerate(pieces) if not piece}
         spell, strips = self._spelling()
-        return Vocabulary(
-            pieces, frozenset(special | unused), frozenset(self.added.keys() - special), spell, strips
-        )
+        added = frozenset(self.added.keys() - special)
+        return Vocabulary(pieces, frozenset(special | unused), added, spell, strips)
 
     def _check_ids(self) -> None:
-        highest = max(self.ids.values(), default=-1)
+        highest = max(self.pieces, default=-1)
         if not 0 <= highest < MAX_TOKENS:
             raise self._damaged(f"its highest id is {highest}, outside [0, {MAX_TOKENS})")
         # The package numbers added tokens itself and does not look at the ids in the file.
@@ -123,14 +120,32 @@ class _JSONTokenizer:
                 raise self._damaged(f"its added token {token['content']!r} has id {given} instead of {used}")
 
     def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids that the file's post-processor puts before and after a text."""
-        encoding = self.backend.encode("a", add_special_tokens=True)
-        framing = [
-            id if mask else None for id, mask in zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-        ]
-        inner = [position for position, id in enumerate(framing) if id is None]
-        first, last = (inner[0], inner[-1] + 1) if inner else (len(framing), len(framing))
-        return tuple(encoding.ids[:first]), tuple(encoding.ids[last:])
+        """The ids that the file's post-processor puts before and after a text.
+
+        Read from the description: the package ends in a panic where the processor names a token that
+        is not there.
+        """
+        before: list[int] = []
+        after: list[int] = []
+        for step in _flat(self.description.get("post_processor"), "processors"):
+            match step:
+                case {"type": "TemplateProcessing", "single": [*pieces], "special_tokens": {**tokens}}:
+                    side = before
+                    for piece in pieces:
+                        match piece:
+                            case {"SpecialToken": {"id": name}} if name in tokens:
+                                side += tokens[name]["ids"]
+                            case {"SpecialToken": {"id": name}}:
+                                raise self._damaged(f"its post-processor names no id for {name!r}")
+                            case _:
+                                side = after
+                case {"type": "BertProcessing" | "RobertaProcessing", "cls": [_, first], "sep": [_, last]}:
+                    before.append(first)
+                    after.append(last)
+        for id in [*before, *after]:
+            if id not in self.pieces:
+                raise self._damaged(f"its post-processor puts in the id {id}, which is no token")
+        return tuple(before), tuple(after)
 
     def _configured_ids(self, key: str) -> list[int]:
         """The ids of `bos_token` or `eos_token` in both configurations, tokenizer_config.json first."""
@@ -144,14 +159,14 @@ class _JSONTokenizer:
             ids.append(id)
         given = self.generation_config.get(f"{key}_id", [])
         for id in given if isinstance(given, list) else [given]:
-            if not isinstance(id, int) or id not in self.ids.values():
+            if not isinstance(id, int) or id not in self.pieces:
                 raise ModelFileError(f"generation_config.json: {key}_id {id!r} is not an id of {self.name}.")
             ids.append(id)
         return ids
 
     def _spelling(self) -> tuple[Callable[[str], bytes], bool]:
         """How pieces spell bytes, and whether a leading space is dropped, from the `decoder`."""
-        steps = _flat(self.description.get("decoder"))
+        steps = _flat(self.description.get("decoder"), "decoders")
         kinds = [step.get("type") for step in steps]
         if kinds == ["ByteLevel"]:
             return spell_byte_level, False
@@ -174,13 +189,13 @@ class _JSONTokenizer:
         return ModelFileError(f"{self.name}: {what}. The file is damaged; download it again.")
 
 
-def _flat(decoder: Any) -> list[Mapping[str, Any]]:
-    """The steps of a decoder, which may be a sequence of sequences."""
-    if not isinstance(decoder, Mapping):
+def _flat(part: Any, steps: str) -> list[Mapping[str, Any]]:
+    """The steps of a decoder or post-processor, which may be a sequence of sequences."""
+    if not isinstance(part, Mapping):
         return []
-    if decoder.get("type") != "Sequence":
-        return [decoder]
-    return [step for inner in decoder.get("decoders", []) for step in _flat(inner)]
+    if part.get("type") != "Sequence":
+        return [part]
+    return [step for inner in part.get(steps, []) for step in _flat(inner, steps)]
 
 
 def _beside(path: Path, name: str) -> dict[str, Any] | None:
@@ -188,7 +203,12 @@ def _beside(path: Path, name: str) -> dict[str, Any] | None:
     return read_json(sibling) if sibling.is_file() else None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The contents of a bounded UTF-8 file.
+
+    Raises:
+        ModelFileError: it cannot be read, or is too long to belong to a tokenizer.
+    """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ModelFileError(f"{path} has more than {_MAX_BYTES >> 20} MiB. It is not a tokenizer.")
