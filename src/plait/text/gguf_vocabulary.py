@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from plait.errors import ModelFileError, suggestion
 from plait.text.pretokenizers import PRE_TOKENIZERS
+from plait.text.spaces import SpacePrefix
 from plait.text.vocabulary import (
     END_OF_TURN,
     MAX_TOKENS,
@@ -180,37 +181,45 @@ class _GGUFTokenizer:
         )
 
     def _sentencepiece(self) -> TokenizerParts:
-        # Text is matched against user-defined pieces before its spaces are marked.
+        # Files write the spaces of user-defined pieces either way.
         for id in self._user_defined():
             self.pieces[id] = self.pieces[id].replace(SPACE_MARK, " ")
         adds_space = self.keys.flag("add_space_prefix", default=True)
         unknown = self.keys.id("unknown_token_id", len(self.pieces))
-        ids = self._ids()
         backend = Tokenizer(
             models.BPE(
-                ids,
+                self._ids(),
                 self._scored_merges(),
                 unk_token=None if unknown is None else self.pieces[unknown],
                 fuse_unk=True,
                 byte_fallback=True,
             )
         )
-        mark_spaces = normalizers.Replace(" ", SPACE_MARK)
-        first = [normalizers.Prepend(SPACE_MARK)] if adds_space else []
-        backend.normalizer = normalizers.Sequence([*first, mark_spaces])
+        backend.normalizer = normalizers.Replace(" ", SPACE_MARK)
         return self._assembled(
             "SentencePiece BPE",
             backend,
             Vocabulary(self.pieces, self._special(), self._user_defined(), spell_sentencepiece, adds_space),
             adds_bos=True,
+            space_prefix=self._space_prefix() if adds_space else None,
         )
 
     def _assembled(
-        self, name: str, backend: Tokenizer, vocabulary: Vocabulary, *, adds_bos: bool
+        self,
+        name: str,
+        backend: Tokenizer,
+        vocabulary: Vocabulary,
+        *,
+        adds_bos: bool,
+        space_prefix: SpacePrefix | None = None,
     ) -> TokenizerParts:
         control = self._of_kind(_Kind.CONTROL, _Kind.UNKNOWN)
-        backend.add_special_tokens([self._added_token(id, special=True) for id in control])
-        backend.add_tokens([self._added_token(id, special=False) for id in sorted(vocabulary.added)])
+        # Control tokens are looked for in the text as it is given, user-defined ones in normal form:
+        # SentencePiece marks spaces first.
+        names = [AddedToken(self.pieces[id], special=True, normalized=False) for id in control]
+        backend.add_special_tokens(names)
+        user_defined = sorted(vocabulary.added)
+        backend.add_tokens([AddedToken(self.pieces[id], normalized=True) for id in user_defined])
 
         size = len(self.pieces)
         bos, eos = (self.keys.id(f"{name}_token_id", size) for name in ("bos", "eos"))
@@ -226,6 +235,7 @@ class _GGUFTokenizer:
             eos_ids=frozenset(id for id in ends if id is not None),
             prefix=(bos,) if adds_bos and bos is not None else (),
             suffix=(eos,) if adds_eos and eos is not None else (),
+            space_prefix=space_prefix,
         )
 
     def _pre_tokenizer_name(self) -> str:
@@ -260,13 +270,12 @@ class _GGUFTokenizer:
     def _user_defined(self) -> frozenset[int]:
         return frozenset(self._of_kind(_Kind.USER_DEFINED))
 
-    def _added_token(self, id: int, *, special: bool) -> AddedToken:
-        piece = self.pieces[id]
+    def _space_prefix(self) -> SpacePrefix:
+        names = [self.pieces[id] for id in self._of_kind(_Kind.CONTROL, _Kind.UNKNOWN)]
         # GGUF has no place for Phi-3's rule that most of its special tokens swallow the white space
         # after them (`rstrip` in its tokenizer.json).
-        is_phi3 = self.metadata.get("general.architecture") == "phi3" and self.model == "llama"
-        swallows = is_phi3 and piece not in ("<unk>", "<s>", "<|endoftext|>")
-        return AddedToken(piece, special=special, normalized=False, rstrip=swallows)
+        is_phi3 = self.metadata.get("general.architecture") == "phi3"
+        return SpacePrefix(names, set(names) - {"<unk>", "<s>", "<|endoftext|>"} if is_phi3 else ())
 
     def _listed_merges(self, ids: Mapping[str, int]) -> list[tuple[str, str]]:
         merges = []

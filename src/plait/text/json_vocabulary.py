@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from plait.errors import ModelFileError
+from plait.text.backend import read_backend
 from plait.text.vocabulary import (
     END_OF_TURN,
     MAX_TOKENS,
@@ -71,13 +70,7 @@ class _JSONTokenizer:
         self.config = config
         self.generation_config = generation_config
         self.description = _parsed(text, name)
-        try:
-            self.backend = Tokenizer.from_str(text)
-        # The package raises the bare Exception for everything it cannot read.
-        except Exception as error:
-            raise self._damaged(f"it does not describe a tokenizer ({error})") from error
-        self.backend.no_truncation()
-        self.backend.no_padding()
+        self.backend = read_backend(text, name)
         self.pieces = {id: piece for piece, id in self.backend.get_vocab(with_added_tokens=True).items()}
         self.added = self.backend.get_added_tokens_decoder()
         self._check_ids()

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import tokenizers
-
 from plait.errors import ConfigError
+from plait.text.backend import Backend
 from plait.text.gguf_vocabulary import read_gguf_tokenizer
 from plait.text.json_vocabulary import read_json_tokenizer
 from plait.text.vocabulary import TokenizerParts
@@ -51,11 +50,8 @@ class Tokenizer:
         self.strips_leading_space = parts.vocabulary.strips_leading_space
         self._vocabulary = parts.vocabulary
         self._prefix, self._suffix = parts.prefix, parts.suffix
-        self._parsing = parts.backend
-        # Whether special tokens are recognised is a setting of the backend, not of a call: two
-        # backends around one model let threads choose freely.
-        self._plain = _twin(parts.backend)
-        self._plain.encode_special_tokens = True
+        self._space_prefix = parts.space_prefix
+        self._backend = Backend(parts.backend)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
@@ -63,7 +59,7 @@ class Tokenizer:
 
         Kinds `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE with byte fallback) are read.
         Where the file asks for a space before text (`add_space_prefix`), every stretch of text
-        between special or user-defined tokens gets one.
+        before, between and after special tokens gets one.
 
         Raises:
             ModelFileError: the metadata is incomplete or inconsistent, or names an unknown kind of
@@ -103,6 +99,7 @@ class Tokenizer:
 
         Raises:
             ConfigError: `text` is not text, or holds half of a surrogate pair.
+            ModelFileError: the model's tokenizer is damaged in a way that only shows now.
         """
         return self.encode_batch([text], add_special=add_special, parse_special=parse_special)[0]
 
@@ -112,18 +109,10 @@ class Tokenizer:
         """The ids of many texts, using all cores. Same arguments and errors as `encode`."""
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise ConfigError("Only text can be encoded, and encode_batch takes a list of texts.")
-        backend = self._parsing if parse_special else self._plain
-        try:
-            if len(texts) == 1:
-                # A batch would start threads, which a process that forks later must not have.
-                encodings = [backend.encode(texts[0], add_special_tokens=False)]
-            else:
-                encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError:
-            raise _not_unicode(texts) from None
-        if not add_special:
-            return [encoding.ids for encoding in encodings]
-        return [[*self._prefix, *encoding.ids, *self._suffix] for encoding in encodings]
+        if self._space_prefix is not None:
+            texts = [self._space_prefix.apply(text, parse_special=parse_special) for text in texts]
+        batch = self._backend.encode_batch(texts, parse_special=parse_special)
+        return [[*self._prefix, *ids, *self._suffix] for ids in batch] if add_special else batch
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continues: bool = False) -> str:
         """The text of a sequence of ids.
@@ -161,31 +150,7 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as the model file writes it, such as `"<|im_end|>"`; None if there is none."""
-        return self._parsing.token_to_id(token)
+        return self._backend.id_of(token)
 
     def __repr__(self) -> str:
         return f"<Tokenizer {self.name}, {self.vocab_size} tokens>"
-
-
-def _twin(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Another backend around the same model, which is shared and not copied."""
-    twin = tokenizers.Tokenizer(backend.model)
-    # Each attribute is optional, and unset ones cannot be assigned.
-    for part in ("normalizer", "pre_tokenizer"):
-        if getattr(backend, part) is not None:
-            setattr(twin, part, getattr(backend, part))
-    added = sorted(backend.get_added_tokens_decoder().items())
-    twin.add_tokens([token for _, token in added])
-    return twin
-
-
-def _not_unicode(texts: Sequence[str]) -> ConfigError:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return ConfigError(
-                f"Character {error.start} of the text is half of a surrogate pair, which is no text in"
-                " Unicode. Decode the text from its source with errors='replace'."
-            )
-    raise AssertionError("the backend refused text that is Unicode")

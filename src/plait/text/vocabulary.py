@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import tokenizers
 
+from plait.text.spaces import SpacePrefix
+
 __all__ = [
     "END_OF_TURN",
     "MAX_TOKENS",
@@ -133,6 +135,7 @@ class TokenizerParts:
         eos_ids: tokens that end a text or a turn.
         prefix: ids put before a text that is encoded with `add_special`.
         suffix: ids put after it.
+        space_prefix: puts spaces before text, where the vocabulary expects them.
     """
 
     name: str
@@ -142,3 +145,4 @@ class TokenizerParts:
     eos_ids: frozenset[int]
     prefix: tuple[int, ...] = field(default=())
     suffix: tuple[int, ...] = field(default=())
+    space_prefix: SpacePrefix | None = None
