@@ -90,9 +90,7 @@ class _Guess(Speculator):
         if len(good) < 2:
             return Tree.root(context.tokens[-1])
         #        root -> wrong0, good0 ; good0 -> wrong1, good1 ; wrong0 -> good1
-        return Tree(
-            [context.tokens[-1], wrong[0], good[0], wrong[1], good[1], good[1]], [-1, 0, 0, 2, 2, 1]
-        )
+        return Tree([context.tokens[-1], wrong[0], good[0], wrong[1], good[1], good[1]], [-1, 0, 0, 2, 2, 1])
 
     def observe(self, tokens: Any, tree: Tree, path: Any, logits: Any) -> None:
         self.accepted += len(path) - 1
@@ -209,7 +207,9 @@ def test_generation_ends_at_the_context_with_length(make_small: Make) -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 257, 10**12])
-def test_ids_outside_the_vocabulary_are_refused_and_the_next_request_works(make_small: Make, bad: int) -> None:
+def test_ids_outside_the_vocabulary_are_refused_and_the_next_request_works(
+    make_small: Make, bad: int
+) -> None:
     lm = make_small()
     engine = lm.new_engine()
     with pytest.raises(ConfigError, match=str(bad)):

@@ -230,7 +230,7 @@ def test_text_that_is_too_long_or_short_is_refused(make_small: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"weights": "q4_O"}, UnknownNameError, "Did you mean 'q4_0'"),
+        ({"weights": "q4_O"}, UnknownNameError, "Did you mean 'q4_"),
         ({"memory": "ful"}, UnknownNameError, "Did you mean 'full'"),
         ({"memory": "full,window"}, ConfigError, "full and window"),
         ({"draft": "prompt"}, UnknownNameError, "prompt-lookup"),

@@ -7,7 +7,9 @@ import typer
 __all__ = ["app"]
 
 app = typer.Typer(
-    no_args_is_help=False, help="What Plait claims, beside what was measured on this machine.", rich_markup_mode="rich"
+    no_args_is_help=False,
+    help="What Plait claims, beside what was measured on this machine.",
+    rich_markup_mode="rich",
 )
 
 

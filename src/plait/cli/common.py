@@ -33,7 +33,11 @@ __all__ = [
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", envvar="PLAIT_MODEL", help="Alias, folder, .gguf file or hub id.", rich_help_panel="Model"
+        "--model",
+        "-m",
+        envvar="PLAIT_MODEL",
+        help="Alias, folder, .gguf file or hub id.",
+        rich_help_panel="Model",
     ),
 ]
 Weights = Annotated[

@@ -56,7 +56,9 @@ def run(
     plain: Annotated[
         bool,
         typer.Option(
-            "--plain", help="Continue the prompt as text, without the chat template.", rich_help_panel="Answer"
+            "--plain",
+            help="Continue the prompt as text, without the chat template.",
+            rich_help_panel="Answer",
         ),
     ] = False,
     weights: Weights = "fp32",
@@ -149,9 +151,7 @@ class Conversation:
     def ask(self, text: str) -> None:
         """Ask, print the answer as it comes, and remember both. Ctrl-C keeps what was said so far."""
         self.messages.append({"role": "user", "content": text})
-        answer = self.session.chat(
-            self.messages, sampling=self.sampling, max_new_tokens=self.max_new_tokens
-        )
+        answer = self.session.chat(self.messages, sampling=self.sampling, max_new_tokens=self.max_new_tokens)
         said: list[str] = []
         try:
             for piece in answer:
@@ -178,7 +178,9 @@ class Conversation:
             return "exit"
         if name == "/help":
             say("/save FILE  write the conversation as JSON\n/load FILE  go on from a saved conversation")
-            say("/undo  forget the last question and answer\n/clear  start again\n/memory  what is remembered")
+            say(
+                "/undo  forget the last question and answer\n/clear  start again\n/memory  what is remembered"
+            )
             say("/exit  end")
         elif name == "/save" and argument:
             self._save(Path(argument))

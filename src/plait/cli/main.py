@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
-import click
 import typer
 import typer.core
 
@@ -18,24 +15,37 @@ from plait.errors import PlaitError
 __all__ = ["app", "main"]
 
 
-class DefaultGroup(typer.core.TyperGroup):
-    """A group in which `plait "prompt"` means `plait run "prompt"`."""
+class Program(typer.core.TyperGroup):
+    """The group of all commands; `plait "some prompt"` means `plait run "some prompt"`.
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None and " " in args[0]:
+    Errors end in one line on stderr: exit 1 for a failure, 2 for wrong usage, 130 when interrupted.
+    """
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and " " in args[0] and self.get_command(ctx, args[0]) is None:
             args = ["run", *args]
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(130) from None
+        except PlaitError as error:
+            say(f"error: {error}")
+            raise typer.Exit(1) from None
+
 
 app = typer.Typer(
-    cls=DefaultGroup,
+    cls=Program,
     name="plait",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Efficient sequence models on your own machine. A prompt alone runs it: plait \"Why is the sky blue?\"",
+    help='Efficient sequence models on your own machine. A prompt alone runs it: plait "Why is the sky blue?"',
 )
 
 
@@ -47,7 +57,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     return None
 
@@ -62,22 +74,6 @@ app.command("methods")(methods.methods)
 app.add_typer(claims.app, name="claims")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the program and exit: 0 success, 1 failure, 2 wrong usage, 130 interrupted."""
-    try:
-        app(args=arguments, standalone_mode=False)
-    except click.UsageError as error:
-        error.show()
-        sys.exit(2)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        say("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output has gone; nothing is left to say, also when Python closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except PlaitError as error:
-        say(f"error: {error}")
-        sys.exit(1)
+def main() -> None:
+    """Run the program on the arguments of this process, and exit."""
+    app(prog_name="plait")

@@ -31,7 +31,13 @@ def methods(
     from plait.nn.config import MIXERS
     from plait.weights import FORMATS
 
-    axes = {"codecs": CODECS, "policies": POLICIES, "weights": FORMATS, "drafts": SPECULATORS, "mixers": MIXERS}
+    axes = {
+        "codecs": CODECS,
+        "policies": POLICIES,
+        "weights": FORMATS,
+        "drafts": SPECULATORS,
+        "mixers": MIXERS,
+    }
     if axis is not None and axis not in axes:
         raise UnknownNameError(f"Unknown axis {axis!r}.{suggestion(axis, axes)} Known: {', '.join(axes)}.")
     listing = [

@@ -55,7 +55,9 @@ def models(json_output: Json = False) -> None:
     width = max(len(str(row["name"])) for row in rows)
     for row in rows:
         here = "here" if row["here"] else "    "
-        typer.echo(f"{row['name']:<{width}}  {here}  {int(str(row['bytes'])) / 1e6:7.0f} MB  {row['description']}")
+        typer.echo(
+            f"{row['name']:<{width}}  {here}  {int(str(row['bytes'])) / 1e6:7.0f} MB  {row['description']}"
+        )
 
 
 def info(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -143,7 +143,7 @@ class LanguageModel:
         """Answer a conversation; options are those of `generate`."""
         return self._finish([self.request(self.encode_chat(messages), **options)])[0]
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Piece]:
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Generator[Piece, None, None]:
         """Continue a prompt (text or ids), yielding text as it is generated.
 
         Closing the iterator cancels the generation.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from plait.engine.request import Generation, Piece
@@ -85,13 +85,13 @@ class Session:
         assert self.last is not None
         return self.last
 
-    def stream(self, text: str = "", **options: Any) -> Iterator[Piece]:
+    def stream(self, text: str = "", **options: Any) -> Generator[Piece, None, None]:
         """As `generate`, yielding text as it comes; `last` holds the result. Closing cancels."""
         if text:
             self.read(text)
         yield from self._continue(**options)
 
-    def chat(self, messages: str | Sequence[Message], **options: Any) -> Iterator[Piece]:
+    def chat(self, messages: str | Sequence[Message], **options: Any) -> Generator[Piece, None, None]:
         """Answer a conversation, reusing what its beginning shares with this session."""
         self.follow(self.lm.encode_chat(messages))
         yield from self._continue(**options)
@@ -122,7 +122,7 @@ class Session:
         self.tokens = []
         self.past = self.lm.model.new_past(self.lm.plan)
 
-    def _continue(self, **options: Any) -> Iterator[Piece]:
+    def _continue(self, **options: Any) -> Generator[Piece, None, None]:
         self._check_open()
         engine = self.lm.new_engine()
         sequence = engine.submit(self.lm.request(list(self.tokens), **options), self.past)
