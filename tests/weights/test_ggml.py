@@ -158,7 +158,7 @@ def test_unpacking_rows_equals_rows_of_the_unpacked_matrix(name: str, data: st.D
 def test_permuted_rows_are_the_same_rows_still_packed(name: str) -> None:
     matrix = Blocks(finite_blocks(name, 8, 2), name)
     index = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])
-    permuted = matrix.rows_permuted(index)
+    permuted = matrix.select(index)
     assert torch.equal(permuted.unpack(), matrix.unpack()[index])
     assert (permuted.shape, permuted.format, permuted.nbytes()) == (matrix.shape, name, matrix.nbytes())
 

@@ -137,13 +137,13 @@ class Blocks(Packed):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def rows_permuted(self, index: Tensor) -> Blocks:
-        """A new matrix whose row i is row `index[i]` of this one; nothing is decoded.
+    def select(self, rows: Tensor) -> Blocks:
+        """A new matrix whose row i is row `rows[i]` of this one; nothing is decoded.
 
         Args:
-            index: int64, (rows of the new matrix,), each in [0, O).
+            rows: int64, (rows of the new matrix,), each in [0, O).
         """
-        return Blocks(self.blocks[index], self.format)
+        return Blocks(self.blocks[rows], self.format)
 
 
 # Decoding. Every decoder keeps one order of operations (scale times code, then the minimum), because
