@@ -1,5 +1,3 @@
-"""One claim a file."""
+"""The claims, one a file; every module here holds a `CLAIM`."""
 
 from __future__ import annotations
-
-__all__: list[str] = []
