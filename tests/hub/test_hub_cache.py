@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from index_server import IndexServer, Pinned, cut, pin_alias
+from index_server import IndexServer, Publish, cut, pin_alias
 
 from plait.errors import ConfigError, DownloadError, UnknownNameError
 from plait.hub import ALIASES, CachedModel, cache_dir, cached_models, pull, remove, resolve
@@ -17,7 +16,6 @@ from plait.hub.cache import hub_path, part_folder
 from plait.hub.names import HubId, parse_hub_id
 
 MODEL = bytes(range(256)) * 4
-Publish = Callable[[Pinned], Pinned]
 
 
 # Names

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from index_server import IndexServer, Pinned, cut, pin_alias, write_static_index
+from index_server import IndexServer, Pinned, Publish, cut, pin_alias, write_static_index
 
 import plait
 from plait.errors import CapacityError, DownloadError
 from plait.hub import files, resolve
 
 MODEL = bytes(range(256)) * 40
-Publish = Callable[[Pinned], Pinned]
 
 
 def start_child(tmp_path: Path, pinned: Pinned, *arguments: str) -> subprocess.Popen[str]:
