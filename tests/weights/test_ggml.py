@@ -73,8 +73,9 @@ def test_decoding_in_chunks_changes_no_bit(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
-def test_blocks_may_start_at_an_odd_address_and_be_strided(name: str) -> None:
-    blocks = random_blocks(name, 6, 3)
+@pytest.mark.parametrize("shape", [(1, 1), (6, 3)])
+def test_blocks_may_start_at_an_odd_address_and_be_strided(name: str, shape: tuple[int, int]) -> None:
+    blocks = random_blocks(name, *shape)
     shifted = torch.cat([blocks.new_zeros(1), blocks.flatten()])[1:].view(blocks.shape)
     assert_same_bits(dequantize(shifted, name), oracle(blocks, name))
     assert_same_bits(dequantize(blocks[::2], name), oracle(blocks[::2].contiguous(), name))
@@ -91,7 +92,8 @@ def test_packed_weights_equal_the_gguf_package_bit_for_bit(
     # Blocks of zeros, of one value, of ties between magnitudes, and of halves that must be rounded.
     weight[3], weight[4], weight[5] = 0, -0.25, torch.tensor([1.0, -1.0] * 48)
     weight[6] = torch.arange(96) % 17 - 8
-    weight[7] = torch.arange(96) % 32 / 2
+    weight[7] = torch.arange(96) % 32 - 16.5
+    weight[7, ::32] = 127
     weight[8, 32:64] = 0
     before = weight.clone()
     packed = FORMATS.parse(name).pack(weight)
