@@ -37,10 +37,10 @@ __all__ = [
 SCALINGS = Axis("rotary scaling")
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# Far above any model's, and low enough that no product of them leaves the range of a float.
-Factor = Annotated[float, Field(gt=0, le=1e6)]
+# Far beyond any model's, and close enough to 1 that no product of them leaves the range of fp32.
+Factor = Annotated[float, Field(ge=1e-6, le=1e6)]
 Positions = Annotated[int, Field(ge=1, le=1 << 40)]
-Factors = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Factors = Annotated[tuple[Factor, ...], Field(min_length=1)]
 
 
 class RopeScaling(Spec, axis=SCALINGS):
@@ -66,7 +66,7 @@ class RopeConfig(Spec):
             rounding of Hugging Face Transformers, which shows from about a thousand tokens on.
     """
 
-    theta: Annotated[float, Field(gt=0, le=1e18)] = 10000.0
+    theta: Annotated[float, Field(ge=1e-3, le=1e18)] = 10000.0
     dim: Annotated[int, Field(ge=2, multiple_of=2)]
     scaling: RopeScaling | None = None
     angles: Literal["fp64", "fp32"] = "fp64"
