@@ -33,7 +33,7 @@ __all__ = [
     "dequantize",
 ]
 
-# Weights decoded at a time: temporaries stay near 20 MB, yet threads seldom wait for each other.
+# Weights decoded at a time: temporaries stay below 32 MB, yet threads seldom wait for each other.
 _DECODE_CHUNK = 1 << 22
 # Weights of a matrix that are dense at once while it is multiplied: 64 MB in fp32.
 _MATMUL_CHUNK = 1 << 24
