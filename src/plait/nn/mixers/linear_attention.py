@@ -131,7 +131,7 @@ def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
     x = x * dim**-0.25
     rows, columns = torch.triu_indices(dim, dim, device=x.device)
     # Of the symmetric products only one half is kept; the others, off the diagonal, count twice.
-    weight = torch.where(rows == columns, math.sqrt(0.5), 1.0).to(x.dtype)
+    weight = torch.where(rows == columns, x.new_tensor(math.sqrt(0.5)), x.new_tensor(1.0))
     return torch.cat([torch.ones_like(x[..., :1]), x, x[..., rows] * x[..., columns] * weight], dim=-1)
 
 
