@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_methods import both, first_and_last
-from memory_oracle import GROUPED, TokenTable, assert_equal_to, ids_of, new_memory, refusal, within
+from memory_oracle import (
+    GROUPED,
+    TokenTable,
+    assert_equal_to,
+    ids_of,
+    new_memory,
+    random_tree,
+    refusal,
+    within,
+)
 
 from plait.errors import ConfigError
 from plait.memory import Memory, allocated_bytes
@@ -51,6 +60,22 @@ def test_any_chunking_equals_a_dense_mask(
         patch.undo()
     wanted = TABLE.answer([], ids, sees=both(first_and_last(size, sinks), within(window)))
     assert_equal_to(torch.cat(outs), wanted)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("window", [None, 2])
+def test_drafts_deeper_than_the_window_at_the_very_beginning(size: int, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(size)
+    sees = [both(first_and_last(size, sinks), within(window)) for sinks in range(8)]
+    for sinks in range(8):
+        for past in range(5):
+            tree = random_tree(9, generator)
+            memory = new_memory(spec=f"window:size={size},sinks={sinks}", window=window)
+            ids, draft = ids_of(past), ids_of(9, seed=1)
+            if past:
+                TABLE.write(memory, ids)
+            given_ = memory.attend(*TABLE.rows(draft), mask=tree)
+            assert_equal_to(given_, TABLE.answer(ids, draft, parents=tree.parents, sees=sees[sinks]))
 
 
 def test_what_is_dropped_was_out_of_sight_at_full_size() -> None:
