@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,7 @@ def test_special_tokens_are_parsed_on_request(tokenizer: Tokenizer) -> None:
 
 def test_user_defined_tokens_are_always_matched_and_stand_for_their_text(tokenizer: Tokenizer) -> None:
     tag = tokenizer.id_of("<tag>")
+    assert tag is not None
     assert tokenizer.encode("hello<tag>hello").count(tag) == 1
     assert tokenizer.decode(tokenizer.encode("a <tag>b")) == "a <tag>b"
     assert tokenizer.token_bytes(tag) == b"<tag>"
@@ -170,3 +173,17 @@ def test_names(tokenizer: Tokenizer) -> None:
     assert tokenizer.name in ("byte-level BPE (gpt-2)", "SentencePiece BPE")
     assert repr(tokenizer) == f"<Tokenizer {tokenizer.name}, {tokenizer.vocab_size} tokens>"
     assert tokenizer.id_of("no such token") is None
+
+
+@pytest.mark.model
+def test_making_a_tokenizer_and_encoding_are_quick(
+    smollm2_metadata: Mapping[str, Any], gemma3_metadata: Mapping[str, Any]
+) -> None:
+    # Seconds of CPU time, twice what is promised, because machines differ.
+    for metadata, allowed in ((smollm2_metadata, 1.0), (gemma3_metadata, 6.0)):
+        start = time.process_time()
+        tokenizer = Tokenizer.from_gguf(metadata)
+        assert time.process_time() - start < allowed
+        start = time.process_time()
+        tokenizer.encode_batch(mixed_lines())
+        assert time.process_time() - start < 10

@@ -51,7 +51,8 @@ def test_facts_come_from_the_configurations() -> None:
     several = Tokenizer.from_json(description, generation_config={"eos_token_id": [3, 4], "bos_token_id": 5})
     assert several.eos_ids == {3, 4, several.id_of("<|im_end|>")}
     assert several.bos_id == 5
-    assert Tokenizer.from_json(description).bos_id is None
+    nothing = {"eos_token_id": None, "bos_token": None}
+    assert Tokenizer.from_json(description, config=nothing, generation_config=nothing).bos_id is None
 
 
 def test_the_template_is_followed_unless_the_configuration_says_otherwise() -> None:
