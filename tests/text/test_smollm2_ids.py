@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,12 +42,14 @@ def _ids(backend: tokenizers.Tokenizer, lines: list[str], *, parse_special: bool
     return [encoding.ids for encoding in backend.encode_batch(lines, add_special_tokens=False)]
 
 
-def _has_numerals_that_transformers_joins(line: str) -> bool:
+def _transformers_differs(line: str) -> bool:
     """Its converter leaves out the step that sets digits apart.
 
-    No token joins two ASCII digits, so this shows only for other numerals, which are several bytes.
+    No token joins two ASCII digits, so this shows only for other numerals, which are several bytes,
+    and for white space before a digit: without the step, its last space belongs to the number.
     """
-    return any(unicodedata.category(c) in ("Nd", "Nl", "No") and not c.isascii() for c in line)
+    numerals = [c for c in line if unicodedata.category(c) in ("Nd", "Nl", "No")]
+    return not all(c.isascii() for c in numerals) or re.search(r"\s\s[0-9]", line) is not None
 
 
 def test_plain_ids_equal_the_published_definition(
@@ -61,7 +64,7 @@ def test_plain_ids_equal_the_published_definition(
 def test_ids_equal_transformers(
     smollm2_tokenizer: Tokenizer, hugging_face: tokenizers.Tokenizer, parse_special: bool
 ) -> None:
-    lines = [line for line in mixed_lines() if not _has_numerals_that_transformers_joins(line)]
+    lines = [line for line in mixed_lines() if not _transformers_differs(line)]
     assert len(lines) > 8_500
     ours = smollm2_tokenizer.encode_batch(lines, parse_special=parse_special)
     assert ours == _ids(hugging_face, lines, parse_special=parse_special)
