@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from plait.ops.attention import partial_attention
 from plait.ops.masks import Causal, Everything, Mask, Tree, View
 from plait.ops.partial import Partial, empty_partial, merge, merge_all
-from plait.ops.reference import layer_norm, linear, partial_attention, rms_norm
+from plait.ops.reference import layer_norm, linear, rms_norm
 from plait.ops.rope import Angles, Rope, rotate
 
 __all__ = [
