@@ -51,9 +51,7 @@ class Contestant:
         MeasurementError: its process could not load the model, or died later.
     """
 
-    def __init__(
-        self, name: str, side: str, threads: int, environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, name: str, side: str, threads: int, environment: dict[str, str] | None = None) -> None:
         self.name = name
         # A pipe would block a side that says much; a file does not.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -119,29 +117,29 @@ def decode_contest(
     Raises:
         MeasurementError: two sides disagree on a token, or a side's process died.
     """
-    contestants = [("plait", "plait", {})]
+    contestants: list[tuple[str, str, dict[str, str]]] = [("plait", "plait", {})]
     if native_is_on():
         contestants.append(("plait_torch", "plait", {"PLAIT_NATIVE": "0"}))
     contestants.append(("transformers", "transformers", {}))
     samples: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        sides = []
+        sides: list[Contestant] = []
+        weight_bytes: dict[str, int] = {}
         for name, side, environment in contestants:
             yield f"loading {name.replace('_', ' ')}"
             sides.append(stack.enter_context(Contestant(name, side, threads, environment)))
             # One after the other: the memory for reading a model is needed once only.
-            weight_bytes = sides[-1].wait_until_ready()
+            weight_bytes[name] = sides[-1].wait_until_ready()
         for number in range(rounds + 1):
             for race in races:
                 label = f"round {number} of {rounds}" if number else "warm-up"
                 yield f"{race.name.replace('_', ' ')}, {label}"
-                answers = {side.name: side.run(race) for side in sides}
+                # The order changes from round to round, so that going first helps nobody.
+                answers = {side.name: side.run(race) for side in sides[:: 1 if number % 2 else -1]}
                 _check_equal(race, {name: answer["tokens"] for name, answer in answers.items()})
                 if number:
                     _note(samples, race, answers, weight_bytes)
-    quantities = {
-        name: Quantity.median(values, _unit(name)) for name, values in samples.items()
-    }
+    quantities = {name: Quantity.median(values, _unit(name)) for name, values in samples.items()}
     quantities["memory_bandwidth"] = Quantity(memory_bandwidth() / 1e9, "GB/s")
     return quantities
 
@@ -151,7 +149,9 @@ def _check_equal(race: Race, tokens: dict[str, list[list[int]]]) -> None:
     for name, other in others:
         for number, (a, b) in enumerate(zip(first, other, strict=True)):
             if a != b:
-                place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+                place = next(
+                    (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+                )
                 raise MeasurementError(
                     f"{race.name}: {first_name} and {name} differ from new token {place} of prompt {number} on, so "
                     "no speed is reported."
@@ -159,7 +159,10 @@ def _check_equal(race: Race, tokens: dict[str, list[list[int]]]) -> None:
 
 
 def _note(
-    samples: dict[str, list[float]], race: Race, answers: dict[str, dict[str, Any]], weight_bytes: int
+    samples: dict[str, list[float]],
+    race: Race,
+    answers: dict[str, dict[str, Any]],
+    weight_bytes: dict[str, int],
 ) -> None:
     """Add one round's speeds, and its ratios, to the samples."""
     speeds = {
@@ -172,7 +175,7 @@ def _note(
     for name, answer in answers.items():
         for kind, speed in speeds[name].items():
             samples.setdefault(f"{race.name}_{kind}_{name}", []).append(speed)
-        read = weight_bytes * answer["decode_steps"] / answer["decode_seconds"] / 1e9
+        read = weight_bytes[name] * answer["decode_steps"] / answer["decode_seconds"] / 1e9
         samples.setdefault(f"{race.name}_weights_read_{name}", []).append(read)
         if name != "transformers":
             for kind, speed in speeds[name].items():

@@ -66,23 +66,25 @@ def main(side_name: str, threads: str) -> None:
     side = {"plait": _plait, "transformers": _transformers}[side_name]()
     _say({"weight_bytes": side.weight_bytes})
     for line in sys.stdin:
-        task = json.loads(line)
-        marks: list[tuple[float, list[int]]] = []
-        start = time.perf_counter()
-        tokens = side.generate(
-            task["prompts"], task["max_new_tokens"], lambda counts: marks.append((time.perf_counter(), counts))
-        )
-        seconds = time.perf_counter() - start
-        decode_seconds, decode_tokens, decode_steps = decode_window(marks)
-        _say(
-            {
-                "tokens": tokens,
-                "seconds": seconds,
-                "decode_seconds": decode_seconds,
-                "decode_tokens": decode_tokens,
-                "decode_steps": decode_steps,
-            }
-        )
+        _say(_timed(side, **json.loads(line)))
+
+
+def _timed(side: Side, prompts: list[list[int]], max_new_tokens: int) -> dict[str, Any]:
+    """One task's answer: the tokens, and how long they took."""
+    marks: list[tuple[float, list[int]]] = []
+    start = time.perf_counter()
+    tokens = side.generate(
+        prompts, max_new_tokens, lambda counts: marks.append((time.perf_counter(), counts))
+    )
+    seconds = time.perf_counter() - start
+    decode_seconds, decode_tokens, decode_steps = decode_window(marks)
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "decode_seconds": decode_seconds,
+        "decode_tokens": decode_tokens,
+        "decode_steps": decode_steps,
+    }
 
 
 def _say(answer: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +23,12 @@ NEEDS = ("transformers", "gguf", "accelerate")
 def load_peer(gguf: Path) -> Any:
     """The model of a GGUF file as Transformers reads it, dequantised to fp32, with its default attention."""
     import torch
-    import transformers
 
+    transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()
     # Its progress bars cannot all be switched off; ours says what is going on.
     with contextlib.redirect_stderr(io.StringIO()):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
         ).eval()
     for name, parameter in model.named_parameters():
@@ -55,7 +56,8 @@ def by_plait(
     """
     engine = lm.new_engine()
     sequences = [
-        engine.submit(lm.request(prompt, max_new_tokens=max_new_tokens, ignore_end=True)) for prompt in prompts
+        engine.submit(lm.request(prompt, max_new_tokens=max_new_tokens, ignore_end=True))
+        for prompt in prompts
     ]
     while not engine.is_idle:
         engine.step()
@@ -75,11 +77,11 @@ def by_peer(
         peer: from `load_peer`; the others as in `by_plait`.
     """
     import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
 
+    transformers: Any = importlib.import_module("transformers")
     longest = max(len(prompt) for prompt in prompts)
 
-    class Watch(StoppingCriteria):  # type: ignore[misc]
+    class Watch(transformers.StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
             on_step([input_ids.shape[1] - longest] * len(prompts))
             return torch.zeros(len(prompts), dtype=torch.bool)
@@ -92,7 +94,7 @@ def by_peer(
             attention_mask=mask,
             do_sample=False,
             max_new_tokens=max_new_tokens,
-            stopping_criteria=StoppingCriteriaList([Watch()]),
+            stopping_criteria=transformers.StoppingCriteriaList([Watch()]),
         )
     tokens: list[list[int]] = answer[:, longest:].tolist()
     return tokens

@@ -45,13 +45,14 @@ def _measure(run: Run) -> Measurements:
     state = peer.state_dict()
     head = state["lm_head.weight"].double()
     lengths = run.pick((20, 50, 100, 200, 500, 1000, 2000), (20, 60))
-    ours, theirs, difference = _Errors(), _Errors(), 0.0
+    ours, theirs = _Errors(), _Errors()
+    differences: list[float] = []
     with torch.inference_mode():
         for tokens in token_runs(exact_angles.tokenizer, lengths):
             yield f"{len(tokens)} tokens"
             peer_logits = peer(torch.tensor([tokens])).logits[0]
             like_peer = _logits(usual_angles, tokens)
-            difference = max(difference, float((like_peer - peer_logits).abs().max()))
+            differences.extend((like_peer - peer_logits).abs().amax(dim=1).tolist())
             logits = _logits(exact_angles, tokens)
             exact_hidden = hidden_rows(state, peer.config, tokens)
             for low in range(0, len(tokens), _ROWS_AT_ONCE):
@@ -61,25 +62,26 @@ def _measure(run: Run) -> Measurements:
                 theirs.add(peer_logits[rows] - exact)
     positions = sum(lengths)
     return {
-        "max_difference": Quantity(difference, "", samples=positions),
+        "max_difference": Quantity.largest(differences, ""),
         "error": Quantity(ours.mean, "", samples=positions),
         "error_of_transformers": Quantity(theirs.mean, "", samples=positions),
         "error_ratio": Quantity(ours.mean / theirs.mean, ""),
-        "max_error": Quantity(ours.largest, "", samples=positions),
-        "max_error_of_transformers": Quantity(theirs.largest, "", samples=positions),
+        "max_error": Quantity.largest(ours.largest, ""),
+        "max_error_of_transformers": Quantity.largest(theirs.largest, ""),
     }
 
 
 class _Errors:
-    """Root mean square and largest magnitude of errors that come in blocks."""
+    """Root mean square and largest magnitude of errors that come in blocks of rows."""
 
     def __init__(self) -> None:
-        self.squares, self.count, self.largest = 0.0, 0, 0.0
+        self.squares, self.count = 0.0, 0
+        self.largest: list[float] = []
 
     def add(self, errors: Tensor) -> None:
         self.squares += float(errors.square().sum())
         self.count += errors.numel()
-        self.largest = max(self.largest, float(errors.abs().max()))
+        self.largest.extend(errors.abs().amax(dim=1).tolist())
 
     @property
     def mean(self) -> float:
