@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from plait.errors import ConfigError, TemplateError
+from plait.errors import ConfigError, ModelFileError, TemplateError
 from plait.text import ChatTemplate, Tokenizer
 
 _VARIABLES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -110,6 +111,20 @@ def test_variables_and_special_tokens_reach_the_template() -> None:
     assert template.render(CONVERSATIONS["one"]) == "BE"
     assert template.render(CONVERSATIONS["one"], mood="!", eos_token="e") == "Be!"
     assert ChatTemplate.from_config(config, "own").render(CONVERSATIONS["one"]) == "own"
+
+
+def test_templates_in_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no chat template"):
+        ChatTemplate.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"chat_template": "old {{ bos_token }}", "bos_token": "B"}'
+    )
+    assert ChatTemplate.from_folder(tmp_path).render(CONVERSATIONS["one"]) == "old B"
+    (tmp_path / "chat_template.jinja").write_text("né {{ bos_token }}", encoding="utf-8")
+    assert ChatTemplate.from_folder(tmp_path).render(CONVERSATIONS["one"]) == "né B"
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ModelFileError, match="not JSON"):
+        ChatTemplate.from_folder(tmp_path)
 
 
 def test_a_template_of_its_own_for_tools() -> None:
