@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 from collections.abc import Callable
@@ -120,7 +121,8 @@ def test_a_result_states_the_machine_it_was_measured_on() -> None:
     assert machine.processor
     assert machine.cores >= 1
     assert machine.threads >= 1
-    assert "torch" in machine.packages
+    assert machine.packages["torch"] == importlib.metadata.version("torch")
+    assert "transformers" in machine.packages
     assert all(str(fact) in str(machine) for fact in (machine.processor, machine.python, machine.system))
 
 
