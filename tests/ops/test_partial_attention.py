@@ -216,3 +216,13 @@ def test_gradients_are_finite_where_a_query_sees_nothing() -> None:
         assert tensor.grad.isfinite().all()
     assert tensors[0].grad is not None
     assert (tensors[0].grad[:2] == 0).all()
+
+
+@pytest.mark.parametrize("first_key", [0, 1, 5, 11, 12])
+@pytest.mark.parametrize("num_keys", [1, 3, 11, 12, 20])
+def test_a_strand_may_begin_among_the_queries(first_key: int, num_keys: int) -> None:
+    q, keys, values = inputs(12, num_keys, 4, 2, 8, 8)
+    given = partial_attention(q, keys, values, scale=0.5, mask=Causal(), first_key=first_key)
+    table = torch.arange(12)[:, None] >= first_key + torch.arange(num_keys)[None, :]
+    expected = brute_force(q, keys, values, scale=0.5, visible=table)
+    assert_partials_close(given, expected)

@@ -44,7 +44,7 @@ def fused_attention(
     if visible is None:
         return _unmasked(q, keys[:, low:high], values[:, low:high], scale)
     num_past = num_keys - num_queries
-    if type(mask) is not Causal or low > 0 or first_query - first_key != num_past:
+    if type(mask) is not Causal or num_past < 0 or low > 0 or first_query - first_key != num_past:
         return None
     if window is not None and window < num_keys:
         return None
