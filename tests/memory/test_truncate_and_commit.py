@@ -197,6 +197,10 @@ def test_a_draft_tree_is_alone_among_pending_rows() -> None:
     with pytest.raises(ConfigError, match="next to the 1 rows that are pending"):
         memory.attend(*table.rows(DRAFT), mask=TREE)
     assert (len(memory), memory.pending) == (24, 1)
+    _, k, v = table.rows([1])
+    with pytest.raises(ConfigError, match="A draft tree must be the only pending rows"):
+        memory.append(k, v, Tree([-1]))
+    assert (len(memory), memory.pending) == (24, 1)
 
 
 def test_a_draft_tree_cannot_be_cut() -> None:

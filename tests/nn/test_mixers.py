@@ -34,6 +34,7 @@ from plait.nn.mixers.linear_attention import (
     step,
 )
 from plait.nn.rotary import RopeConfig
+from plait.weights import Linear
 
 WIDTH = 24
 # Sums of float64 products over a thousand tokens.
@@ -224,6 +225,39 @@ def test_queries_without_a_feature_answer_zero() -> None:
     assert isinstance(mixer, LinearAttention)
     mixed = mixer._finished(torch.zeros(1, 3, 5), torch.zeros(3, WIDTH))
     assert torch.equal(mixed, torch.zeros(3, 4))
+
+
+@every_linear
+def test_a_layer_equals_its_formulas_in_float64(config: LinearAttentionConfig) -> None:
+    mixer, x = built(config), torch.randn(20, WIDTH)
+    assert isinstance(mixer, LinearAttention)
+    heads, size = config.num_heads, config.head_dim
+    key_size = config.key_dim or size
+
+    def project(linear: Linear | None, start: int, stop: int) -> Tensor:
+        assert linear is not None
+        return (x.double() @ linear.weight.unpack()[start:stop].double().T).view(20, heads, -1)
+
+    split = heads * key_size
+    q, k = project(mixer.qkv, 0, split), project(mixer.qkv, split, 2 * split)
+    v = project(mixer.qkv, 2 * split, 2 * split + heads * size)
+    q, k = features(q, config.feature_map), features(k, config.feature_map)
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    mixed = torch.zeros(20, heads, size, dtype=torch.float64)
+    for head in range(heads):
+        decay = config.log_decay()[head].double().exp() ** distance.clamp(min=0)
+        weights = (q[:, head] @ k[:, head].T) * decay * (distance >= 0)
+        if config.normaliser == "sum":
+            weights = weights / (weights.sum(1, keepdim=True) + 1e-6)
+        mixed[:, head] = weights @ v[:, head]
+    if config.normaliser == "rms":
+        mixed = mixed / (mixed.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    if config.gate != "none":
+        gate = project(mixer.gate, 0, heads * size)
+        mixed = mixed * gate.sigmoid() * (gate if config.gate == "silu" else 1)
+    wanted = mixed.reshape(20, -1) @ mixer.output.weight.unpack().double().T
+    given_ = mixer(x, Rows([(20, 0)])).double()
+    torch.testing.assert_close(given_, wanted, atol=MODEL_TOLERANCE, rtol=MODEL_TOLERANCE)
 
 
 def test_decays_are_those_of_the_papers() -> None:

@@ -236,8 +236,6 @@ class LinearAttention(Mixer):
         h, d, v = self.config.num_heads, self.key_dim, self.config.head_dim
         parts = self.qkv(x).split([h * d, h * d, h * v], dim=-1)
         q, k, values = (part.unflatten(1, (h, -1)).transpose(0, 1) for part in parts)
-        if self.config.feature_map in ("silu", "identity"):
-            q = q * d**-0.5
         if self.config.normaliser == "sum":
             values = F.pad(values, (0, 1), value=1.0)
         return Tokens(features(q, self.config.feature_map), features(k, self.config.feature_map), values)
