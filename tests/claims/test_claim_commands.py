@@ -218,3 +218,34 @@ def test_ctrl_c_leaves_the_old_result_whole_and_exits_130(tmp_path: Path) -> Non
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == [store.path("fast")]
     assert store.path("fast").read_bytes() == old
+
+
+ON_A_TERMINAL = """
+import sys
+sys.path.insert(0, {here!r})
+from small_claims import CLAIMS, only
+from plait.cli.main import main
+
+sys.argv = ["plait", "claims", "run", "fast", "--quick"]
+with only(CLAIMS):
+    main()
+"""
+
+
+def test_progress_on_a_terminal_is_one_line_that_is_wiped_at_the_end() -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    child = subprocess.run(
+        [sys.executable, "-c", ON_A_TERMINAL.format(here=str(Path(__file__).parent))],
+        stderr=theirs,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    wipe = "\r\x1b[2K"
+    assert shown.startswith(f"{wipe}fast{wipe}fast: half way{wipe}Quick runs")
+    assert child.stdout.startswith("fast: holds (quick run)")
