@@ -127,6 +127,15 @@ def test_a_shared_strand_is_not_copied_while_it_is_in_sight() -> None:
     assert allocated_bytes(held) <= 1.3 * 600 * TOKEN_BYTES + 5 * 32 * TOKEN_BYTES
 
 
+def test_first_tokens_do_not_keep_a_shared_strand_allocated() -> None:
+    memory = new_memory(spec="window:size=800,sinks=4")
+    fill(memory, 1000, 100)
+    twin = memory.fork()
+    assert twin.nbytes() >= 1000 * TOKEN_BYTES
+    fill(twin, 3000, 50)
+    assert twin.nbytes() <= 1.25 * (800 + 4 + 2 * 256) * TOKEN_BYTES
+
+
 def test_a_narrow_model_drops_what_it_cannot_see() -> None:
     memory = new_memory(spec="window:size=4000", window=100)
     assert fill(memory, 3000, 10) <= 1.25 * (100 + 4 + 2 * 256) * TOKEN_BYTES
