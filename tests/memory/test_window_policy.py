@@ -19,7 +19,7 @@ from memory_oracle import (
 )
 
 from plait.errors import ConfigError
-from plait.memory import Memory, allocated_bytes
+from plait.memory import FrozenStrand, Memory, allocated_bytes
 from plait.memory.policies import window as window_policy
 
 TABLE = TokenTable(GROUPED)
@@ -125,6 +125,20 @@ def test_a_shared_strand_is_not_copied_while_it_is_in_sight() -> None:
         fill(twin, 20, 1)
     held = [strand for one in (memory, *twins) for strand in one.held()]
     assert allocated_bytes(held) <= 1.3 * 600 * TOKEN_BYTES + 5 * 32 * TOKEN_BYTES
+
+
+def test_tokens_are_copied_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, plain = [], FrozenStrand.copied
+
+    def counted(strand: FrozenStrand) -> FrozenStrand:
+        copies.append(len(strand))
+        return plain(strand)
+
+    monkeypatch.setattr(FrozenStrand, "copied", counted)
+    fill(new_memory(spec="window:size=100,sinks=4"), 3000, 1)
+    # Once for each 256 tokens: those that are kept, and the first ones.
+    assert 10 <= len([length for length in copies if length > 4]) <= 3000 // 256
+    assert len(copies) <= 2 * (3000 // 256)
 
 
 def test_first_tokens_do_not_keep_a_shared_strand_allocated() -> None:
