@@ -54,15 +54,16 @@ def fused_attention(
     return merge(_unmasked(q, keys[:, :num_past], values[:, :num_past], scale), own)
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _is_plain(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    wants_gradient = torch.is_grad_enabled() and (
+        q.requires_grad or keys.requires_grad or values.requires_grad
+    )
     return (
         not wants_gradient
-        and all(
-            tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.stride(-1) == 1
-            for tensor in tensors
-        )
-        and tensors[0].shape[-1] == tensors[2].shape[-1]
+        and q.dtype == keys.dtype == values.dtype == torch.float32
+        and q.is_cpu
+        and q.shape[-1] == values.shape[-1]
+        and q.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
     )
 
 
@@ -71,6 +72,9 @@ def _unmasked(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Partial:
     num_queries, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[0]
     group = num_heads // num_kv_heads
+    if num_queries == 1:
+        out, lse = _kernel(q.view(1, num_kv_heads, group, head_dim), keys[None], values[None], scale=scale)
+        return Partial(out.reshape(1, num_heads, head_dim), lse.reshape(1, num_heads))
     q_GMD = q.view(num_queries, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     q_GMD = q_GMD.reshape(1, num_kv_heads, group * num_queries, head_dim)
     out, lse = _kernel(q_GMD, keys[None], values[None], scale=scale)

@@ -30,7 +30,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`x / sqrt(mean(x^2) + epsilon) * weight` over the last axis."""
-    return F.rms_norm(x, weight.shape, weight, epsilon)
+    # torch's own rms_norm takes three times as long on a CPU for the few rows of a decoding step.
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon) * weight
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
