@@ -13,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import CASES, at_once, make, random_ids
+from tiny_models import CASES, at_once, configuration, make, random_ids
+from transformers import AutoConfig
 
-from plait.errors import ModelFileError
-from plait.nn import Transformer, describe, load_transformer
+from plait.errors import ConfigError, ModelFileError
+from plait.nn import Transformer, TransformerConfig, describe, load_transformer
 from plait.nn.checkpoints.safetensors import SafetensorsCheckpoint
+from plait.nn.families import FAMILIES, Settings
 from plait.nn.mixers import AttentionConfig
 from plait.weights.ggml import FP32
 
@@ -195,6 +197,56 @@ def test_any_missing_setting_ends_in_a_model_or_one_error(
     missing = data.draw(st.sets(st.sampled_from(sorted(original)), min_size=1, max_size=4))
     result = load_or_refuse(folders[name], {k: v for k, v in original.items() if k not in missing})
     assert isinstance(result, Transformer) or str(folders[name]) in str(result)
+
+
+# Sizes, which the tensors confirm; without most of them there is no model, and nothing is guessed.
+SIZES = {
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "n_embd", "n_layer", "n_head", "ffn_dim",
+}  # fmt: skip
+
+
+def read(settings: dict[str, Any]) -> TransformerConfig | None:
+    """The model that a `config.json` describes; None if its settings contradict each other."""
+    (family,) = (family for family in FAMILIES if settings["model_type"] in family.model_types)
+    try:
+        return family.config(Settings(settings))
+    except ConfigError:
+        return None
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_absent_settings_mean_what_they_mean_to_transformers(name: str) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    complete = configuration(case).to_dict()
+    assert read(complete) is not None
+    for key in sorted(complete.keys() - SIZES):
+        given = {other: value for other, value in complete.items() if other != key}
+        theirs = AutoConfig.for_model(**given).to_dict()
+        assert read(given) == read(theirs), key
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "same"),
+    [
+        ("phi3-longrope", {"rope_type": "su"}, {}),
+        ("phi3-longrope", {"rope_type": None, "type": "yarn"}, {}),
+        ("phi3-longrope", {"factor": 4.0}, {}),
+        ("llama-dynamic", {"original_max_position_embeddings": 7}, {}),
+        ("llama-yarn", {"rope_type": None, "type": "yarn", "finetuned": True}, {}),
+        ("llama-yarn", {"factor": None}, {}),
+        ("llama-yarn", {"original_max_position_embeddings": None}, {"original_max_position_embeddings": 64}),
+        ("llama-yarn", {"rope_theta": None}, {"rope_theta": 10000.0}),
+    ],
+)
+def test_rotary_settings_that_say_the_same(name: str, change: dict[str, Any], same: dict[str, Any]) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    complete = configuration(case).to_dict()
+    rope = complete["rope_parameters"]
+    assert read(complete) is not None
+    assert read(complete | {"rope_parameters": rope | change}) == read(
+        complete | {"rope_parameters": rope | same}
+    )
 
 
 def test_an_empty_configuration(folders: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from plait.memory import MemoryPlan, Rows
 from plait.nn import Transformer, load_transformer
@@ -224,8 +224,8 @@ CASES = [
 ]  # fmt: skip
 
 
-def make(case: Case) -> PreTrainedModel:
-    """The Transformers model, with weights that make every part matter."""
+def configuration(case: Case) -> PreTrainedConfig:
+    """The Transformers configuration."""
     settings = {"attn_implementation": "eager", **_SIZES, **case.settings}
     if case.model_type == "gpt2":
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
@@ -233,7 +233,12 @@ def make(case: Case) -> PreTrainedModel:
     if case.model_type in ("gpt2", "opt"):
         for key in ("intermediate_size", "num_key_value_heads"):
             del settings[key]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(case.model_type, **settings)).eval()
+    return AutoConfig.for_model(case.model_type, **settings)
+
+
+def make(case: Case) -> PreTrainedModel:
+    """The Transformers model, with weights that make every part matter."""
+    model = AutoModelForCausalLM.from_config(configuration(case)).eval()
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

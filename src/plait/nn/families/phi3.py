@@ -19,7 +19,7 @@ def config(settings: Settings) -> TransformerConfig:
     key = "rope_scaling" if settings.get("rope_scaling") else "rope_parameters"
     rope = settings.get(key)
     if isinstance(rope, Mapping):
-        if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):
+        if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):
             settings.set(key, {**rope, "rope_type": "longrope"})
         if rope.get("original_max_position_embeddings") is None:
             settings.assume(original_max_position_embeddings=4096)
