@@ -51,7 +51,8 @@ bool AttentionPlan::is_visible(const Job& job, const StrandVisit& visit, int64_t
     return false;
 }
 
-void AttentionPlan::finish() {
+void AttentionPlan::finish(AttentionScratch& room) {
+    room_ = &room;
     int64_t most_queries = 1;
     for (size_t s = 0; s < segments_.size(); ++s) {
         const SegmentQueries& segment = segments_[s];
@@ -79,13 +80,13 @@ void AttentionPlan::finish() {
     scratch_numbers_ = attend_scratch(block_rows_, padded_dim_, padded_value_) + block_rows_ * padded_dim_ +
                        2 * fold_numbers_ + round_up(4 * most_queries, kLanes);
     const size_t scratch = sizeof(float) * size_t(scratch_numbers_) * size_t(threads_);
-    if (scratch_.size() < scratch) scratch_ = Buffer(scratch);
+    if (room.scratch.size() < scratch) room.scratch = Buffer(scratch);
     const size_t folds = is_split_ ? sizeof(float) * size_t(fold_numbers_) * units_.size() : 0;
-    if (folds_.size() < folds) folds_ = Buffer(folds);
+    if (room.folds.size() < folds) room.folds = Buffer(folds);
 }
 
 float* AttentionPlan::scratch_of(int thread) const {
-    return reinterpret_cast<float*>(scratch_.data()) + scratch_numbers_ * thread;
+    return reinterpret_cast<float*>(room_->scratch.data()) + scratch_numbers_ * thread;
 }
 
 Fold AttentionPlan::fold_at(float* base) const {
@@ -161,7 +162,7 @@ void AttentionPlan::run(Team& team) {
         });
         return;
     }
-    float* folds = reinterpret_cast<float*>(folds_.data());
+    float* folds = reinterpret_cast<float*>(room_->folds.data());
     team.share(int64_t(units_.size()), 1, [&](int64_t begin, int64_t end) {
         for (int64_t u = begin; u < end; ++u) {
             const Unit& unit = units_[size_t(u)];

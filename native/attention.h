@@ -48,6 +48,11 @@ struct SegmentQueries {
     float* lse;  // (queries, num_heads) or null
 };
 
+// Working memory of a plan; plans that run one after the other may share it.
+struct AttentionScratch {
+    Buffer scratch, folds;
+};
+
 // The work of one layer, cut into pieces that depend on shapes only.
 class AttentionPlan {
 public:
@@ -55,8 +60,8 @@ public:
     void add_visit(const StrandVisit& visit) { visits_.push_back(visit); }
     void add_segment(const SegmentQueries& segment) { segments_.push_back(segment); }
     int64_t num_visits() const { return int64_t(visits_.size()); }
-    // Allocates everything; call before `run`, with all segments added.
-    void finish();
+    // Makes room in `scratch`; call before `run`, with all segments added.
+    void finish(AttentionScratch& scratch);
     void run(Team& team);
 
 private:
@@ -84,7 +89,7 @@ private:
     std::vector<SegmentQueries> segments_;
     std::vector<Job> jobs_;
     std::vector<Unit> units_;
-    Buffer scratch_, folds_;
+    AttentionScratch* room_ = nullptr;
 };
 
 }  // namespace plait

@@ -19,6 +19,7 @@ using namespace nb::literals;
 namespace {
 
 thread_local AttentionPlan scratch_plan;
+thread_local AttentionScratch scratch_room;
 
 void partial_attention(const ConstArray& q, const ConstArray& keys, const ConstArray& values, float scale, int mask_kind,
                        int64_t first_query, int64_t first_key, int64_t window, float softcap,
@@ -63,9 +64,10 @@ void partial_attention(const ConstArray& q, const ConstArray& keys, const ConstA
         plan.add_visit({floats(q), stride_of(q, 0), keys.data(), values.data(), stride_of(keys, 0), stride_of(keys, 1),
                         stride_of(values, 0), stride_of(values, 1), length, number, mask});
     plan.add_segment({queries, 0, plan.num_visits(), floats_out(out), heads * value_dim, floats_out(lse)});
-    plan.finish();
+    plan.finish(scratch_room);
     nb::gil_scoped_release free;
-    Pool::get().run([&](Team& team) { plan.run(team); });
+    const double work = 2.0 * double(queries) * double(heads) * double(length) * double(dim);
+    Pool::get().run([&](Team& team) { plan.run(team); }, work);
 }
 
 void merge(const ConstArray& out_a, const ConstArray& lse_a, const ConstArray& out_b, const ConstArray& lse_b,

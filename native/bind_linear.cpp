@@ -68,7 +68,7 @@ void project(const BoundProjection& projection, const ConstArray& x, const Array
         read_rows(team, floats(x), ldx, norm, inputs, room);
         team.share(p.num_tiles, p.grain(team.size, rows),
                    [&](int64_t begin, int64_t end) { p.run(inputs, begin, end, floats_out(y), ldy, is_sum); });
-    });
+    }, 0.2 * double(rows) * double(p.num_outputs) * double(p.columns));
 }
 
 void feed_forward(const BoundProjection* gate, const BoundProjection& up, const BoundProjection& down, int activation,
@@ -133,7 +133,7 @@ void linear_dense(const ConstArray& x, const ConstArray& weight, const std::opti
             for (int64_t r = 0; r < rows; ++r)
                 for (int64_t i = first; i < last; ++i) floats_out(y)[r * ldy + i] += added[i];
         });
-    });
+    }, double(rows) * double(outputs) * double(columns));
 }
 
 }  // namespace

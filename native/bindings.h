@@ -10,5 +10,6 @@ void bind_rows(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);
+void bind_program(nanobind::module_& m);
 
 }  // namespace plait

@@ -56,7 +56,7 @@ void bind_packed(nb::module_& m) {
                 team.share(count, 16, [&](int64_t begin, int64_t end) {
                     for (int64_t i = begin; i < end; ++i) self.unpack_row(index[i], y + i * stride);
                 });
-            });
+            }, 4.0 * double(count * self.view().columns));
         });
 }
 
@@ -76,7 +76,7 @@ void bind_rows(nb::module_& m) {
                 for (int64_t r = begin; r < end; ++r)
                     kernels().rms_norm(floats(x) + r * ldx, floats(weight), epsilon, n, floats_out(y) + r * ldy);
             });
-        });
+        }, double(rows * n));
     });
 
     m.def(
@@ -101,7 +101,7 @@ void bind_rows(nb::module_& m) {
                         kernels().activate(Activation(activation), floats(gate) + r * ldg,
                                            carried == nullptr ? nullptr : carried + r * ldu, n, floats_out(y) + r * ldy);
                 });
-            });
+            }, 16.0 * double(rows * n));
         },
         "activation"_a, "gate"_a, "up"_a.none(), "y"_a);
 
@@ -135,7 +135,7 @@ void bind_rows(nb::module_& m) {
                         kernels().rotate(floats(x) + r * x_row + h * x_head, floats(cos) + r * cos_row,
                                          floats(sin) + r * sin_row, half, dim, 1.0f, floats_out(y) + r * y_row + h * y_head);
             });
-        });
+        }, double(rows * heads * dim));
     });
 
     m.def("append", [](const ConstArray& x, const Array& storage, int64_t at) {
@@ -159,7 +159,7 @@ void bind_rows(nb::module_& m) {
                         kernels().convert(floats(x) + r * x_row + h * x_head, number, dim,
                                           base + (h * s_head + (at + r) * s_row) * width);
             });
-        });
+        }, double(rows * heads * dim));
     });
 }
 
@@ -182,7 +182,7 @@ void bind_sampling(nb::module_& m) {
                     for (int64_t i = 0; i < n; ++i) to[i] = (from[i] - top) - log;
                 }
             });
-        });
+        }, 16.0 * double(rows * n));
     });
 
     m.def("argmax", [](const ConstArray& x, const Array& y) {
@@ -257,4 +257,5 @@ NB_MODULE(_native, m) {
     bind_linear(m);
     bind_attention(m);
     bind_sampling(m);
+    bind_program(m);
 }

@@ -22,6 +22,8 @@ namespace {
 // About 50 microseconds between two calls, and 20 inside one, before a thread sleeps.
 constexpr int kIdleSpins = 2000;
 constexpr int kBarrierSpins = 1000;
+// Multiply-adds of about 20 microseconds of one thread.
+constexpr double kAloneBelow = 200e3;
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -177,7 +179,13 @@ void Pool::run_one(int index) {
     team.barrier();
 }
 
-void Pool::run(const std::function<void(Team&)>& body) {
+void Pool::run(const std::function<void(Team&)>& body, double work) {
+    if (work < kAloneBelow || size_ == 1) {
+        PlainFloats plain;
+        Team team(*this, 0, 1);
+        body(team);
+        return;
+    }
     std::lock_guard<std::mutex> lock(running_);
     body_ = &body;
     next_[0].store(0, std::memory_order_relaxed);

@@ -78,7 +78,9 @@ public:
     void resize(int size);
     // Run `body(team)` on every thread, the caller among them. One team runs at a time. `body` must not throw:
     // check and allocate before. The floating-point environment is the default one throughout.
-    void run(const std::function<void(Team&)>& body);
+    //
+    // `work` estimates the multiply-adds: below what waking a thread costs, the caller runs alone.
+    void run(const std::function<void(Team&)>& body, double work = 1e30);
 
     ~Pool();
 
