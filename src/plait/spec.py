@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from plait.errors import ConfigError, UnknownNameError, suggestion
 
-__all__ = ["Axis", "Spec", "split_specs"]
+__all__ = ["Axis", "Spec", "settings_of", "split_specs"]
 
 
 class Axis:
@@ -58,8 +58,8 @@ class Axis:
 
     def parse(self, text: str) -> Any:
         """Build the method named by a spec string such as `"gear:bits=4,rank=2"`."""
-        name, settings = _name_and_settings(text)
-        return self.find(name).from_settings(settings)
+        name, _, settings = text.strip().partition(":")
+        return self.find(name).from_settings(settings_of(settings))
 
 
 class Spec:
@@ -192,10 +192,14 @@ def _split_outside_brackets(text: str) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _name_and_settings(text: str) -> tuple[str, dict[str, str]]:
-    name, _, tail = text.strip().partition(":")
+def settings_of(text: str) -> dict[str, str]:
+    """Read `"a=1,b=2"` into `{"a": "1", "b": "2"}`.
+
+    Raises:
+        ConfigError: a piece is not `key=value`, or a key is given twice.
+    """
     settings: dict[str, str] = {}
-    for piece in _split_outside_brackets(tail) if tail else []:
+    for piece in _split_outside_brackets(text) if text else []:
         key, equals, value = piece.partition("=")
         key = key.strip()
         if not equals or not key:
@@ -203,7 +207,7 @@ def _name_and_settings(text: str) -> tuple[str, dict[str, str]]:
         if key in settings:
             raise ConfigError(f"{key!r} is given twice in {text!r}.")
         settings[key] = value.strip()
-    return name, settings
+    return settings
 
 
 @functools.cache

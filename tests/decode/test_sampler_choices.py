@@ -106,6 +106,14 @@ def test_the_extreme_uniforms_give_the_first_and_last_possible_token(size: int) 
         assert draw(law, LAST_UNIFORM) == last
 
 
+def test_rounding_of_sums_never_leads_to_an_impossible_last_token() -> None:
+    # The sum of a block and its running sum round differently, so the largest uniform may pass the latter.
+    for seed in range(200):
+        law = torch.zeros(512, dtype=torch.float64)
+        law[:300] = 0.01 + torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        assert draw(law, LAST_UNIFORM) == 299
+
+
 def test_a_choice_is_the_draw_of_its_law_at_its_keyed_uniform() -> None:
     logits = torch.randn(700, generator=torch.Generator().manual_seed(2))
     sampler = Sampler(Sampling(seed=5, temperature=1.5, top_p=0.9), 700)

@@ -193,6 +193,18 @@ def test_tied_logits_follow_brute_force(levels: list[int], top_k: int, top_p: fl
     assert law[kept].tolist() == pytest.approx([weights[token] / total for token in kept], rel=1e-12)
 
 
+@pytest.mark.parametrize("size", [4, 2000])
+def test_equal_tokens_are_kept_from_the_lowest_id_until_the_mass_is_reached(size: int) -> None:
+    law = Sampler(Sampling(top_p=0.5), size).law(torch.full((size,), 1.5), History())
+    assert torch.nonzero(law)[:, 0].tolist() == list(range(size // 2))
+
+
+def test_a_token_exactly_at_the_min_p_fraction_is_kept() -> None:
+    logits = torch.tensor([0.0, math.log(0.25), math.log(0.24)], dtype=torch.float64)
+    law = Sampler(Sampling(min_p=0.25), 3).law(logits, History())
+    assert law.tolist() == pytest.approx([0.8, 0.2, 0.0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_narrow_logits_give_float32_laws_of_their_values(dtype: torch.dtype) -> None:
     logits = random_logits(5003, 3).to(dtype)

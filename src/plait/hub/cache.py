@@ -17,14 +17,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 from plait.errors import UnknownNameError, suggestion
 from plait.hub.aliases import ALIASES, Alias, Wheel
-from plait.hub.files import disk_errors, file_size, make_folder
+from plait.hub.files import disk_errors, file_size, make_folder, temporary_of
 from plait.hub.names import HubId, parse_hub_id
 
 __all__ = [
@@ -164,6 +164,7 @@ def _paths(name: str) -> list[Path]:
     whole = [model.path for model in cached_models() if model.name == name]
     alias = ALIASES.get(name)
     parts = [part_path(wheel) for wheel in alias.wheels] if alias else []
+    parts += [temporary_of(model_path(alias, source)) for source in SOURCES] if alias else []
     if hub_id := parse_hub_id((alias.hub or "") if alias else name):
         parts.append(part_folder(str(hub_id)))
     return [path for path in [*whole, *parts] if path.exists()]
@@ -175,15 +176,16 @@ def _delete(path: Path) -> int:
         if path.is_dir():
             nbytes = sum(max(file_size(file), 0) for file in path.rglob("*"))
             # A folder leaves its place at once, so that no half of it is ever found there.
-            doomed = path.with_name(path.name + ".tmp")
+            doomed = temporary_of(path)
             shutil.rmtree(doomed, ignore_errors=True)
             path.rename(doomed)
             shutil.rmtree(doomed)
         else:
             nbytes = file_size(path)
             path.unlink()
+    with suppress(OSError):  # until a folder that is not empty
         for folder in path.parents:
-            if folder == cache_dir() or any(folder.iterdir()):
+            if folder == cache_dir():
                 break
             folder.rmdir()
     return nbytes

@@ -26,6 +26,7 @@ __all__ = [
     "sha256_of",
     "sync_file",
     "sync_folder",
+    "temporary_of",
 ]
 
 CHUNK = 1 << 18
@@ -146,13 +147,18 @@ class Output:
         os.close(self._descriptor)
 
 
+def temporary_of(path: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return path.with_name(path.name + ".tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Output]:
     """Write a file that appears under `path` whole, when the block ends without an error.
 
     The bytes go to `<path>.tmp` in the same folder, so the caller must hold a lock for `path`.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_of(path)
     try:
         with Output(temporary, keep=False) as output:
             yield output

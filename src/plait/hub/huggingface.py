@@ -32,7 +32,7 @@ from plait.hub.files import (
 from plait.hub.names import HubId, parse_hub_id
 from plait.hub.progress import Progress, reporting
 
-__all__ = ["fetch_alias_from_hub", "fetch_from_hub"]
+__all__ = ["counting_bar", "fetch_alias_from_hub", "fetch_from_hub"]
 
 TIMEOUT = 30.0
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -154,13 +154,13 @@ def _gather(
                     revision=commit,
                     local_dir=folder,
                     library_name="plait",
-                    tqdm_class=_counting_bar(hub, file.nbytes, advance),
+                    tqdm_class=counting_bar(hub, file.nbytes, advance),
                 )
             _check(folder / name, file, hub_id)
     return folder
 
 
-def _counting_bar(hub: Any, nbytes: int, advance: Callable[[int], None]) -> Any:
+def counting_bar(hub: Any, nbytes: int, advance: Callable[[int], None]) -> Any:
     """A bar that shows nothing and passes on how far one file is.
 
     The hub may use several bars for one file and may begin again; what counts is the farthest.

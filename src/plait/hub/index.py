@@ -78,7 +78,11 @@ def _read_json(page: Page) -> dict[str, tuple[str, str | None]]:
     """File name -> (address, SHA-256 or None)."""
     try:
         content = json.loads(page.body)
-        return {item["filename"]: (str(item["url"]), _hash(item)) for item in content["files"]}
+        return {
+            item["filename"]: (item["url"], _hash(item))
+            for item in content["files"]
+            if isinstance(item["url"], str)
+        }
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DownloadError(
             f"{page.link} is not a page of the simple API ({type(error).__name__}). Check PLAIT_INDEX_URL."

@@ -7,6 +7,7 @@ import ipaddress
 import re
 import time
 from collections.abc import Callable
+from contextlib import closing
 from http.client import HTTPException, HTTPMessage
 from typing import IO, Any, NamedTuple, TypeVar
 from urllib import request
@@ -164,7 +165,7 @@ def _open(link: Link, headers: dict[str, str]) -> Any:
     try:
         return opener.open(asked, timeout=TIMEOUT)
     except HTTPError as error:
-        with error:
+        with closing(error):  # its body may be closed already
             message = f"{link} answered {error.code} {error.reason}"
             if error.code == 416:
                 raise RangeRefusedError(message) from error

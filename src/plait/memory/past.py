@@ -8,12 +8,15 @@ from torch import Tensor
 
 from plait.memory.memory import Memory
 from plait.memory.state import State
+from plait.memory.strand import allocated_bytes
 
 __all__ = ["Past"]
 
 
 class Past:
     """The past of one sequence, layer by layer.
+
+    A refused call changes no layer.
 
     Args:
         layers: one memory or state for each layer of the model, all of one length.
@@ -29,10 +32,14 @@ class Past:
     def commit(self, path: Sequence[int] | Tensor | None = None) -> None:
         """Make the rows of the last forward pass part of the past; see `Memory.commit`."""
         for layer in self.layers:
+            layer.check_commit(path)
+        for layer in self.layers:
             layer.commit(path)
 
     def truncate(self, length: int) -> None:
         """Forget every token at position `length` or later; see `Memory.truncate`."""
+        for layer in self.layers:
+            layer.check_truncate(length)
         for layer in self.layers:
             layer.truncate(length)
 
@@ -42,4 +49,6 @@ class Past:
 
     def nbytes(self) -> int:
         """Bytes allocated over all layers; strands shared between pasts count in each."""
-        return sum(layer.nbytes() for layer in self.layers)
+        strands = [strand for layer in self.layers if isinstance(layer, Memory) for strand in layer.held()]
+        states = sum(layer.nbytes() for layer in self.layers if not isinstance(layer, Memory))
+        return allocated_bytes(strands) + states

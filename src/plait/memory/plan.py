@@ -64,7 +64,13 @@ class Policy(Spec, axis=POLICIES):
         return [Visit(strand, memory.window) for strand in memory.all_strands()]
 
     def settle(self, memory: Memory) -> None:
-        """Drop or rearrange strands after a commit. May change `memory.strands` and `memory.tail`."""
+        """Drop or rearrange strands after a commit or a fork.
+
+        May change `memory.strands` and `memory.tail`, but no shared strand itself.
+        """
+
+    def check_truncate(self, memory: Memory, length: int) -> None:
+        """Raise `ConfigError` if the token after `length` tokens would see one that was dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)

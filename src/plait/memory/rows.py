@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from plait.errors import ConfigError
 from plait.ops import Angles, Causal, Mask, Rope
 
-__all__ = ["Rows", "Segment"]
+__all__ = ["Rows", "Segment", "check_pasts"]
 
 
 class Segment(NamedTuple):
@@ -41,6 +42,9 @@ class Rows:
         segments: runs of rows in order, each `(length, first position, mask)`; the mask is causal
             when left out.
         device: where the rows' tensors live.
+
+    Raises:
+        ConfigError: a negative length or position, or a tree with more or fewer nodes than rows.
     """
 
     def __init__(
@@ -50,6 +54,11 @@ class Rows:
         self.segments: list[Segment] = []
         start = 0
         for length, position, *mask in segments:
+            if length < 0 or position < 0:
+                raise ConfigError(
+                    "Rows takes segments of a length and a position from 0 on. "
+                    f"Got length {length} at position {position}."
+                )
             self.segments.append(Segment(start, length, position, mask[0] if mask else Causal()))
             start += length
         self.count = start
@@ -64,10 +73,15 @@ class Rows:
 
     @property
     def last(self) -> Tensor:
-        """Index of the last row of each segment, (segments,) int64."""
-        return torch.tensor(
-            [segment.start + segment.length - 1 for segment in self.segments], device=self.device
-        )
+        """Index of the last row of each segment, (segments,) int64.
+
+        Raises:
+            ConfigError: a segment is empty.
+        """
+        if any(segment.length == 0 for segment in self.segments):
+            raise ConfigError("An empty segment has no last row. Leave sequences without new tokens out.")
+        last = [segment.start + segment.length - 1 for segment in self.segments]
+        return torch.tensor(last, dtype=torch.int64, device=self.device)
 
     def angles(self, rope: Rope, offsets: Sequence[int]) -> Angles:
         """Rotary angles of every row, each segment in a frame that starts at its offset.
@@ -77,10 +91,34 @@ class Rows:
         key = (rope, tuple(offsets))
         if key not in self._angles:
             parts = [
-                rope.for_length(segment.position + segment.length).angles(
-                    self.positions[segment.rows] - offset
-                )
+                self._angles_of(segment, rope, offset)
                 for segment, offset in zip(self.segments, offsets, strict=True)
-            ]
+            ] or [rope.angles(self.positions)]
             self._angles[key] = Angles(torch.cat([a.cos for a in parts]), torch.cat([a.sin for a in parts]))
         return self._angles[key]
+
+    def _angles_of(self, segment: Segment, rope: Rope, offset: int) -> Angles:
+        positions = self.positions[segment.rows]
+        if rope.rule is not None and segment.length:
+            # The nodes of a tree share positions, so the sequence is as long as its deepest node says.
+            rope = rope.for_length(int(positions.max()) + 1)
+        return rope.angles(positions - offset)
+
+
+def check_pasts(rows: Rows, pasts: Sequence[Sized]) -> None:
+    """Check that each segment continues the past it is given with, before anything is written.
+
+    Raises:
+        ConfigError: not one past for each segment, a past that is given twice, or a segment whose first
+            position is not the next one of its past.
+    """
+    if len(pasts) != len(rows.segments):
+        raise ConfigError(f"Each segment needs one past. Got {len(pasts)} for {len(rows.segments)} segments.")
+    if len({id(past) for past in pasts}) != len(pasts):
+        raise ConfigError("A past is given for two segments. Put the rows of one sequence in one segment.")
+    for index, (past, segment) in enumerate(zip(pasts, rows.segments, strict=True)):
+        if segment.position != len(past):
+            raise ConfigError(
+                f"Segment {index} starts at position {segment.position}, but its past holds {len(past)} "
+                "tokens. Rows continue where the past ends; truncate it first to write earlier."
+            )

@@ -6,6 +6,7 @@ Shapes: Q queries, H query heads, G key/value heads, T tokens of the strand, D h
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from plait import ops
-from plait.errors import CapacityError
+from plait.errors import CapacityError, ConfigError
 from plait.ops import Mask, Partial, Rope
 
-__all__ = ["DenseStrand", "Heads", "Strand"]
+__all__ = ["DenseStrand", "FrozenStrand", "Heads", "Strand", "allocated_bytes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,9 @@ class Heads:
         softcap: c in `c * tanh(score / c)`, or None.
         rope: rotary positions, or None where positions are not rotary.
         value_dim: size V of a value; `head_dim` when left out.
+
+    Raises:
+        ConfigError: `num_kv_heads` does not divide `num_heads`, or `softcap` is not above 0.
     """
 
     num_heads: int
@@ -40,6 +44,14 @@ class Heads:
     softcap: float | None = None
     rope: Rope | None = None
     value_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"Heads.num_kv_heads must divide num_heads {self.num_heads}. Got {self.num_kv_heads}."
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ConfigError(f"Heads.softcap must be above 0, or None. Got {self.softcap}.")
 
 
 class Strand:
@@ -89,15 +101,100 @@ class Strand:
         twin.offset += by
         return twin
 
-    def nbytes(self) -> int:
-        """Bytes this strand keeps allocated."""
+    def copied(self) -> Self:
+        """The same tokens in storage of their own, so that what this strand was split from can be freed.
+
+        A strand whose storage is small enough to keep whole may return itself.
+        """
+        return self
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that this strand keeps allocated; views stand for the whole of their storage."""
         raise NotImplementedError
 
+    def nbytes(self) -> int:
+        """Bytes this strand keeps allocated, those of tokens that were split off included."""
+        return allocated_bytes([self])
 
-class DenseStrand(Strand):
+
+def allocated_bytes(strands: Iterable[Strand]) -> int:
+    """Bytes that strands keep allocated together; storage that several of them share counts once."""
+    storages = {}
+    for strand in strands:
+        for tensor in strand.tensors():
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class FrozenStrand(Strand):
+    """Keys and values as plain numbers that never change again, so that several memories can share them.
+
+    Args:
+        heads: the layer's geometry.
+        keys: (G, T, D), rotated in the strand's frame; kept without a copy.
+        values: (G, T, V); kept without a copy.
+        offset: where the frame starts, in the sequence's positions.
+        start: frame position of the first token.
+    """
+
+    def __init__(
+        self, heads: Heads, keys: Tensor, values: Tensor, *, offset: int = 0, start: int = 0
+    ) -> None:
+        self.heads = heads
+        self.offset = offset
+        self.start = start
+        self.length = keys.shape[1]
+        self._keys, self._values = keys, values
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def keys(self) -> Tensor:
+        """(G, T, D), rotated in this strand's frame; a view."""
+        return self._keys[:, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        """(G, T, V); a view."""
+        return self._values[:, : self.length]
+
+    def attend(self, q: Tensor, first_query: int, mask: Mask, window: int | None = None) -> Partial:
+        return ops.partial_attention(
+            q,
+            self.keys,
+            self.values,
+            scale=self.heads.scale,
+            mask=mask,
+            first_query=first_query,
+            first_key=self.position,
+            window=window,
+            softcap=self.heads.softcap,
+        )
+
+    def split(self, at: int) -> tuple[Self, Self]:
+        front, back = copy.copy(self), copy.copy(self)
+        for piece, low, high in ((front, 0, at), (back, at, self.length)):
+            piece.start, piece.length = self.start + low, high - low
+            piece._keys, piece._values = self._keys[:, low:high], self._values[:, low:high]
+        return front, back
+
+    def copied(self) -> Self:
+        twin = copy.copy(self)
+        with torch.inference_mode(False):
+            twin._keys, twin._values = self.keys.clone(), self.values.clone()
+        return twin
+
+    def tensors(self) -> list[Tensor]:
+        return [self._keys, self._values]
+
+
+class DenseStrand(FrozenStrand):
     """Keys and values as plain numbers; the only strand that can be appended to.
 
-    Storage grows by a quarter at a time, so appending n tokens one by one costs O(n).
+    Storage grows by a quarter at a time, so appending n tokens one by one costs O(n). What is written
+    is detached: no gradient flows through a strand.
 
     Args:
         heads: the layer's geometry.
@@ -116,27 +213,12 @@ class DenseStrand(Strand):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.heads = heads
-        self.offset = offset
-        self.start = start
-        self.length = 0
-        self._keys = torch.empty(heads.num_kv_heads, 0, heads.head_dim, dtype=dtype, device=device)
-        self._values = torch.empty(
-            heads.num_kv_heads, 0, heads.value_dim or heads.head_dim, dtype=dtype, device=device
-        )
-
-    def __len__(self) -> int:
-        return self.length
-
-    @property
-    def keys(self) -> Tensor:
-        """(G, T, D), rotated in this strand's frame; a view."""
-        return self._keys[:, : self.length]
-
-    @property
-    def values(self) -> Tensor:
-        """(G, T, V); a view."""
-        return self._values[:, : self.length]
+        value_dim = heads.value_dim or heads.head_dim
+        # A tensor made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            keys = torch.empty(heads.num_kv_heads, 0, heads.head_dim, dtype=dtype, device=device)
+            values = torch.empty(heads.num_kv_heads, 0, value_dim, dtype=dtype, device=device)
+        super().__init__(heads, keys, values, offset=offset, start=start)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Write tokens behind the last one.
@@ -147,8 +229,8 @@ class DenseStrand(Strand):
         """
         stop = self.length + keys.shape[0]
         self._reserve(stop)
-        self._keys[:, self.length : stop] = keys.transpose(0, 1)
-        self._values[:, self.length : stop] = values.transpose(0, 1)
+        self._keys[:, self.length : stop] = keys.detach().transpose(0, 1)
+        self._values[:, self.length : stop] = values.detach().transpose(0, 1)
         self.length = stop
 
     def keep(self, rows: Tensor, first: int) -> None:
@@ -162,46 +244,17 @@ class DenseStrand(Strand):
         """Forget every token from index `length` on. Storage is kept for what comes next."""
         self.length = min(self.length, length)
 
-    def attend(self, q: Tensor, first_query: int, mask: Mask, window: int | None = None) -> Partial:
-        return ops.partial_attention(
-            q,
-            self.keys,
-            self.values,
-            scale=self.heads.scale,
-            mask=mask,
-            first_query=first_query,
-            first_key=self.position,
-            window=window,
-            softcap=self.heads.softcap,
-        )
-
-    def split(self, at: int) -> tuple[Self, Self]:
-        front, back = type(self).__new__(type(self)), type(self).__new__(type(self))
-        for piece, low, high in ((front, 0, at), (back, at, self.length)):
-            piece.heads, piece.offset, piece.start = self.heads, self.offset, self.start + low
-            piece._keys, piece._values = self._keys[:, low:high], self._values[:, low:high]
-            piece.length = high - low
-        return front, back
-
-    def copied(self) -> Self:
-        """The same tokens in storage of their own, so that what this one was split from can be freed."""
-        twin = copy.copy(self)
-        twin._keys, twin._values = self.keys.clone(), self.values.clone()
-        return twin
-
-    def nbytes(self) -> int:
-        return (
-            self._keys.numel() * self._keys.element_size()
-            + self._values.numel() * self._values.element_size()
-        )
+    def frozen(self) -> FrozenStrand:
+        """The same tokens, in the same storage, as a strand that nothing can be appended to."""
+        return FrozenStrand(self.heads, self.keys, self.values, offset=self.offset, start=self.start)
 
     def _reserve(self, length: int) -> None:
         if length <= self._keys.shape[1]:
             return
         capacity = max(length, self._keys.shape[1] * 5 // 4, 32)
         try:
-            self._keys = self._grown(self._keys, capacity)
-            self._values = self._grown(self._values, capacity)
+            # Both or neither: a failure must leave keys and values of one capacity.
+            self._keys, self._values = self._grown(self._keys, capacity), self._grown(self._values, capacity)
         except RuntimeError as error:
             raise CapacityError(
                 f"No memory for keys and values of {capacity} tokens. "
@@ -209,6 +262,7 @@ class DenseStrand(Strand):
             ) from error
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
-        new = old.new_empty(old.shape[0], capacity, old.shape[2])
+        with torch.inference_mode(False):
+            new = old.new_empty(old.shape[0], capacity, old.shape[2])
         new[:, : self.length] = old[:, : self.length]
         return new

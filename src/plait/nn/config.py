@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MIXERS",
+    "Activation",
     "BlockConfig",
     "FeedForwardConfig",
     "MixerConfig",
@@ -25,6 +26,8 @@ __all__ = [
 MIXERS = Axis("mixer")
 
 Count = Annotated[int, Field(ge=1)]
+Softcap = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 class MixerConfig(Spec, axis=MIXERS):
@@ -67,7 +70,7 @@ class FeedForwardConfig(Spec):
     """
 
     size: Count
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     bias: bool = False
 
@@ -124,4 +127,4 @@ class TransformerConfig(Spec):
     tied_head: bool = False
     head_bias: bool = False
     logit_scale: float = 1.0
-    logit_softcap: float | None = None
+    logit_softcap: Softcap | None = None

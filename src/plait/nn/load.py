@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 
-from plait.errors import ModelFileError, suggestion
+from plait.errors import ConfigError, ModelFileError, suggestion
 from plait.nn.checkpoints.base import Checkpoint
-from plait.nn.config import TransformerConfig
-from plait.nn.families import FAMILIES, Family, Settings, from_gguf_metadata
+from plait.nn.config import BlockConfig, TransformerConfig
+from plait.nn.families import FAMILIES, Family, Settings, from_gguf
+from plait.nn.families.settings import shown_value
+from plait.nn.mixers import AttentionConfig
 from plait.nn.parameters import CheckpointParameters, Entry
 from plait.nn.transformer import Transformer
 from plait.weights import WeightFormat
 
 __all__ = ["Description", "describe", "load_transformer"]
+
+# The families' smallest blocks, those of Phi-3 and of OPT without biases, are made of six tensors.
+_TENSORS_OF_A_BLOCK = 6
 
 
 class Description(NamedTuple):
@@ -29,43 +35,96 @@ def describe(checkpoint: Checkpoint) -> Description:
     """Read a checkpoint's configuration, without its parameters.
 
     Raises:
-        ModelFileError: the architecture is unknown, or the configuration is incomplete.
+        ModelFileError: the architecture is unknown, or the configuration is incomplete, of the wrong
+            kind, or asks for something that is not implemented.
     """
-    metadata = checkpoint.metadata
-    is_gguf = "general.architecture" in metadata
-    kind = metadata["general.architecture"] if is_gguf else metadata.get("model_type")
-    for family in FAMILIES:
-        kinds = family.architectures if is_gguf else family.model_types
-        if kind in kinds:
-            break
-    else:
-        known = sorted(
-            {k for family in FAMILIES for k in (family.architectures if is_gguf else family.model_types)}
-        )
-        raise ModelFileError(
-            f"{checkpoint.path}: unknown architecture {kind!r}.{suggestion(str(kind), known)}"
-            f" Known: {', '.join(known)}."
-        )
-    if is_gguf:
-        settings = family.gguf_settings(from_gguf_metadata(metadata, checkpoint.tensors()), metadata)
+    is_gguf = "general.architecture" in checkpoint.metadata
+    max_blocks = len(checkpoint.tensors()) // _TENSORS_OF_A_BLOCK
+    try:
+        family = _family(checkpoint, is_gguf)
+        if is_gguf:
+            settings = from_gguf(checkpoint, max_blocks)
+            family.gguf_settings(settings, checkpoint.tensors().keys())
+        else:
+            settings = Settings(checkpoint.metadata, max_blocks)
         config = family.config(settings)
+        settings.check_unread()
+    except ConfigError as error:
+        raise ModelFileError(f"{checkpoint.path}: {error}") from error
+    if is_gguf:
         assert family.gguf_names is not None
         return Description(family, config, family.gguf_names(config))
-    config = family.config(Settings(metadata))
-    return Description(family, config, family.names(config))
+    entries = family.names(config)
+    if not any(name.startswith(family.prefix) for name in checkpoint.tensors()):
+        entries = {
+            ours: entry._replace(name=entry.name.removeprefix(family.prefix))
+            for ours, entry in entries.items()
+        }
+    return Description(family, config, entries)
 
 
-def load_transformer(checkpoint: Checkpoint, format: WeightFormat | None) -> Transformer:
+def load_transformer(
+    checkpoint: Checkpoint, format: WeightFormat | None, *, angles: Literal["fp64", "fp32"] = "fp64"
+) -> Transformer:
     """Build the model that a checkpoint describes, for inference.
 
     Args:
         checkpoint: an open checkpoint.
         format: how matrices are stored in memory; None keeps each as it is in the file.
+        angles: precision of rotary angles in every layer; see `RopeConfig`.
 
     Raises:
-        ModelFileError: unknown architecture, missing tensors, or shapes that do not match.
+        ModelFileError: unknown architecture, missing or superfluous tensors, or shapes that do not match.
     """
-    description = describe(checkpoint)
+    family, config, entries = describe(checkpoint)
     with torch.no_grad():
-        parameters = CheckpointParameters(checkpoint, description.entries, format)
-        return Transformer(description.config, parameters).eval()
+        if config.tied_head and _has_other_head(checkpoint, entries):
+            config = replace(config, tied_head=False)
+        blocks = tuple(_with_angles(block, angles) for block in config.blocks)
+        parameters = CheckpointParameters(checkpoint, entries, format)
+        model = Transformer(replace(config, blocks=blocks), parameters).eval()
+    _check_unused(checkpoint, family, parameters, entries["head.weight"].name)
+    return model
+
+
+def _family(checkpoint: Checkpoint, is_gguf: bool) -> Family:
+    key = "general.architecture" if is_gguf else "model_type"
+    kind = checkpoint.metadata.get(key)
+    known = {
+        kind: family
+        for family in FAMILIES
+        for kind in (family.architectures if is_gguf else family.model_types)
+    }
+    if not isinstance(kind, str) or kind not in known:
+        near = suggestion(kind, known) if isinstance(kind, str) else ""
+        raise ConfigError(f"unknown {key} {shown_value(kind)}.{near} Known: {', '.join(sorted(known))}.")
+    return known[kind]
+
+
+def _has_other_head(checkpoint: Checkpoint, entries: dict[str, Entry]) -> bool:
+    """Whether the file has a head that differs from the embedding, though its configuration ties them."""
+    head, embedding = entries["head.weight"].name, entries["embedding.weight"].name
+    if not {head, embedding} <= checkpoint.tensors().keys():
+        return False
+    return not torch.equal(checkpoint.load(head), checkpoint.load(embedding))
+
+
+def _with_angles(block: BlockConfig, angles: Literal["fp64", "fp32"]) -> BlockConfig:
+    mixer = block.mixer
+    if not isinstance(mixer, AttentionConfig) or mixer.rope is None or mixer.rope.angles == angles:
+        return block
+    return replace(block, mixer=replace(mixer, rope=replace(mixer.rope, angles=angles)))
+
+
+def _check_unused(
+    checkpoint: Checkpoint, family: Family, parameters: CheckpointParameters, head: str
+) -> None:
+    """Make sure that the model uses every parameter of the file."""
+    # A tied head may be written out, and divisors of rotary speeds are part of the configuration.
+    known = {head, "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+    unused = [name for name in parameters.unused() if name not in known and not name.endswith(family.ignored)]
+    if unused:
+        raise ModelFileError(
+            f"{checkpoint.path}: tensor {shown_value(unused[0])} has no place in a {family.name} model of this"
+            f" configuration ({len(unused)} such tensors). The file does not match its configuration."
+        )

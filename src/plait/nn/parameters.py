@@ -21,6 +21,9 @@ from plait.weights import Dense, Linear, Packed, Stacked, WeightFormat
 __all__ = ["CheckpointParameters", "Entry", "Parameters", "RandomParameters"]
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 class Parameters:
     """A source of named parameters."""
 
@@ -95,22 +98,26 @@ class CheckpointParameters(Parameters):
         self.checkpoint = checkpoint
         self.entries = entries
         self.format = format
+        self._used: set[str] = set()
 
     def matrix(self, names: Sequence[str], columns: int, rows: Sequence[int]) -> Packed:
+        for name, count in zip(names, rows, strict=True):
+            self._check_shape(name, (count, columns))
         if self.format is None:
             parts = [self._as_stored(name) for name in names]
-            packed = parts[0] if len(parts) == 1 else Stacked(parts)
-        else:
-            dense = [self._dense(name) for name in names]
-            packed = self.format.pack(dense[0] if len(dense) == 1 else torch.cat(dense))
-        self._check_shape(names, packed.shape, (sum(rows), columns))
-        return packed
+            return parts[0] if len(parts) == 1 else Stacked(parts)
+        dense = [self._dense(name) for name in names]
+        return self.format.pack(dense[0] if len(dense) == 1 else torch.cat(dense))
 
     def vector(self, names: Sequence[str], sizes: Sequence[int]) -> Tensor:
+        for name, size in zip(names, sizes, strict=True):
+            self._check_shape(name, (size,))
         parts = [self._dense(name).to(torch.float32) for name in names]
-        vector = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._check_shape(names, tuple(vector.shape), (sum(sizes),))
-        return vector
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def unused(self) -> list[str]:
+        """Tensors of the checkpoint that nothing has asked for, in file order."""
+        return [name for name in self.checkpoint.tensors() if name not in self._used]
 
     def _entry(self, name: str) -> Entry:
         entry = self.entries.get(name)
@@ -120,36 +127,50 @@ class CheckpointParameters(Parameters):
                 f"{self.checkpoint.path}: {name} is missing (looked for {wanted}). The file is incomplete, "
                 "or its configuration describes another model."
             )
+        self._used.add(entry.name)
         return entry
+
+    def _check_shape(self, name: str, wanted: tuple[int, ...]) -> None:
+        """Before anything is loaded or reordered: what the file claims against what is wanted."""
+        entry = self._entry(name)
+        found = self.checkpoint.tensors()[entry.name].shape
+        if entry.transposed:
+            found = found[::-1]
+        if entry.rows is not None and found:
+            found = (len(range(found[0])[entry.rows]), *found[1:])
+        if tuple(found) != wanted:
+            raise ModelFileError(
+                f"{self.checkpoint.path}: {name} has shape {tuple(found)}, but the configuration "
+                f"says {wanted}. The file does not match its configuration."
+            )
 
     def _dense(self, name: str) -> Tensor:
         entry = self._entry(name)
         tensor = self.checkpoint.load(entry.name)
+        if tensor.dtype not in _FLOATS:
+            raise ModelFileError(
+                f"{self.checkpoint.path}: {entry.name!r} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
+                "which is not read. Convert the model to bfloat16."
+            )
         if entry.transposed:
-            tensor = tensor.t().contiguous()
+            tensor = tensor.t()
         if entry.rows is not None:
             tensor = tensor[entry.rows]
+        tensor = tensor.contiguous()
         if entry.reorder is not None:
             tensor = tensor[entry.reorder(tensor.shape[0])]
         return tensor.to(torch.float32) + entry.plus if entry.plus else tensor
 
     def _as_stored(self, name: str) -> Packed:
         entry = self._entry(name)
-        if entry.transposed or entry.plus:
-            return Dense(self._dense(name))
         packed = self.checkpoint.load_packed(entry.name)
+        if entry.transposed or entry.plus or isinstance(packed, Dense):
+            return Dense(self._dense(name))
         if entry.rows is not None:
             packed = packed.select(torch.arange(packed.shape[0])[entry.rows])
         if entry.reorder is not None:
             packed = packed.select(entry.reorder(packed.shape[0]))
         return packed
-
-    def _check_shape(self, names: Sequence[str], found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-        if tuple(found) != wanted:
-            raise ModelFileError(
-                f"{self.checkpoint.path}: {' + '.join(names)} has shape {tuple(found)}, but the configuration "
-                f"says {wanted}. The file does not match its configuration."
-            )
 
 
 class RandomParameters(Parameters):

@@ -121,13 +121,15 @@ class Transformer(nn.Module):
             (N, W) fp32, normalised as the output head expects.
 
         Raises:
-            ConfigError: an id is outside the vocabulary.
+            ConfigError: an id is outside the vocabulary, or there are more or fewer tokens than rows.
             CapacityError: a position lies behind the end of a learned position table.
         """
         if embeddings is None:
             if tokens is None:
                 raise ConfigError("Transformer needs tokens or embeddings. Got neither.")
             embeddings = self.embed(tokens)
+        if embeddings.shape[0] != len(rows):
+            raise ConfigError(f"Each token needs one row. Got {embeddings.shape[0]} for {len(rows)} rows.")
         x = embeddings if self.project_in is None else self.project_in(embeddings)
         if self.positions is not None:
             x = x + self._learned_positions(rows)
@@ -148,7 +150,7 @@ class Transformer(nn.Module):
     def _learned_positions(self, rows: Rows) -> Tensor:
         assert self.positions is not None
         table = self.positions.weight.shape[0] - self.config.position_shift
-        last = max((segment.position + segment.length for segment in rows.segments), default=0)
+        last = int(rows.positions.max()) + 1 if len(rows) else 0
         if last > table:
             raise CapacityError(
                 f"The model has learned positions for {table} tokens. The sequence would reach {last}; shorten it."

@@ -39,7 +39,11 @@ class Mask:
     """Which keys each query of a segment may see."""
 
     def depths(self, num_queries: int) -> Tensor:
-        """How many positions each query stands behind the segment's first query, (Q,) int64."""
+        """How many positions each query stands behind the segment's first query, (Q,) int64.
+
+        Raises:
+            ConfigError: the mask was made for another number of queries.
+        """
         return torch.arange(num_queries)
 
     def view(
@@ -56,7 +60,7 @@ class Mask:
         Args:
             first_query: position of the segment's first query.
             queries: indices, within the segment, of the block's queries.
-            first_key, num_keys: position of the strand's first key, and how many follow.
+            first_key, num_keys: position of the strand's first key, and how many keys it has.
             window: a key `window` or more positions before a query is hidden; None for no limit.
         """
         raise NotImplementedError
@@ -142,6 +146,10 @@ class Tree(Mask):
         return self.ancestors.sum(dim=1) - 1
 
     def depths(self, num_queries: int) -> Tensor:
+        if num_queries != len(self.parents):
+            raise ConfigError(
+                f"A tree of {len(self.parents)} nodes needs as many rows. Got a segment of {num_queries}."
+            )
         return self._depths
 
     def view(
@@ -160,12 +168,14 @@ class Tree(Mask):
             past = torch.ones(len(queries), num_past, dtype=torch.bool)
         else:
             past = first_query + depths[:, None] - first_key - torch.arange(num_past) < window
-        if num_past == num_keys:
-            return View(0, num_keys, None if bool(past.all()) else past.to(device))
-        nodes = self.ancestors[block]
+        # Columns from here on are nodes: those that this strand holds, which may be some of them.
+        first_node = max(first_key - first_query, 0)
+        held = slice(first_node, first_node + num_keys - num_past)
+        nodes = self.ancestors[block, held]
         if window is not None:
-            nodes = nodes & (depths[:, None] - self._depths < window)
-        return View(0, num_keys, torch.cat([past, nodes], dim=1).to(device))
+            nodes = nodes & (depths[:, None] - self._depths[held] < window)
+        visible = torch.cat([past, nodes], dim=1)
+        return View(0, num_keys, None if bool(visible.all()) else visible.to(device))
 
 
 def _distance(

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from plait.errors import ConfigError
+
 __all__ = ["Partial", "empty_partial", "merge", "merge_all"]
 
 
@@ -60,10 +62,12 @@ def merge_all(parts: Iterable[Partial]) -> Partial:
     """Merge one or more disjoint parts, left to right.
 
     Raises:
-        StopIteration: there is no part; start from `empty_partial`.
+        ConfigError: there is no part.
     """
     iterator = iter(parts)
-    merged = next(iterator)
+    merged = next(iterator, None)
+    if merged is None:
+        raise ConfigError("merge_all takes at least one part. Got none; use empty_partial for no part.")
     for part in iterator:
         merged = merge(merged, part)
     return merged

@@ -86,7 +86,10 @@ def partial_attention(
         if visible is not None:
             scores = scores.view(num_kv_heads, group, rows, high - low).masked_fill(~visible, -math.inf)
             scores = scores.view(num_kv_heads, group * rows, high - low)
-        out, lse = _softmax_times(scores, values[:, low:high].float())
+        if visible is None and high > low:
+            out, lse = torch.bmm(scores.softmax(-1), values[:, low:high].float()), scores.logsumexp(-1)
+        else:
+            out, lse = _softmax_times(scores, values[:, low:high].float())
         parts.append((out.view(num_kv_heads, group, rows, value_dim), lse.view(num_kv_heads, group, rows)))
     out_GNQV, lse_GNQ = (
         parts[0] if len(parts) == 1 else (torch.cat(p, dim=2) for p in zip(*parts, strict=True))

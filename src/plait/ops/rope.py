@@ -48,7 +48,7 @@ class Rope:
 
     def angles(self, positions: Tensor) -> Angles:
         """Cosine and sine at integer positions (N,)."""
-        turn = positions.to(self.dtype)[:, None] * self.frequencies.to(self.dtype)
+        turn = positions.to(self.dtype)[:, None] * self.frequencies.to(positions.device, self.dtype)
         return Angles((turn.cos() * self.amplitude).float(), (turn.sin() * self.amplitude).float())
 
 

@@ -1,1 +1,9 @@
+"""Text and token ids: tokenizers, decoding as tokens arrive, chat templates."""
 
+from __future__ import annotations
+
+from plait.text.chat import ChatTemplate
+from plait.text.stream import StopStrings, StreamDecoder
+from plait.text.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "StopStrings", "StreamDecoder", "Tokenizer"]

@@ -137,13 +137,13 @@ class Blocks(Packed):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def rows_permuted(self, index: Tensor) -> Blocks:
-        """A new matrix whose row i is row `index[i]` of this one; nothing is decoded.
+    def select(self, rows: Tensor) -> Blocks:
+        """A new matrix whose row i is row `rows[i]` of this one; nothing is decoded.
 
         Args:
-            index: int64, (rows of the new matrix,), each in [0, O).
+            rows: int64, (rows of the new matrix,), each in [0, O).
         """
-        return Blocks(self.blocks[index], self.format)
+        return Blocks(self.blocks[rows], self.format)
 
 
 # Decoding. Every decoder keeps one order of operations (scale times code, then the minimum), because
@@ -276,7 +276,8 @@ def _block_format(name: str) -> BlockFormat:
         return BLOCK_FORMATS[name]
     except KeyError:
         raise UnknownNameError(
-            f"Unknown block format {name!r}.{suggestion(name, BLOCK_FORMATS)} Known: {', '.join(BLOCK_FORMATS)}."
+            f"Unknown block format {name!r}.{suggestion(name, BLOCK_FORMATS)}"
+            f" Known: {', '.join(BLOCK_FORMATS)}."
         ) from None
 
 
@@ -301,7 +302,8 @@ class _Quantized(WeightFormat):
             scales, codes = self.encode(groups[start : start + step].float())
             if not torch.isfinite(scales).all():
                 raise ConfigError(
-                    f"{self.name} keeps scales in fp16, up to 65504. The weight has NaN, infinite or larger values."
+                    f"{self.name} keeps scales in fp16, up to 65504."
+                    " The weight has NaN, infinite or larger values."
                 )
             blocks[start : start + step] = torch.cat([scales.view(torch.uint8), codes], dim=1)
         return Blocks(packed, self.name)

@@ -1,1 +1,3 @@
+"""The claims, one a file; every module here holds a `CLAIM`."""
 
+from __future__ import annotations

@@ -34,7 +34,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     # A safetensors file is an 8-byte length and a JSON object.
     if start[8:9] == b"{":
         return SafetensorsCheckpoint(path)
-    raise ModelFileError(f"{path} is neither a GGUF nor a safetensors file: it starts with {start[:8]!r}.")
+    raise ModelFileError(f"{path} is neither a GGUF nor a safetensors file. Give the path of a model.")
 
 
 def _open_folder(folder: Path) -> Checkpoint:

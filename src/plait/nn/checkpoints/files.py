@@ -7,7 +7,16 @@ from pathlib import Path
 
 from plait.errors import ModelFileError
 
-__all__ = ["GGUF_MAGIC", "PICKLE_SUFFIXES", "damaged", "file_start", "folder_files", "pickle_error", "shown"]
+__all__ = [
+    "GGUF_MAGIC",
+    "PICKLE_SUFFIXES",
+    "counted",
+    "damaged",
+    "file_start",
+    "folder_files",
+    "pickle_error",
+    "shown",
+]
 
 GGUF_MAGIC = b"GGUF"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
@@ -72,6 +81,11 @@ def pickle_error(path: Path) -> ModelFileError:
 def damaged(path: Path, what: str) -> ModelFileError:
     """An error about the contents of a file; `what` is a clause such as `"the header ends early"`."""
     return ModelFileError(f"{path.name}: {what}. The file is damaged or hostile; download it again.")
+
+
+def counted(number: int) -> str:
+    """A count from a file; hostile ones are cut to three digits."""
+    return str(number) if number < 10**9 else f"{number:.3g}"
 
 
 def shown(name: str) -> str:

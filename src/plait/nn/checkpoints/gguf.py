@@ -2,8 +2,8 @@
 
 The layout is that of the GGUF specification (ggml/docs/gguf.md): a header of typed metadata, a table
 of tensors, then their data. Every count, length, offset and product is checked against the bytes
-that are left before anything is allocated, and the whole header may take at most 64 MiB of memory
-more than the file's size (192 MiB in all), so any file ends in a reader or in one `ModelFileError`.
+that are left before anything is allocated, and a header may take 64 MiB of memory plus the size of
+the file, at most 128 MiB; so any file ends in a reader or in one `ModelFileError`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from plait.errors import ModelFileError
 from plait.nn.checkpoints.base import TensorInfo
-from plait.nn.checkpoints.files import GGUF_MAGIC, damaged, file_start, shown
+from plait.nn.checkpoints.files import GGUF_MAGIC, counted, damaged, file_start, shown
 from plait.weights import Blocks, Dense, Packed
 from plait.weights.ggml import BLOCK_FORMATS, dequantize
 
@@ -37,7 +37,7 @@ _MAX_NESTING = 4
 
 # Memory that a header may take: this much for any file, and as much again as the file is long.
 _MEMORY_FLOOR = 64 << 20
-_MEMORY_SCALED = 128 << 20
+_MEMORY_SCALED = 64 << 20
 # What Python keeps for each of these beside its contents, rounded up so far that the limit on memory
 # also keeps the time below a second.
 _ENTRY_COST, _TENSOR_COST, _ARRAY_COST, _STRING_COST = 512, 2048, 1024, 24
@@ -92,9 +92,8 @@ class GGUFCheckpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        start = file_start(self.path)
-        if not start.startswith(GGUF_MAGIC):
-            raise ModelFileError(f"{self.path} is not a GGUF file: it starts with {start[:4]!r}.")
+        if not file_start(self.path).startswith(GGUF_MAGIC):
+            raise ModelFileError(f"{self.path} is not a GGUF file. Give the path of a model.")
         self._map: mmap.mmap | None = _map(self.path)
         header = _Header(self.path, self._map)
         self.metadata = header.metadata
@@ -289,9 +288,11 @@ class _Header:
                 self._fail("the file ends inside a string")
             at = start + read_length(data, at)[0]
             if at > size:
-                self._fail(f"a string claims {at - start:.3g} bytes but the file has {size - start} left")
-            # One character takes up to four bytes, and how many is known only afterwards.
-            if 4 * (at - start) > memory:
+                self._fail(
+                    f"a string claims {counted(at - start)} bytes but the file has {size - start} left"
+                )
+            # While one is decoded, its bytes, a narrow and a wide form are there together.
+            if 8 * (at - start) > memory:
                 self._fail_memory()
             string = str(data[start:at], "utf-8", "surrogateescape")
             memory -= size_of(string) + _STRING_COST
@@ -333,7 +334,9 @@ class _Header:
             if offset % alignment:
                 self._fail(f"tensor {shown(name)} starts at {offset}, not a multiple of {alignment}")
             if start >= self.size:
-                self._fail(f"tensor {shown(name)} starts at byte {start:.3g} but the file has {self.size}")
+                self._fail(
+                    f"tensor {shown(name)} starts at byte {counted(start)} but the file has {self.size}"
+                )
             if start < end_of_last or (placed and placed[-1][0] == offset):
                 self._fail(f"tensor {shown(name)} overlaps another tensor")
             nbytes = self._tensor_nbytes(name, shape, format)
@@ -342,7 +345,7 @@ class _Header:
                 nbytes = min(next_start, self.size) - start
             elif nbytes > self.size - start:
                 self._fail(
-                    f"tensor {shown(name)} claims {nbytes:.3g} bytes"
+                    f"tensor {shown(name)} claims {counted(nbytes)} bytes"
                     f" but the file has {self.size - start} left"
                 )
             end_of_last = start + nbytes
@@ -385,9 +388,9 @@ class _Header:
     def _name(self, what: str) -> str:
         length = self._number(_UINT64)
         if length > _MAX_NAME:
-            self._fail(f"{what} is {length:.3g} bytes long, above {_MAX_NAME}")
+            self._fail(f"{what} is {counted(length)} bytes long, above {_MAX_NAME}")
         self._check_room(length, 1, f"bytes of {what}")
-        self._charge(4 * length)
+        self._charge(8 * length)
         start, self.at = self.at, self.at + length
         try:
             return str(self.data[start : self.at], "utf-8")
@@ -397,7 +400,7 @@ class _Header:
     def _check_room(self, count: int, size: int, what: str) -> None:
         left = self.size - self.at
         if count * size > left:
-            self._fail(f"the header claims {count:.3g} {what} but the file has {left} bytes left")
+            self._fail(f"the header claims {counted(count)} {what} but the file has {left} bytes left")
 
     def _charge(self, nbytes: int) -> None:
         self.memory -= nbytes

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from plait.errors import ModelFileError
 from plait.nn.checkpoints.base import TensorInfo
-from plait.nn.checkpoints.files import PICKLE_SUFFIXES, damaged, file_start, folder_files, pickle_error, shown
+from plait.nn.checkpoints.files import (
+    PICKLE_SUFFIXES,
+    counted,
+    damaged,
+    file_start,
+    folder_files,
+    pickle_error,
+    shown,
+)
 from plait.weights import Dense
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "SafetensorsCheckpoint"]
@@ -172,7 +180,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     if len(start) < 8 or start.startswith(b"GGUF"):
         raise damaged(path, "it is not a safetensors file")
     if length > _MAX_HEADER_BYTES:
-        raise damaged(path, f"its header claims {length:.3g} bytes, above {_MAX_HEADER_BYTES >> 20} MiB")
+        raise damaged(path, f"its header claims {counted(length)} bytes, above {_MAX_HEADER_BYTES >> 20} MiB")
     raw = file_start(path, 8 + length)[8:]
     if len(raw) < length:
         raise damaged(path, f"its header claims {length} bytes but the file has {len(raw)} left")

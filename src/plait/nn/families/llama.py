@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from plait.nn.config import BlockConfig, FeedForwardConfig, NormConfig, TransformerConfig
-from plait.nn.families.base import Family, Names, Settings, expand, interleaved_rows
+from collections.abc import Collection
+from typing import Any
+
+from plait.nn.config import FeedForwardConfig, NormConfig, TransformerConfig
+from plait.nn.families.base import (
+    ACTIVATIONS,
+    Family,
+    Names,
+    attention,
+    decoder,
+    expand,
+    interleaved_rows,
+    layer_windows,
+    projections,
+    rope_config,
+)
+from plait.nn.families.settings import Settings
 from plait.nn.mixers import AttentionConfig
 from plait.nn.parameters import Entry
-from plait.nn.rotary import RopeConfig
 
-__all__ = ["LLAMA", "LLAMA_GGUF_NAMES", "LLAMA_NAMES"]
+__all__ = ["LLAMA", "LLAMA_GGUF_NAMES", "LLAMA_NAMES", "llama_like"]
 
 LLAMA_NAMES: Names = {
     "embedding.weight": "model.embed_tokens.weight",
@@ -16,16 +30,16 @@ LLAMA_NAMES: Names = {
     "head.weight": "lm_head.weight",
     "blocks.{i}.mixer_norm.weight": "model.layers.{i}.input_layernorm.weight",
     "blocks.{i}.feed_forward_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    **{
-        f"blocks.{{i}}.mixer.{ours}.{kind}": f"model.layers.{{i}}.self_attn.{theirs}_proj.{kind}"
-        for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "o"}.items()
-        for kind in ("weight", "bias")
-    },
-    **{
-        f"blocks.{{i}}.feed_forward.{part}.{kind}": f"model.layers.{{i}}.mlp.{part}_proj.{kind}"
-        for part in ("gate", "up", "down")
-        for kind in ("weight", "bias")
-    },
+    **projections(
+        "blocks.{i}.mixer.{part}",
+        "model.layers.{i}.self_attn.{part}_proj",
+        {"query": "q", "key": "k", "value": "v", "output": "o"},
+    ),
+    **projections(
+        "blocks.{i}.feed_forward.{part}",
+        "model.layers.{i}.mlp.{part}_proj",
+        {"gate": "gate", "up": "up", "down": "down"},
+    ),
 }
 
 LLAMA_GGUF_NAMES: Names = {
@@ -34,50 +48,80 @@ LLAMA_GGUF_NAMES: Names = {
     "head.weight": "output.weight",
     "blocks.{i}.mixer_norm.weight": "blk.{i}.attn_norm.weight",
     "blocks.{i}.feed_forward_norm.weight": "blk.{i}.ffn_norm.weight",
-    **{
-        f"blocks.{{i}}.mixer.{ours}.{kind}": f"blk.{{i}}.attn_{theirs}.{kind}"
-        for ours, theirs in {"query": "q", "key": "k", "value": "v", "output": "output"}.items()
-        for kind in ("weight", "bias")
-    },
-    **{
-        f"blocks.{{i}}.feed_forward.{part}.{kind}": f"blk.{{i}}.ffn_{part}.{kind}"
-        for part in ("gate", "up", "down")
-        for kind in ("weight", "bias")
-    },
+    **projections(
+        "blocks.{i}.mixer.{part}",
+        "blk.{i}.attn_{part}",
+        {"query": "q", "key": "k", "value": "v", "output": "output"},
+    ),
+    **projections(
+        "blocks.{i}.feed_forward.{part}",
+        "blk.{i}.ffn_{part}",
+        {"gate": "gate", "up": "up", "down": "down"},
+    ),
 }
 
 
-def config(settings: Settings) -> TransformerConfig:
-    """Read a Llama or Mistral configuration."""
-    width, heads = settings.need("hidden_size"), settings.need("num_attention_heads")
-    head_dim = settings.first("head_dim", default=width // heads)
-    bias = bool(settings.get("attention_bias", False))
-    block = BlockConfig(
-        mixer=AttentionConfig(
-            num_heads=heads,
-            num_kv_heads=settings.first("num_key_value_heads", default=heads),
-            head_dim=head_dim,
-            rope=RopeConfig(theta=float(settings.first("rope_theta", default=10000.0)), dim=head_dim),
-            window=settings.get("sliding_window"),
-            qkv_bias=bias,
-            output_bias=bias,
-        ),
+def llama_like(
+    settings: Settings,
+    family: str,
+    *,
+    windows: list[int | None],
+    max_positions: int,
+    mlp_bias: bool = False,
+    epsilon: float = 1e-6,
+    **choices: Any,
+) -> TransformerConfig:
+    """A decoder of RMS norms, rotary attention and gated feed-forwards: Llama and its relatives.
+
+    Args:
+        windows: of each block.
+        max_positions, epsilon: what the family assumes where the settings do not say.
+        mlp_bias: whether the feed-forwards have biases.
+        choices: further fields of `AttentionConfig`.
+    """
+    mixer = attention(settings, **choices)
+    rope = rope_config(settings, mixer.head_dim, max_positions=max_positions)
+    return decoder(
+        settings,
+        family,
+        mixers=[attention(settings, rope=rope, window=window, **choices) for window in windows],
         feed_forward=FeedForwardConfig(
-            size=settings.need("intermediate_size"), bias=bool(settings.get("mlp_bias", False))
+            size=settings.count("intermediate_size"),
+            activation=settings.choice("hidden_act", default="silu", choices=ACTIVATIONS),
+            bias=mlp_bias,
         ),
-    )
-    return TransformerConfig(
-        family="llama",
-        vocab_size=settings.need("vocab_size"),
-        width=width,
-        blocks=(block,) * settings.need("num_hidden_layers"),
-        norm=NormConfig(kind="rms", epsilon=float(settings.first("rms_norm_eps", default=1e-6))),
-        max_positions=settings.first("max_position_embeddings", default=2048),
-        tied_head=bool(settings.get("tie_word_embeddings", False)),
+        norm=NormConfig(kind="rms", epsilon=settings.number("rms_norm_eps", default=epsilon)),
+        max_positions=max_positions,
+        tied=False,
     )
 
 
-def gguf_names(model: TransformerConfig) -> dict[str, Entry]:
+def config(settings: Settings) -> TransformerConfig:
+    """Read a Llama or Mistral configuration; a Mistral without a word on its window has one of 4,096."""
+    is_mistral = settings.get("model_type") == "mistral"
+    if is_mistral:
+        settings.assume(sliding_window=4096)
+    bias = settings.flag("attention_bias", default=False)
+    return llama_like(
+        settings,
+        "llama",
+        windows=layer_windows(settings, settings.optional_count("sliding_window")),
+        max_positions=4096 * 32 if is_mistral else 2048,
+        mlp_bias=settings.flag("mlp_bias", default=False),
+        qkv_bias=bias,
+        output_bias=settings.flag("attention_output_bias", default=bias),
+    )
+
+
+def _gguf_settings(settings: Settings, tensors: Collection[str]) -> None:
+    settings.assume(
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        attention_output_bias="blk.0.attn_output.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
+    )
+
+
+def _gguf_names(model: TransformerConfig) -> dict[str, Entry]:
     """GGUF files of this family hold query and key rows with rotary pairs side by side."""
     entries = expand(LLAMA_GGUF_NAMES, len(model.blocks))
     for i, block in enumerate(model.blocks):
@@ -96,5 +140,6 @@ LLAMA = Family(
     architectures=("llama",),
     config=config,
     names=lambda model: expand(LLAMA_NAMES, len(model.blocks)),
-    gguf_names=gguf_names,
+    gguf_names=_gguf_names,
+    gguf_settings=_gguf_settings,
 )

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from plait.nn.mixers.attention import Attention, AttentionConfig
 from plait.nn.mixers.base import Mixer
+from plait.nn.mixers.linear_attention import LinearAttention, LinearAttentionConfig
 
-__all__ = ["Attention", "AttentionConfig", "Mixer"]
+__all__ = ["Attention", "AttentionConfig", "LinearAttention", "LinearAttentionConfig", "Mixer"]

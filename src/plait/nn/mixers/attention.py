@@ -45,7 +45,7 @@ class AttentionConfig(MixerConfig, name="attention"):
     num_kv_heads: Count
     head_dim: Count
     scale: float | None = None
-    softcap: float | None = None
+    softcap: Annotated[float, Field(gt=0)] | None = None
     rope: RopeConfig | None = None
     window: Annotated[int, Field(ge=1)] | None = None
     qkv_bias: bool = False
@@ -74,6 +74,8 @@ class Attention(Mixer):
         super().__init__()
         self.config = config
         h, g, d = config.num_heads, config.num_kv_heads, config.head_dim
+        # First, because it finds a head size that does not fit the file before speeds are made for it.
+        self.qkv = parameters.linear(["query", "key", "value"], width, [h * d, g * d, g * d], config.qkv_bias)
         self.heads = Heads(
             num_heads=h,
             num_kv_heads=g,
@@ -82,7 +84,6 @@ class Attention(Mixer):
             softcap=config.softcap,
             rope=None if config.rope is None else rope_of(config.rope),
         )
-        self.qkv = parameters.linear(["query", "key", "value"], width, [h * d, g * d, g * d], config.qkv_bias)
         self.output = parameters.linear(["output"], h * d, [width], config.output_bias)
         self.query_norm = Norm(norm, d, parameters.under("query_norm")) if config.qk_norm else None
         self.key_norm = Norm(norm, d, parameters.under("key_norm")) if config.qk_norm else None
@@ -121,4 +122,4 @@ class Attention(Mixer):
             ).out
             for segment in rows.segments
         ]
-        return torch.cat(outs)
+        return torch.cat(outs) if outs else q

@@ -1,0 +1,64 @@
+# make run   a chat with a real language model
+# make test  everything the project promises, checked
+# Each makes its own environment in .venv, touches nothing else, and can be run again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+QUESTION ?= What is the capital of France?
+MODEL ?= smollm2
+comma := ,
+PROJECT := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+
+.PHONY: run test lint format docs claims bench clean help
+
+help:
+	@sed -n 's/^# \(make\)/\1/p' Makefile
+
+run: $(VENV)/run.stamp
+	@$(BIN)/plait chat --model $(MODEL) "$(QUESTION)"
+
+test: $(VENV)/test.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/lint-imports
+
+lint: $(VENV)/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/lint.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/sphinx-build -W -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+claims: $(VENV)/test.stamp
+	$(BIN)/plait claims run --all --results docs/claims
+	$(BIN)/plait claims page --results docs/claims --output docs/claims.md
+
+bench: $(VENV)/test.stamp
+	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build docs/_build
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Plait needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# $(1): the stamp, $(2): the extras
+define environment
+$(VENV)/$(1).stamp: $(PROJECT) | $(VENV)/bin/python
+	@echo "Making the environment in $(VENV) (once) ..." >&2
+	$(PIP) install --constraint constraints.txt --editable ".$(2)"
+	@touch $$@
+endef
+$(eval $(call environment,run,))
+$(eval $(call environment,test,[test]))
+$(eval $(call environment,lint,[test$(comma)lint]))
+$(eval $(call environment,docs,[test$(comma)docs]))

@@ -1,0 +1,19 @@
+"""Speculation: guesses that a speculator makes, and the one lossless verifier. One file a method."""
+
+from __future__ import annotations
+
+from plait.decode.speculate.base import SPECULATORS, Nothing, Speculator, SpeculatorConfig
+from plait.decode.speculate.prompt_lookup import PromptLookup
+from plait.decode.speculate.tree import Context, Tree
+from plait.decode.speculate.verify import verify
+
+__all__ = [
+    "SPECULATORS",
+    "Context",
+    "Nothing",
+    "PromptLookup",
+    "Speculator",
+    "SpeculatorConfig",
+    "Tree",
+    "verify",
+]

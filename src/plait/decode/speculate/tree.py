@@ -1,0 +1,76 @@
+"""Draft trees: continuations that a speculator proposes and the model checks in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from plait.errors import ConfigError
+
+__all__ = ["Context", "Tree"]
+
+
+class Context(NamedTuple):
+    """What a speculator may look at.
+
+    Attributes:
+        tokens: every token so far, prompt and answer; the last is the root of the tree.
+        budget: most nodes that may be proposed besides the root.
+        positions: the model's context in tokens.
+    """
+
+    tokens: Sequence[int]
+    budget: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Candidate continuations of the last token, which is the root, node 0.
+
+    Args:
+        tokens: token of each node; `tokens[0]` is the last token of the sequence.
+        parents: parent of each node; `parents[0] == -1` and `parents[i] < i`.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+
+    @classmethod
+    def root(cls, token: int) -> Tree:
+        """The tree that proposes nothing."""
+        return cls([token], [-1])
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> Tree:
+        """One continuation: the root, then each token below the one before it."""
+        return cls(list(tokens), [node - 1 for node in range(len(tokens))])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has more than one child."""
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def children(self, node: int) -> list[int]:
+        """The nodes below a node, in order."""
+        return [child for child, parent in enumerate(self.parents) if parent == node]
+
+    def check(self, context: Context, vocab_size: int) -> None:
+        """Raise `ConfigError` for a tree that cannot be scored."""
+        if not self.tokens or self.tokens[0] != context.tokens[-1] or self.parents[0] != -1:
+            raise ConfigError("A draft tree must start with the last token of the sequence as its root.")
+        if len(self) - 1 > max(context.budget, 0):
+            raise ConfigError(
+                f"A draft tree may have {context.budget} nodes besides its root. Got {len(self) - 1}."
+            )
+        for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
+            if not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"Node {node} proposes token {token}. Token ids must be in [0, {vocab_size})."
+                )
+            if node and not 0 <= parent < node:
+                raise ConfigError(f"Node {node} has parent {parent}. A parent comes before its child.")

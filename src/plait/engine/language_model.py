@@ -1,0 +1,250 @@
+"""A loaded model: what most users hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from plait.decode import Sampling
+from plait.decode.speculate import SpeculatorConfig
+from plait.engine.engine import Engine
+from plait.engine.request import Generation, Piece, Request
+from plait.engine.sequence import RunningSequence
+from plait.engine.session import Session
+from plait.errors import ConfigError, suggestion
+from plait.memory import MemoryPlan, Rows
+from plait.nn import Transformer
+from plait.text import ChatTemplate, Tokenizer
+
+__all__ = ["LanguageModel", "Message", "Score"]
+
+Message = Mapping[str, Any]
+
+# Rows of logits held at once while a text is scored: 256 rows of a 262,144 word vocabulary are 256 MB.
+_SCORED_AT_ONCE = 256
+
+
+class Score(NamedTuple):
+    """How well a model predicts a text.
+
+    Attributes:
+        nats: sum of the negative log-probabilities of the predicted tokens.
+        tokens: number of predicted tokens; the first of a window is not one, unless an earlier window
+            holds it too.
+        num_bytes: bytes of the whole text in UTF-8.
+    """
+
+    nats: float
+    tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean over predicted tokens."""
+        return math.exp(self.nats / self.tokens) if self.tokens else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits needed for each byte of the text; comparable between tokenizers."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+
+class LanguageModel:
+    """A model with its tokenizer and the choices made when it was loaded.
+
+    Args:
+        name: what it was loaded as.
+        model: the transformer.
+        tokenizer: text to ids and back.
+        chat_template: how a conversation becomes a prompt; None for a model without one.
+        plan: how the past of a sequence is kept.
+        draft: how continuations are guessed.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        plan: MemoryPlan,
+        draft: SpeculatorConfig,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.plan = plan
+        self.draft = draft
+
+    def __repr__(self) -> str:
+        return f"<LanguageModel {self.name}: memory={str(self.plan)!r}, draft={str(self.draft)!r}>"
+
+    def new_engine(self, **options: Any) -> Engine:
+        """An engine for many requests; `options` are those of `Engine`."""
+        return Engine(self.model, self.tokenizer, self.plan, new_speculator=self.draft.build, **options)
+
+    def session(self) -> Session:
+        """A conversation or document that is read once and continued many times."""
+        return Session(self)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with the start token where the model wants one."""
+        return self.tokenizer.encode(text, add_special=True)
+
+    def encode_chat(self, messages: str | Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's answer.
+
+        Args:
+            messages: one user message, or mappings with `role` and `content`.
+
+        Raises:
+            ConfigError: the model has no chat template.
+            TemplateError: the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ConfigError(f"{self.name} has no chat template. Use generate with a plain prompt.")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = self.chat_template.render(messages)
+        return self.tokenizer.encode(text, parse_special=True)
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], **options: Any) -> list[Generation]: ...
+
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> Generation | list[Generation]:
+        """Continue one prompt, or several at once without padding.
+
+        Args:
+            prompt: a text, or a sequence of texts of any lengths.
+            options: `max_new_tokens` (256), `stop` (a text or several), `ignore_end`, and the fields of
+                `Sampling`, where `temperature` is 0 (greedy) unless given.
+
+        Returns:
+            A `Generation`, or one for each prompt in the same order.
+
+        Example:
+            >>> lm.generate("The capital of France is", max_new_tokens=8).text  # doctest: +SKIP
+        """
+        if isinstance(prompt, str):
+            return self._finish([self.request(self.encode(prompt), **options)])[0]
+        return self._finish([self.request(self.encode(text), **options) for text in prompt])
+
+    def chat(self, messages: str | Sequence[Message], **options: Any) -> Generation:
+        """Answer a conversation; options are those of `generate`."""
+        return self._finish([self.request(self.encode_chat(messages), **options)])[0]
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Generator[Piece, None, None]:
+        """Continue a prompt (text or ids), yielding text as it is generated.
+
+        Closing the iterator cancels the generation.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt
+        engine = self.new_engine()
+        sequence = engine.submit(self.request(ids, **options))
+        try:
+            for _, piece in engine.run():
+                yield piece
+        finally:
+            if not sequence.is_finished:
+                engine.cancel(sequence)
+
+    def request(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        ignore_end: bool = False,
+        sampling: Sampling | None = None,
+        **settings: Any,
+    ) -> Request:
+        """A request from plain options; see `generate`.
+
+        Raises:
+            ConfigError: an unknown option, or a value outside its limits.
+        """
+        if sampling is None:
+            try:
+                sampling = Sampling(**{"temperature": 0.0, **settings})
+            except TypeError:
+                raise ConfigError(_unknown_option(settings)) from None
+        elif settings:
+            raise ConfigError(f"Give either sampling or its settings. Got both, with {', '.join(settings)}.")
+        return Request(
+            prompt=prompt,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            ignore_end=ignore_end,
+        )
+
+    @torch.inference_mode()
+    def score(self, text: str, *, context: int | None = None, stride: int | None = None) -> Score:
+        """How well the model predicts a text.
+
+        A long text is read in windows of `context` tokens that start `stride` tokens apart; a token is
+        scored in the first window that holds something before it.
+
+        Args:
+            text: at least two tokens long.
+            context: tokens of a window; the model's context, at most 2,048, when left out.
+            stride: tokens between the starts of windows; `context` when left out. A smaller one gives
+                each token more context and takes longer.
+
+        Raises:
+            ConfigError: a window or stride outside its limits, or a text too short to score.
+        """
+        limit = self.model.config.max_positions
+        context = min(limit, 2048) if context is None else context
+        stride = context if stride is None else stride
+        if not 2 <= context <= limit:
+            raise ConfigError(f"context must be from 2 to {limit} tokens. Got {context}.")
+        if not 1 <= stride <= context:
+            raise ConfigError(f"stride must be from 1 to the context of {context} tokens. Got {stride}.")
+        ids = torch.tensor(self.encode(text), dtype=torch.int64)
+        if len(ids) < 2:
+            raise ConfigError(f"A text of at least 2 tokens is needed. Got {len(ids)}.")
+        nats, predicted, scored = 0.0, 0, 1
+        for start in range(0, len(ids), stride):
+            stop = min(start + context, len(ids))
+            # The row before the first token that no earlier window has scored predicts it; a window
+            # that begins with that token has no such row.
+            first = max(scored - 1, start)
+            nats += self._window_nats(ids[start:stop], first - start)
+            predicted += stop - 1 - first
+            scored = stop
+            if stop == len(ids):
+                break
+        return Score(nats, predicted, len(text.encode()))
+
+    def _window_nats(self, ids: Tensor, first: int) -> float:
+        hidden = self.model(ids, Rows([(len(ids), 0)]))
+        nats = 0.0
+        for low in range(first, len(ids) - 1, _SCORED_AT_ONCE):
+            high = min(low + _SCORED_AT_ONCE, len(ids) - 1)
+            law = self.model.logits(hidden[low:high]).log_softmax(dim=-1)
+            nats -= float(law.gather(1, ids[low + 1 : high + 1, None]).sum(dtype=torch.float64))
+        return nats
+
+    def _finish(self, requests: Sequence[Request]) -> list[Generation]:
+        engine = self.new_engine()
+        sequences: list[RunningSequence] = [engine.submit(request) for request in requests]
+        for _ in engine.run():
+            pass
+        return [sequence.result() for sequence in sequences]
+
+
+def _unknown_option(settings: Mapping[str, Any]) -> str:
+    known = ["max_new_tokens", "stop", "ignore_end", *(f.name for f in dataclasses.fields(Sampling))]
+    name = next((name for name in settings if name not in known), "?")
+    return f"generate has no option {name!r}.{suggestion(name, known)} It takes {', '.join(known)}."

@@ -1,0 +1,87 @@
+"""What is asked of the engine, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from plait.decode import Choice, Sampling
+from plait.errors import ConfigError
+
+__all__ = ["FinishReason", "Generation", "Piece", "Request"]
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sequence to continue.
+
+    Args:
+        prompt: token ids, at least one.
+        sampling: how tokens are chosen.
+        max_new_tokens: most tokens to generate, at least 1.
+        stop: texts that end the generation; they are not part of the answer.
+        ignore_end: go on after an end-of-sequence token.
+
+    Raises:
+        ConfigError: an empty prompt or stop text, or `max_new_tokens` below 1.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    ignore_end: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ConfigError("The prompt is empty. Give at least one token.")
+        if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
+            raise ConfigError(f"max_new_tokens must be a whole number. Got {self.max_new_tokens!r}.")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1. Got {self.max_new_tokens}.")
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError(f"stop must be non-empty texts. Got {list(self.stop)!r}.")
+
+
+class Piece(NamedTuple):
+    """What one step added to a generation.
+
+    Attributes:
+        text: new text, whole UTF-8 characters only; may be empty while a character or a possible
+            stop text is incomplete.
+        choices: the tokens chosen in this step, with log-probabilities where they were asked for.
+        finish_reason: why the generation ended, on its last piece; None before.
+    """
+
+    text: str
+    choices: tuple[Choice, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A finished answer.
+
+    Args:
+        text: the answer, without the stop text or special tokens.
+        tokens: ids generated, the end-of-sequence token included where one was chosen.
+        choices: the same tokens with log-probabilities where they were asked for.
+        finish_reason: `stop` (end of sequence or a stop text), `length` (`max_new_tokens` or the
+            model's context is used up) or `cancelled`.
+        prompt_tokens: number of tokens of the prompt.
+        seconds_to_first_token, seconds: wall time from submission.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    seconds_to_first_token: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,150 @@
+"""A session: a text that is read once, kept in memory, and continued, rewound and forked."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from plait.engine.request import Generation, Piece
+from plait.errors import ConfigError
+
+if TYPE_CHECKING:
+    from plait.engine.language_model import LanguageModel, Message
+
+__all__ = ["Session"]
+
+
+class Session:
+    """What one conversation or document has been read so far, ready to go on.
+
+    Reading the same beginning again costs nothing: only what follows the longest common run of tokens
+    is fed to the model.
+
+    Example:
+        >>> with lm.session() as s:  # doctest: +SKIP
+        ...     s.read(report)
+        ...     first, second = s.fork(2)
+        ...     print(first.generate("Summary:").text)
+    """
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self.past = lm.model.new_past(lm.plan)
+        self.tokens: list[int] = []
+        self.last: Generation | None = None
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Tokens read and generated so far."""
+        return len(self.tokens)
+
+    def read(self, text: str) -> None:
+        """Append text to what was read, without generating."""
+        self.read_tokens(self.lm.tokenizer.encode(text, add_special=not self.tokens))
+
+    def read_tokens(self, ids: Sequence[int]) -> None:
+        """Append token ids to what was read. They are fed to the model when something is generated."""
+        self._check_open()
+        self.tokens.extend(ids)
+
+    def rewind(self, length: int) -> None:
+        """Go back to the first `length` tokens.
+
+        Raises:
+            ConfigError: there are not that many.
+        """
+        self._check_open()
+        if not 0 <= length <= len(self.tokens):
+            raise ConfigError(f"rewind takes a length from 0 to {len(self.tokens)}. Got {length}.")
+        del self.tokens[length:]
+        if len(self.past) > length:
+            self.past.truncate(length)
+
+    def fork(self, count: int = 1) -> list[Session]:
+        """New sessions with the same beginning; they share what is stored.
+
+        Raises:
+            ConfigError: `count` is below 1.
+        """
+        self._check_open()
+        if count < 1:
+            raise ConfigError(f"fork takes a count of at least 1. Got {count}.")
+        self._feed()
+        return [self._twin() for _ in range(count)]
+
+    def generate(self, text: str = "", **options: Any) -> Generation:
+        """Read a text, then continue; the continuation becomes part of the session."""
+        for _ in self.stream(text, **options):
+            pass
+        assert self.last is not None
+        return self.last
+
+    def stream(self, text: str = "", **options: Any) -> Generator[Piece, None, None]:
+        """As `generate`, yielding text as it comes; `last` holds the result. Closing cancels."""
+        if text:
+            self.read(text)
+        yield from self._continue(**options)
+
+    def chat(self, messages: str | Sequence[Message], **options: Any) -> Generator[Piece, None, None]:
+        """Answer a conversation, reusing what its beginning shares with this session."""
+        self.follow(self.lm.encode_chat(messages))
+        yield from self._continue(**options)
+
+    def follow(self, ids: Sequence[int]) -> int:
+        """Make these ids what was read, keeping the memory of the longest common beginning.
+
+        Returns:
+            How many tokens did not have to be read again.
+        """
+        self._check_open()
+        common = 0
+        for ours, theirs in zip(self.tokens, ids, strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        self.rewind(common)
+        self.tokens.extend(ids[common:])
+        return min(common, len(self.past))
+
+    def nbytes(self) -> int:
+        """Bytes allocated for what is remembered."""
+        return self.past.nbytes()
+
+    def close(self) -> None:
+        """Free what is remembered. Using the session afterwards is an error."""
+        self._closed = True
+        self.tokens = []
+        self.past = self.lm.model.new_past(self.lm.plan)
+
+    def _continue(self, **options: Any) -> Generator[Piece, None, None]:
+        self._check_open()
+        engine = self.lm.new_engine()
+        sequence = engine.submit(self.lm.request(list(self.tokens), **options), self.past)
+        try:
+            for _, piece in engine.run():
+                yield piece
+        finally:
+            if not sequence.is_finished:
+                engine.cancel(sequence)
+            self.tokens = sequence.tokens
+            self.last = sequence.result()
+
+    def _feed(self) -> None:
+        """Read what has not been read, so that forks share it."""
+        self.lm.new_engine().read(self.tokens, self.past)
+
+    def _twin(self) -> Session:
+        twin = Session(self.lm)
+        twin.tokens = list(self.tokens)
+        twin.past = self.past.fork()
+        return twin
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("This session is closed. Open another with lm.session().")

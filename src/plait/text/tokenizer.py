@@ -1,0 +1,156 @@
+"""Text to token ids and back."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from plait.errors import ConfigError
+from plait.text.backend import Backend
+from plait.text.gguf_vocabulary import read_gguf_tokenizer
+from plait.text.json_vocabulary import read_json_tokenizer
+from plait.text.vocabulary import TokenizerParts
+
+__all__ = ["Tokenizer"]
+
+
+class Tokenizer:
+    """Turns text into the token ids of one model, and ids back into text.
+
+    Made by `from_gguf` or `from_json`; never changes, and may be used from many threads.
+
+    `decode` joins the bytes of the tokens and reads them as UTF-8, so text comes back exactly where
+    the vocabulary spells every byte; bytes that are not UTF-8 become U+FFFD. SentencePiece's rule
+    that a text starts with a space is undone at the start of the decoded text.
+
+    Attributes:
+        name: what kind of tokenizer it is.
+        vocab_size: number of ids; every id is in [0, vocab_size).
+        bos_id: the token that starts a text, or None.
+        eos_ids: tokens that end a text or a turn: EOS and, by name, tokens such as `<|im_end|>`.
+        special_ids: control, unknown and unused tokens; they stand for no text.
+        strips_leading_space: whether `decode` drops one space at the start of a text.
+    """
+
+    name: str
+    vocab_size: int
+    bos_id: int | None
+    eos_ids: frozenset[int]
+    special_ids: frozenset[int]
+    strips_leading_space: bool
+
+    def __init__(self, parts: TokenizerParts) -> None:
+        self.name = parts.name
+        self.vocab_size = len(parts.vocabulary.pieces)
+        self.bos_id = parts.bos_id
+        self.eos_ids = parts.eos_ids
+        self.special_ids = parts.vocabulary.special
+        self.strips_leading_space = parts.vocabulary.strips_leading_space
+        self._vocabulary = parts.vocabulary
+        self._prefix, self._suffix = parts.prefix, parts.suffix
+        self._space_prefix = parts.space_prefix
+        self._backend = Backend(parts.backend)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
+        """The tokenizer described by the metadata of a GGUF file.
+
+        Kinds `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE with byte fallback) are read.
+        Where the file asks for a space before text (`add_space_prefix`), every stretch of text
+        before, between and after special tokens gets one.
+
+        Raises:
+            ModelFileError: the metadata is incomplete or inconsistent, or names an unknown kind of
+                tokenizer or pre-tokenizer.
+        """
+        return cls(read_gguf_tokenizer(metadata))
+
+    @classmethod
+    def from_json(
+        cls,
+        source: str | Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The tokenizer described by a Hugging Face tokenizer.json.
+
+        Args:
+            source: the JSON text, or the path of the file or of its folder.
+            config: the contents of tokenizer_config.json: `bos_token`, `eos_token`, `add_bos_token`,
+                `add_eos_token`. Read from the same folder if it is there and None is given.
+            generation_config: the contents of generation_config.json: `eos_token_id`, one or several,
+                and `bos_token_id`. Likewise.
+
+        Raises:
+            ModelFileError: a file is damaged, or describes a tokenizer of an unknown kind.
+        """
+        return cls(read_json_tokenizer(source, config, generation_config))
+
+    def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            add_special: put the tokens around the text that the model expects, such as BOS.
+            parse_special: read the names of special tokens in the text as those tokens. Text from
+                outside must not be parsed: it could end its own turn.
+
+        Raises:
+            ConfigError: `text` is not text, or holds half of a surrogate pair.
+            ModelFileError: the model's tokenizer is damaged in a way that only shows now.
+        """
+        return self.encode_batch([text], add_special=add_special, parse_special=parse_special)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special: bool = False, parse_special: bool = False
+    ) -> list[list[int]]:
+        """The ids of many texts, using all cores. Same arguments and errors as `encode`."""
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise ConfigError("Only text can be encoded, and encode_batch takes a list of texts.")
+        if self._space_prefix is not None:
+            texts = [self._space_prefix.apply(text, parse_special=parse_special) for text in texts]
+        batch = self._backend.encode_batch(texts, parse_special=parse_special)
+        return [[*self._prefix, *ids, *self._suffix] for ids in batch] if add_special else batch
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True, continues: bool = False) -> str:
+        """The text of a sequence of ids.
+
+        Args:
+            skip_special: leave special tokens out; otherwise their names are shown.
+            continues: the ids follow earlier text, so a space at their start is kept.
+
+        Raises:
+            ConfigError: an id is outside [0, vocab_size).
+        """
+        data = b"".join([self.shown_bytes(id, skip_special=skip_special) for id in ids])
+        if self.strips_leading_space and not continues:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", errors="replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for; none for a special token.
+
+        Raises:
+            ConfigError: the id is outside [0, vocab_size).
+        """
+        return self.shown_bytes(id)
+
+    def shown_bytes(self, id: int, *, skip_special: bool = True) -> bytes:
+        """What a token adds to decoded text: its bytes, or the name of a special one if it is shown.
+
+        Raises:
+            ConfigError: the id is outside [0, vocab_size).
+        """
+        id = operator.index(id)
+        if not 0 <= id < self.vocab_size:
+            raise ConfigError(f"Token id {id} is outside the vocabulary of {self.vocab_size} tokens.")
+        return self._vocabulary.token_bytes(id, skip_special=skip_special)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the model file writes it, such as `"<|im_end|>"`; None if there is none."""
+        return self._backend.id_of(token)
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer {self.name}, {self.vocab_size} tokens>"

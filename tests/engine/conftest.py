@@ -1,0 +1,88 @@
+"""A small random model with a real tokenizer, and the real SmolLM2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from plait.decode.speculate import SPECULATORS
+from plait.engine import LanguageModel, load
+from plait.memory import MemoryPlan
+from plait.nn import (
+    BlockConfig,
+    FeedForwardConfig,
+    NormConfig,
+    RandomParameters,
+    Transformer,
+    TransformerConfig,
+)
+from plait.nn.mixers import AttentionConfig
+from plait.nn.rotary import RopeConfig
+from plait.text import Tokenizer
+
+# A tokenizer whose ids are bytes: 0 ends a text, 1..256 are the bytes.
+BYTE_TOKENIZER_SIZE = 257
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges, read as a GGUF file would describe it."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    pieces = ["<end>", *sorted(ByteLevel.alphabet())]
+    return Tokenizer.from_gguf(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": pieces,
+            "tokenizer.ggml.token_type": [3] + [1] * 256,
+            "tokenizer.ggml.merges": [],
+            "tokenizer.ggml.eos_token_id": 0,
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Transformer:
+    """Two blocks of random weights whose logits vary by several units."""
+    block = BlockConfig(
+        mixer=AttentionConfig(
+            num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig(theta=10000.0, dim=16)
+        ),
+        feed_forward=FeedForwardConfig(size=96),
+    )
+    config = TransformerConfig(
+        family="llama",
+        vocab_size=BYTE_TOKENIZER_SIZE,
+        width=64,
+        blocks=(block, block),
+        norm=NormConfig(),
+        max_positions=512,
+        logit_scale=3.0,
+    )
+    return Transformer(config, RandomParameters(seed=3)).eval()
+
+
+@pytest.fixture
+def make_small(small_model: Transformer, byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
+    """Make a language model around the small random transformer."""
+
+    def make(memory: str = "full", draft: str = "none") -> LanguageModel:
+        return LanguageModel(
+            name="small",
+            model=small_model,
+            tokenizer=byte_tokenizer,
+            chat_template=None,
+            plan=MemoryPlan.parse(memory),
+            draft=SPECULATORS.parse(draft),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path) -> LanguageModel:
+    """The real SmolLM2-135M-Instruct."""
+    return load(smollm2_gguf)

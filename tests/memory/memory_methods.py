@@ -1,0 +1,53 @@
+"""One list for each axis of memory; every entry meets every entry of the other axes in `test_memory_matrix`.
+
+A new codec or policy is added here, with what a query sees under it or how far it may move an output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memory_oracle import TOLERANCE, Sees, TokenTable, everything, storage_bound
+
+
+@dataclass(frozen=True)
+class CodecEntry:
+    """A codec and the relative rounding of what it stores."""
+
+    spec: str
+    unit: float = 0.0
+
+    def tolerance(self, table: TokenTable) -> float:
+        """How far outputs may be from exact attention."""
+        return storage_bound(table, self.unit) if self.unit else TOLERANCE
+
+
+@dataclass(frozen=True)
+class PolicyEntry:
+    """A policy and which keys a query sees under it."""
+
+    spec: str
+    sees: Sees
+
+
+def first_and_last(size: int, sinks: int) -> Sees:
+    """What the window policy promises."""
+    return lambda query, key: key < sinks or query - key < size
+
+
+def both(one: Sees, other: Sees) -> Sees:
+    """A key that both let through."""
+    return lambda query, key: one(query, key) and other(query, key)
+
+
+CODEC_ENTRIES = [
+    CodecEntry("dense"),
+    CodecEntry("dense:dtype=bf16", unit=2**-8),
+    CodecEntry("dense:dtype=fp16", unit=2**-11),
+]
+POLICY_ENTRIES = [
+    PolicyEntry("full", everything),
+    PolicyEntry("window:size=7,sinks=3", first_and_last(7, 3)),
+    PolicyEntry("window:size=1,sinks=0", first_and_last(1, 0)),
+]
+MODEL_WINDOWS = [None, 5]

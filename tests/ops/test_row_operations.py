@@ -1,0 +1,41 @@
+"""Primitives that work on each row alone equal their formulas in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from plait.ops import layer_norm, linear, rms_norm
+
+# fp32 sums of a few dozen terms.
+TOLERANCE = 1e-5
+
+
+def test_rms_norm_equals_its_formula() -> None:
+    x, weight = torch.randn(5, 3, 33), torch.randn(33)
+    wanted = x.double() / (x.double().square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
+    torch.testing.assert_close(rms_norm(x, weight, 0.1).double(), wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("has_weight", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layer_norm_equals_its_formula(has_weight: bool, has_bias: bool) -> None:
+    x = torch.randn(5, 33)
+    weight = torch.randn(33) if has_weight else None
+    bias = torch.randn(33) if has_bias else None
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    wanted = centred / (centred.square().mean(-1, keepdim=True) + 0.1).sqrt()
+    wanted = wanted * (1 if weight is None else weight) + (0 if bias is None else bias)
+    given = layer_norm(x, weight, bias, 0.1)
+    torch.testing.assert_close(given.double(), wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_multiplies_in_the_weights_format_and_answers_in_the_rows(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(4, 7, 16), torch.randn(9, 16).to(dtype)
+    given = linear(x, weight)
+    assert given.dtype == torch.float32
+    assert given.shape == (4, 7, 9)
+    wanted = x.to(dtype).double() @ weight.double().T
+    tolerance = TOLERANCE if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(given.double(), wanted, atol=4 * tolerance, rtol=tolerance)
