@@ -251,7 +251,6 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release free;
         Pool::get().resize(count);
     });
-    kernels();  // A wrong PLAIT_NATIVE_ISA is an error of the import.
     bind_packed(m);
     bind_rows(m);
     bind_linear(m);

@@ -64,6 +64,8 @@ def module() -> ModuleType | None:
             error,
         )
         return None
+    try:
+        _native.isa()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return _native
