@@ -24,17 +24,17 @@ SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (49152, 576)]
 BATCHES = [1, 4, 16, 128, 512]
 
 
-def seconds(work: Callable[[], Any], rounds: int = 9) -> float:
+def seconds(work: Callable[..., Any], *arguments: Any, rounds: int = 9, **options: Any) -> float:
     """Median time of one call; each round lasts at least 20 ms."""
-    work()
+    work(*arguments, **options)
     start = time.perf_counter()
-    work()
+    work(*arguments, **options)
     count = max(1, int(0.02 / max(1e-7, time.perf_counter() - start)))
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
         for _ in range(count):
-            work()
+            work(*arguments, **options)
         times.append((time.perf_counter() - start) / count)
     return statistics.median(times)
 
@@ -42,7 +42,7 @@ def seconds(work: Callable[[], Any], rounds: int = 9) -> float:
 def memory_bandwidth() -> float:
     """Bytes a second that all threads read from memory."""
     big = torch.ones(1 << 27)
-    return big.nbytes / seconds(lambda: big.sum(), rounds=5)
+    return big.nbytes / seconds(big.sum, rounds=5)
 
 
 def products() -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def products() -> list[dict[str, Any]]:
                 wanted = x @ blocks.unpack().T
                 error = float((matrix.matmul(x) - wanted).norm() / wanted.norm())
                 assert error < 0.02, f"{form.name} {outputs}x{columns}: off by {error}"
-                mine, theirs = seconds(lambda: matrix.matmul(x)), seconds(lambda: x @ weight.T)
+                mine, theirs = seconds(matrix.matmul, x), seconds(reference.linear, x, weight)
                 rows.append({
                     "op": f"{form.name} {outputs}x{columns}", "batch": batch, "us": mine * 1e6,
                     "GB/s": matrix.nbytes() / mine / 1e9, "GMAC/s": batch * outputs * columns / mine / 1e9,
@@ -70,12 +70,18 @@ def attention() -> list[dict[str, Any]]:
     rows = []
     for queries, keys in [(1, 128), (1, 441), (1, 4000), (8, 4000), (441, 441), (512, 4000)]:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            q, k, v = torch.randn(queries, 9, 64), torch.randn(3, keys, 64).to(dtype), torch.randn(3, keys, 64).to(dtype)
+            q, k, v = (
+                torch.randn(queries, 9, 64),
+                torch.randn(3, keys, 64).to(dtype),
+                torch.randn(3, keys, 64).to(dtype),
+            )
             options: dict[str, Any] = {"scale": 0.125, "mask": Causal(), "first_query": keys - queries}
             wanted = reference.partial_attention(q, k, v, **options).out
-            torch.testing.assert_close(native.partial_attention(q, k, v, **options).out, wanted, atol=1e-5, rtol=1e-5)
-            mine = seconds(lambda: native.partial_attention(q, k, v, **options))
-            theirs = seconds(lambda: reference.partial_attention(q, k, v, **options), rounds=3)
+            torch.testing.assert_close(
+                native.partial_attention(q, k, v, **options).out, wanted, atol=1e-5, rtol=1e-5
+            )
+            mine = seconds(native.partial_attention, q, k, v, **options)
+            theirs = seconds(reference.partial_attention, q, k, v, rounds=3, **options)
             rows.append({
                 "op": f"attention {keys} keys {str(dtype).removeprefix('torch.')}", "batch": queries, "us": mine * 1e6,
                 "GB/s": 2 * k.nbytes / mine / 1e9, "GMAC/s": 2 * 9 * 64 * queries * (keys - queries / 2) / mine / 1e9,

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from native_support import extension, isas, running, switched_off
 from torch import Tensor
 
 from plait.ops import Causal, Everything, Mask, Tree, native, reference
-
-from native_support import extension, isas, running, switched_off
 
 pytestmark = switched_off
 
@@ -66,7 +65,13 @@ def test_queries_before_within_and_after_the_strand(first_query: int) -> None:
     for mask, window in [(Causal(), None), (Causal(), 20), (Everything(), 20), (random_tree(6), 300)]:
         if isinstance(mask, Tree) and first_query != 400:
             continue
-        options: dict[str, Any] = {"scale": 0.3, "mask": mask, "first_query": first_query, "first_key": 2, "window": window}
+        options: dict[str, Any] = {
+            "scale": 0.3,
+            "mask": mask,
+            "first_query": first_query,
+            "first_key": 2,
+            "window": window,
+        }
         wanted = reference.partial_attention(q, keys, values, **options)
         found = native.partial_attention(q, keys, values, **options)
         torch.testing.assert_close(found.out, wanted.out, atol=TOLERANCE, rtol=TOLERANCE)
@@ -114,7 +119,11 @@ def test_a_query_has_the_same_bits_in_any_chunk_batch_width_and_number_of_thread
         with running(isa=sets[trial % min(3, len(sets))], threads=1 + trial % 4):
             # The keys that a shorter chunk has not written yet are absent.
             part = native.partial_attention(
-                q[row:stop], keys[:, : first + stop], values[:, : first + stop], first_query=first + row, **options
+                q[row:stop],
+                keys[:, : first + stop],
+                values[:, : first + stop],
+                first_query=first + row,
+                **options,
             )
         assert torch.equal(part.out, whole.out[row:stop])
         assert torch.equal(part.lse, whole.lse[row:stop])

@@ -40,7 +40,8 @@ def model(kind: str = "plain", **changes: Any) -> Transformer:
         size=96, activation="gelu_tanh" if is_rich else "silu", gated=kind != "ungated", bias=is_rich
     )
     blocks = [
-        BlockConfig(mixer=mixer, feed_forward=feed_forward, norms="sandwich" if is_rich else "pre") for mixer in mixers
+        BlockConfig(mixer=mixer, feed_forward=feed_forward, norms="sandwich" if is_rich else "pre")
+        for mixer in mixers
     ]
     config = TransformerConfig(
         family="llama", vocab_size=101, width=64, blocks=tuple(blocks), norm=NormConfig(epsilon=1e-5),
@@ -106,7 +107,12 @@ def test_a_row_has_the_same_bits_in_200_mixes_of_batch_chunks_verify_widths_and_
                 take = {i: min(pick(1, 120), len(sequences[chosen[i]]) - done[i]) for i in active}
                 drafts = {i: pick(0, 4) for i in active}
                 tokens = [
-                    torch.cat([sequences[chosen[i]][done[i] : done[i] + take[i]], torch.randint(0, 101, (drafts[i],))])
+                    torch.cat(
+                        [
+                            sequences[chosen[i]][done[i] : done[i] + take[i]],
+                            torch.randint(0, 101, (drafts[i],)),
+                        ]
+                    )
                     for i in active
                 ]
                 rows = Rows([(len(t), done[i], Causal()) for i, t in zip(active, tokens, strict=True)])

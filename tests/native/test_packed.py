@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native_support import FORMATS, extension, int8_bound, isas, random_blocks, running, switched_off
 
 from plait import ops
 from plait.ops.native import PackedMatrix, Projection, feed_forward
 from plait.weights.ggml import BLOCK_FORMATS, dequantize
-
-from native_support import FORMATS, extension, int8_bound, isas, random_blocks, running, switched_off
 
 pytestmark = switched_off
 
@@ -119,10 +118,16 @@ def test_feed_forward_equals_its_parts(activation: str, gated: bool) -> None:
     gate, up = (PackedMatrix(random_blocks("q4_0", 96, 64), "q4_0") for _ in range(2))
     down = PackedMatrix(random_blocks("q4_1", 40, 96), "q4_1")
     x = torch.randn(11, 64)
-    whole = feed_forward(x, Projection([gate]) if gated else None, Projection([up]), Projection([down]), activation)
-    inner = activate(gate.matmul(x), activation) * up.matmul(x) if gated else activate(up.matmul(x), activation)
+    whole = feed_forward(
+        x, Projection([gate]) if gated else None, Projection([up]), Projection([down]), activation
+    )
+    inner = (
+        activate(gate.matmul(x), activation) * up.matmul(x) if gated else activate(up.matmul(x), activation)
+    )
     # The activation may differ in its last bit, which may move a code of the inner row by one step.
-    step = inner.view(11, -1, 32).abs().amax(dim=-1, keepdim=True).expand(-1, -1, 32).reshape(inner.shape) / 127
+    step = (
+        inner.view(11, -1, 32).abs().amax(dim=-1, keepdim=True).expand(-1, -1, 32).reshape(inner.shape) / 127
+    )
     weight = down.unpack_rows(torch.arange(40))
     assert bool(((whole - down.matmul(inner)).abs() <= 0.2 * (step @ weight.abs().T) + 1e-5).all())
     rows = [feed_forward(row[None], Projection([gate]) if gated else None, Projection([up]), Projection([down]), activation) for row in x]  # fmt: skip
@@ -141,7 +146,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         module.project(Projection([matrix]).handle, torch.zeros(2, 63), torch.zeros(2, 20))
     with pytest.raises(ValueError, match="float32"):
-        module.project(Projection([matrix]).handle, torch.zeros(2, 64, dtype=torch.float64), torch.zeros(2, 20))
+        module.project(
+            Projection([matrix]).handle, torch.zeros(2, 64, dtype=torch.float64), torch.zeros(2, 20)
+        )
     with pytest.raises(ValueError, match="contiguous along"):
         module.project(Projection([matrix]).handle, torch.zeros(64, 2).T, torch.zeros(2, 20))
     for row in (-1, 20):

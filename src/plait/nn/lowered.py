@@ -69,7 +69,9 @@ class Lowered:
     def __init__(self, model: Transformer) -> None:
         reason = obstacle(model)
         if reason is not None:
-            raise IncompatibleError(f"This {model.config.family} model cannot run as a native program: {reason}.")
+            raise IncompatibleError(
+                f"This {model.config.family} model cannot run as a native program: {reason}."
+            )
         self.model = model
         self.width = model.config.width
         self._matrices: dict[Blocks, PackedMatrix] = {}
@@ -196,9 +198,12 @@ class Lowered:
         if not feed_forward.config.gated:
             return None, self._projection(linear)
         parts = [self._matrix(part) for part in _parts(linear.weight)]
-        halves = parts if len(parts) == 2 else [(parts[0], 0, size), (parts[0], size, size)]
+        first, second = (parts[0], 0), (parts[1], 0) if len(parts) == 2 else (parts[0], size)
         biases = [None, None] if linear.bias is None else list(linear.bias.detach().split(size))
-        gate, up = (Projection([half], bias) for half, bias in zip(halves, biases, strict=True))
+        gate, up = (
+            Projection([(matrix, start, size)], bias)
+            for (matrix, start), bias in zip((first, second), biases, strict=True)
+        )
         return gate, up
 
 
@@ -253,7 +258,14 @@ def _dense(strand: object) -> DenseStrand:
 
 def _storage(strand: DenseStrand) -> tuple[int, int, int, int, int, int]:
     keys, values = strand.keys, strand.values
-    return (keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1))
+    return (
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        keys.stride(1),
+        values.stride(0),
+        values.stride(1),
+    )
 
 
 def _reserve(memory: Memory, count: int) -> tuple[int, ...]:
@@ -271,7 +283,11 @@ def _blocks(model: Transformer) -> list[Block]:
 
 
 def _parts(weight: Packed) -> list[Packed]:
-    return [part for part in weight.parts if isinstance(part, Packed)] if isinstance(weight, Stacked) else [weight]
+    return (
+        [part for part in weight.parts if isinstance(part, Packed)]
+        if isinstance(weight, Stacked)
+        else [weight]
+    )
 
 
 def _has_native_form(part: Packed) -> bool:

@@ -245,7 +245,9 @@ class Projection:
     ) -> None:
         pieces = [part if isinstance(part, tuple) else (part, 0, part.shape[0]) for part in parts]
         added = None if bias is None else bias.detach().float().contiguous()
-        self.handle = _native().Projection([(matrix.handle, first, rows) for matrix, first, rows in pieces], added)
+        self.handle = _native().Projection(
+            [(matrix.handle, first, rows) for matrix, first, rows in pieces], added
+        )
         self.shape: tuple[int, int] = self.handle.shape
 
     def __call__(
