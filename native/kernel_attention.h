@@ -83,6 +83,30 @@ struct Attention {
         }
     }
 
+    // The same sums for one row, leaving out keys of weight 0: where a hidden key's value is infinite or NaN,
+    // 0 times it would be NaN.
+    template <Number N>
+    static void careful_values(const float* weights, const void* values, int64_t stride, int64_t value_dim, int64_t first,
+                               int64_t last, float* sum) {
+        using R = Reader<S, N>;
+        for (int64_t c = 0; c < value_dim; c += kLanes) {
+            const int64_t n = smaller(value_dim - c, kLanes);
+            F total = S::zero();
+            for (int64_t j = first; j < last; ++j) {
+                if (weights[j] == 0.0f) continue;
+                const F v = n == kLanes ? R::load(values, j * stride + c) : R::load_some(values, j * stride + c, n);
+                total = S::fma(S::set1(weights[j]), v, total);
+            }
+            S::store(sum + c, total);
+        }
+    }
+
+    static bool is_finite(const float* sum, int64_t padded_value) {
+        F poison = S::zero();
+        for (int64_t c = 0; c < padded_value; c += kLanes) poison = S::fma(S::load(sum + c), S::zero(), poison);
+        return S::sum(poison) == 0.0f;
+    }
+
     static bool is_shown(const Visit& v, int64_t query, int64_t key) {
         if (v.tree == nullptr || key < v.tree_start) return true;
         const int64_t bit = key - v.tree_start;
@@ -166,6 +190,10 @@ struct Attention {
             if (fold.top[row + r] == -__builtin_inff())
                 for (int64_t j = low; j < high; ++j) own[r * kKeyChunk + j] = 0.0f;
         values<N, Rows>(own, value_rows, value_stride, v.value_dim, v.padded_value, low, high, sum);
+        for (int r = 0; r < Rows; ++r)
+            if (!is_finite(sum + r * v.padded_value, v.padded_value))
+                careful_values<N>(own + r * kKeyChunk, value_rows, value_stride, v.value_dim, low, high,
+                                  sum + r * v.padded_value);
     }
 
     template <Number N>

@@ -187,3 +187,16 @@ def test_what_does_not_fit_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"must|needs"):
             call(**changes)
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_values_that_overflow_are_not_seen_by_earlier_queries(isa: str) -> None:
+    q, keys, values = inputs((6, 4, 2, 16, 16, 20), torch.float32)
+    with running(isa=isa):
+        clean = native.partial_attention(q, keys, values, scale=0.3, mask=Causal(), first_query=14)
+        values[:, 18] = torch.inf
+        keys[:, 19] = torch.nan
+        found = native.partial_attention(q, keys, values, scale=0.3, mask=Causal(), first_query=14)
+    assert torch.equal(found.out[:4], clean.out[:4])
+    assert bool(found.out[4].isinf().all())
+    assert bool(found.out[5].isnan().all())
