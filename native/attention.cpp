@@ -119,7 +119,9 @@ void AttentionPlan::prepare(const Job& job, const StrandVisit& visit, Team& team
                 visit.key_stride, visit.value_stride, visit.number, heads_.softcap, low, high,
                 is_tree ? visit.mask.ancestors + job.first_query * visit.mask.words : nullptr,
                 is_tree ? visit.mask.words : 0,
-                is_tree ? clamp(visit.mask.first_query - visit.mask.first_key, 0, visit.length) : 0};
+                is_tree ? std::min(visit.mask.first_query - visit.mask.first_key, visit.length) : 0,
+                segments_[size_t(job.segment)].num_queries, visit.mask.window,
+                is_tree ? visit.mask.depths + job.first_query : nullptr, visit.mask.depths};
 }
 
 void AttentionPlan::finish_job(const Job& job, Fold fold) {

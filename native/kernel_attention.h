@@ -109,8 +109,10 @@ struct Attention {
 
     static bool is_shown(const Visit& v, int64_t query, int64_t key) {
         if (v.tree == nullptr || key < v.tree_start) return true;
-        const int64_t bit = key - v.tree_start;
-        return bit < 64 * v.tree_words && (v.tree[query * v.tree_words + bit / 64] >> (bit % 64) & 1);
+        const int64_t node = key - v.tree_start;
+        if (node >= v.num_nodes || node >= 64 * v.tree_words) return false;
+        if (v.window > 0 && v.query_depths[query] - v.node_depths[node] >= v.window) return false;
+        return v.tree[query * v.tree_words + node / 64] >> (node % 64) & 1;
     }
 
     // Scores of a row to weights, in place, over the whole chunk; returns (top, total).

@@ -79,8 +79,12 @@ struct Visit {
     float softcap;          // 0 for none
     const int64_t* low;     // per query: keys outside [low, high) are hidden
     const int64_t* high;
-    const uint64_t* tree;   // per query, tree_words words: bit i shows key tree_start + i; null for none
-    int64_t tree_words, tree_start;
+    const uint64_t* tree;   // per query, tree_words words: bit i shows node i; null for none
+    int64_t tree_words;
+    int64_t tree_start;     // index of node 0 in the strand; negative where the strand holds later nodes only
+    int64_t num_nodes, window;     // of a tree: nodes `window` or more levels above a query are hidden; 0 for no limit
+    const int64_t* query_depths;   // per query
+    const int64_t* node_depths;
 };
 
 // Attention of rows over one chunk of keys or over several: top[r], total[r], sum[r][padded_value], with

@@ -200,3 +200,24 @@ def test_values_that_overflow_are_not_seen_by_earlier_queries(isa: str) -> None:
     assert torch.equal(found.out[:4], clean.out[:4])
     assert bool(found.out[4].isinf().all())
     assert bool(found.out[5].isnan().all())
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("window", [None, 2, 5])
+def test_a_tree_whose_nodes_lie_in_two_strands(window: int | None, isa: str) -> None:
+    """As under a policy that keeps the first tokens apart while the draft is among them."""
+    mask = Tree([-1, 0, 0, 1, 3, 2, 4])
+    q, keys, values = inputs((7, 4, 2, 16, 16, 9), torch.float32)
+    for first_key, part in ((3, slice(0, 4)), (7, slice(4, 9))):
+        options: dict[str, Any] = {
+            "scale": 0.3,
+            "mask": mask,
+            "first_query": 5,
+            "first_key": first_key,
+            "window": window,
+        }
+        wanted = reference.partial_attention(q, keys[:, part], values[:, part], **options)
+        with running(isa=isa):
+            found = native.partial_attention(q, keys[:, part], values[:, part], **options)
+        torch.testing.assert_close(found.out, wanted.out, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(found.lse, wanted.lse, atol=TOLERANCE, rtol=TOLERANCE)

@@ -146,6 +146,23 @@ def test_branches_of_a_tree_have_the_bits_of_plain_decoding() -> None:
     torch.testing.assert_close(logits[3], after(b)[1], atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("memory", ["full", "window:size=4,sinks=3"])
+@torch.inference_mode()
+def test_trees_under_windows_equal_the_modules(memory: str) -> None:
+    plain = model("rich")
+    lowered = Lowered(plain)
+    tree = Tree([-1, 0, 0, 1, 3, 2, 4, 0, 7])
+    tokens = torch.randint(0, 101, (11,))
+    for prompt in (0, 2):
+        mine, theirs = new_past(plain, memory), new_past(plain, memory)
+        for rows, chunk in [(Rows([(prompt, 0)]), tokens[:prompt]), (Rows([(9, prompt, tree)]), tokens[2:])]:
+            if len(chunk):
+                hidden, _ = lowered(chunk, rows, [mine])
+                assert distance(hidden, plain(chunk, rows, [theirs])) <= TOLERANCE
+                mine.commit([0] if rows.segments[0].mask is tree else None)
+                theirs.commit([0] if rows.segments[0].mask is tree else None)
+
+
 @torch.inference_mode()
 def test_chosen_rows_only_and_embeddings_in_place_of_tokens() -> None:
     plain = model("rich")

@@ -235,9 +235,8 @@ def _segments(rows: Rows) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
                 f"A native program knows causal, full and tree masks. Got {type(segment.mask).__name__}."
             )
         if isinstance(segment.mask, Tree):
-            # Windows on trees are applied to positions by the strand's visit; nodes of one draft see each other.
             depths = segment.mask.depths(segment.length)
-            trees.append((index, depths.contiguous(), tree_bits(segment.mask, None)))
+            trees.append((index, depths.contiguous(), tree_bits(segment.mask)))
         table.append((segment.start, segment.length, segment.position, kind))
     return torch.tensor(table, dtype=torch.int64).view(-1, 4), trees
 

@@ -163,7 +163,7 @@ def partial_attention(
     mask = mask or Everything()
     depths = ancestors = None
     if isinstance(mask, Tree):
-        depths, ancestors = mask.depths(num_queries).contiguous(), tree_bits(mask, window)
+        depths, ancestors = mask.depths(num_queries).contiguous(), tree_bits(mask)
     q = q.detach().float()
     if q.stride(2) != 1 or (num_heads > 1 and q.stride(1) != head_dim):
         q = q.contiguous()
@@ -177,15 +177,11 @@ def partial_attention(
     return Partial(out, lse)
 
 
-def tree_bits(mask: Tree, window: int | None) -> Tensor:
-    """Which nodes each node of a draft tree sees, as bits: (n, ceil(n / 64)) int64, bit j of a row is node j."""
-    seen = mask.ancestors
-    if window is not None:
-        depths = mask.depths(len(mask.parents))
-        seen = seen & (depths[:, None] - depths < window)
+def tree_bits(mask: Tree) -> Tensor:
+    """The ancestors of each node of a draft tree as bits: (n, ceil(n / 64)) int64, bit j of a row is node j."""
     count = len(mask.parents)
     padded = torch.zeros(count, (count + 63) // 64 * 64, dtype=torch.int64)
-    padded[:, :count] = seen
+    padded[:, :count] = mask.ancestors
     # Each bit is set once, so the sum never carries; bit 63 makes the number negative, as it should.
     return (padded.view(count, -1, 64) << torch.arange(64)).sum(dim=2)
 
