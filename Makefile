@@ -55,7 +55,7 @@ $(VENV)/bin/python:
 define environment
 $(VENV)/$(1).stamp: $(PROJECT) | $(VENV)/bin/python
 	@echo "Making the environment in $(VENV) (once) ..." >&2
-	$(PIP) install --constraint constraints.txt --editable ".$(2)"
+	@$(PIP) install --constraint constraints.txt --editable ".$(2)"
 	@touch $$@
 endef
 $(eval $(call environment,run,))

@@ -131,3 +131,5 @@ def test_a_cut_twin_counts_the_storage_that_it_keeps_alive() -> None:
     _, memory, twin = forked()
     twin.truncate(1)
     assert twin.nbytes() == memory.nbytes() > 0
+    # Two views of one storage are no more than the storage.
+    assert allocated_bytes([*memory.held(), *twin.held()]) == memory.nbytes()

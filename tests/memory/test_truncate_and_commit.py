@@ -52,6 +52,7 @@ def test_truncating_into_shared_strands_equals_never_having_written(length: int)
     memory.truncate(length)
     assert len(memory) == length
     assert sum(map(len, memory.all_strands())) == length
+    assert all(map(len, memory.strands)), "an empty strand would be visited for nothing"
     new = ids_of(5, seed=1)
     assert_equal_to(table.write(memory, new, [2]), table.answer(PAST[:length], new))
 
@@ -146,7 +147,7 @@ def test_rejecting_a_draft_is_truncating_to_where_it_began() -> None:
     memory, fresh = written(table), written(table)
     memory.attend(*table.rows(DRAFT), mask=TREE)
     memory.truncate(23)
-    assert memory.pending == 0
+    assert (memory.pending, memory.draft) == (0, None)
     assert torch.equal(table.write(memory, [3]), table.write(fresh, [3]))
 
 
@@ -196,6 +197,10 @@ def test_a_draft_tree_is_alone_among_pending_rows() -> None:
     memory.attend(*table.rows([1]))
     with pytest.raises(ConfigError, match="next to the 1 rows that are pending"):
         memory.attend(*table.rows(DRAFT), mask=TREE)
+    assert (len(memory), memory.pending) == (24, 1)
+    _, k, v = table.rows([1])
+    with pytest.raises(ConfigError, match="A draft tree must be the only pending rows"):
+        memory.append(k, v, Tree([-1]))
     assert (len(memory), memory.pending) == (24, 1)
 
 

@@ -7,10 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_methods import both, first_and_last
-from memory_oracle import GROUPED, TokenTable, assert_equal_to, ids_of, new_memory, refusal, within
+from memory_oracle import (
+    GROUPED,
+    TokenTable,
+    assert_equal_to,
+    ids_of,
+    new_memory,
+    random_tree,
+    refusal,
+    within,
+)
 
 from plait.errors import ConfigError
-from plait.memory import Memory, allocated_bytes
+from plait.memory import FrozenStrand, Memory, allocated_bytes
 from plait.memory.policies import window as window_policy
 
 TABLE = TokenTable(GROUPED)
@@ -51,6 +60,22 @@ def test_any_chunking_equals_a_dense_mask(
         patch.undo()
     wanted = TABLE.answer([], ids, sees=both(first_and_last(size, sinks), within(window)))
     assert_equal_to(torch.cat(outs), wanted)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("window", [None, 2])
+def test_drafts_deeper_than_the_window_at_the_very_beginning(size: int, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(size)
+    sees = [both(first_and_last(size, sinks), within(window)) for sinks in range(8)]
+    for sinks in range(8):
+        for past in range(5):
+            tree = random_tree(9, generator)
+            memory = new_memory(spec=f"window:size={size},sinks={sinks}", window=window)
+            ids, draft = ids_of(past), ids_of(9, seed=1)
+            if past:
+                TABLE.write(memory, ids)
+            given_ = memory.attend(*TABLE.rows(draft), mask=tree)
+            assert_equal_to(given_, TABLE.answer(ids, draft, parents=tree.parents, sees=sees[sinks]))
 
 
 def test_what_is_dropped_was_out_of_sight_at_full_size() -> None:
@@ -100,6 +125,29 @@ def test_a_shared_strand_is_not_copied_while_it_is_in_sight() -> None:
         fill(twin, 20, 1)
     held = [strand for one in (memory, *twins) for strand in one.held()]
     assert allocated_bytes(held) <= 1.3 * 600 * TOKEN_BYTES + 5 * 32 * TOKEN_BYTES
+
+
+def test_tokens_are_copied_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, plain = [], FrozenStrand.copied
+
+    def counted(strand: FrozenStrand) -> FrozenStrand:
+        copies.append(len(strand))
+        return plain(strand)
+
+    monkeypatch.setattr(FrozenStrand, "copied", counted)
+    fill(new_memory(spec="window:size=100,sinks=4"), 3000, 1)
+    # Once for each 256 tokens: those that are kept, and the first ones.
+    assert 10 <= len([length for length in copies if length > 4]) <= 3000 // 256
+    assert len(copies) <= 2 * (3000 // 256)
+
+
+def test_first_tokens_do_not_keep_a_shared_strand_allocated() -> None:
+    memory = new_memory(spec="window:size=800,sinks=4")
+    fill(memory, 1000, 100)
+    twin = memory.fork()
+    assert twin.nbytes() >= 1000 * TOKEN_BYTES
+    fill(twin, 3000, 50)
+    assert twin.nbytes() <= 1.25 * (800 + 4 + 2 * 256) * TOKEN_BYTES
 
 
 def test_a_narrow_model_drops_what_it_cannot_see() -> None:

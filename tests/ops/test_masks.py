@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.errors import ConfigError
 from plait.ops import Causal, Everything, Mask, Tree
 
-EXAMPLES = settings(deadline=None, max_examples=250, derandomize=True)
+EXAMPLES = settings(deadline=None, max_examples=1000, derandomize=True)
 
 
 @st.composite
@@ -86,26 +86,37 @@ def test_causal_and_unmasked_views_equal_the_table(
     num_past=st.integers(0, 12),
     window=st.none() | st.integers(1, 30),
     block=st.integers(1, 9),
-    holds_nodes=st.booleans(),
+    cut=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    holds=st.sampled_from(["the past", "all nodes", "some nodes"]),
 )
 def test_tree_views_equal_the_table(
-    tree: Tree, root: int, before: int, num_past: int, window: int | None, block: int, holds_nodes: bool
+    tree: Tree,
+    root: int,
+    before: int,
+    num_past: int,
+    window: int | None,
+    block: int,
+    cut: tuple[int, int],
+    holds: str,
 ) -> None:
-    num_nodes = len(tree.parents)
-    if holds_nodes:
+    num_nodes, first_node = len(tree.parents), 0
+    if holds == "the past":
+        first_key = max(root - before, 0)
+        num_keys = min(num_past, root - first_key)
+    elif holds == "all nodes":
         # The strand holds `num_past` tokens of the past, then the nodes.
         num_past = min(num_past, root)
         first_key, num_keys = root - num_past, num_past + num_nodes
     else:
-        first_key = max(root - before, 0)
-        num_keys = min(num_past, root - first_key)
+        first_node, last_node = sorted(min(node, num_nodes) for node in cut)
+        first_key, num_keys = root + first_node, last_node - first_node
 
     def sees(node: int, column: int) -> bool:
         position = root + depth(tree, node)
         past = min(max(root - first_key, 0), num_keys)
         if column < past:
             return window is None or position - first_key - column < window
-        other = column - past
+        other = first_node + column - past
         close = window is None or depth(tree, node) - depth(tree, other) < window
         return is_ancestor(tree, other, node) and close
 

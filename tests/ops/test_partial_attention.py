@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +13,18 @@ import torch.nn.functional as F
 from attention_oracle import FP32_TOLERANCE, assert_partials_close, brute_force
 from torch import Tensor
 
-from plait.ops import Causal, Everything, Mask, Tree, View, empty_partial, partial_attention, reference
+from plait.ops import Causal, Everything, Mask, Partial, Tree, View, empty_partial, reference
+from plait.ops import partial_attention as dispatched_attention
+
+FORMS = {"dispatched": dispatched_attention, "reference": reference.partial_attention}
+partial_attention: Callable[..., Partial] = dispatched_attention
+
+
+@pytest.fixture(autouse=True, params=list(FORMS))
+def _each_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test with the form that is dispatched to and with the reference."""
+    monkeypatch.setattr(sys.modules[__name__], "partial_attention", FORMS[request.param])
+
 
 SHAPES = [
     # queries, keys, query heads, key/value heads, head size, value size
@@ -20,6 +33,11 @@ SHAPES = [
     (7, 1, 4, 4, 8, 8),
     (5, 13, 9, 3, 5, 11),
     (17, 17, 8, 1, 6, 3),
+    # equal head and value sizes, which the fused kernel takes
+    (1, 33, 6, 2, 8, 8),
+    (5, 13, 9, 3, 16, 16),
+    (17, 17, 8, 1, 8, 8),
+    (40, 300, 6, 2, 64, 64),
 ]
 
 
@@ -198,3 +216,13 @@ def test_gradients_are_finite_where_a_query_sees_nothing() -> None:
         assert tensor.grad.isfinite().all()
     assert tensors[0].grad is not None
     assert (tensors[0].grad[:2] == 0).all()
+
+
+@pytest.mark.parametrize("first_key", [0, 1, 5, 11, 12])
+@pytest.mark.parametrize("num_keys", [1, 3, 11, 12, 20])
+def test_a_strand_may_begin_among_the_queries(first_key: int, num_keys: int) -> None:
+    q, keys, values = inputs(12, num_keys, 4, 2, 8, 8)
+    given = partial_attention(q, keys, values, scale=0.5, mask=Causal(), first_key=first_key)
+    table = torch.arange(12)[:, None] >= first_key + torch.arange(num_keys)[None, :]
+    expected = brute_force(q, keys, values, scale=0.5, visible=table)
+    assert_partials_close(given, expected)

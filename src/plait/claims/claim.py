@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Generator, Sequence
@@ -39,6 +40,12 @@ class Quantity:
     def median(cls, samples: Sequence[float], unit: str) -> Self:
         """The median of repeated measurements, with their spread; at least one is needed."""
         return cls(statistics.median(samples), unit, (min(samples), max(samples)), len(samples))
+
+    @classmethod
+    def largest(cls, samples: Sequence[float], unit: str) -> Self:
+        """The largest of several values, at least one; NaN if any of them is, which `max` would hide."""
+        value = math.nan if any(math.isnan(sample) for sample in samples) else max(samples)
+        return cls(value, unit, samples=len(samples))
 
 
 @dataclass(frozen=True, kw_only=True)

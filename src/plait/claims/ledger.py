@@ -69,9 +69,9 @@ def quantity_text(quantity: Quantity) -> str:
     """A quantity with its unit, spread and number of samples, such as `41 tokens/s (40 to 43, 5 samples)`."""
     text = f"{number(quantity.value)} {quantity.unit}".strip()
     notes = []
-    if quantity.spread is not None:
+    if quantity.spread is not None and quantity.samples != 1:
         notes.append(f"{number(quantity.spread[0])} to {number(quantity.spread[1])}")
-    if quantity.samples is not None:
+    if quantity.samples not in (None, 1):
         notes.append(f"{quantity.samples:,} samples")
     return f"{text} ({', '.join(notes)})" if notes else text
 

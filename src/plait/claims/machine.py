@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Self
 
 __all__ = ["Machine", "memory_bandwidth", "native_is_on"]
 
-# Packages whose version can change a result, listed where the run has imported them.
+# Packages whose version can change a result.
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -28,7 +28,7 @@ class Machine:
         memory: bytes of main memory; None where the system does not say.
         system: operating system and its version.
         python: version.
-        packages: versions of the packages in use.
+        packages: versions of the packages that can change a result, where installed.
         threads: threads of torch.
         native: whether the native operations are on.
     """
@@ -53,7 +53,7 @@ class Machine:
             memory=_memory(),
             system=f"{platform.system()} {platform.release()}",
             python=platform.python_version(),
-            packages={name: importlib.metadata.version(name) for name in _PACKAGES if name in sys.modules},
+            packages=_packages(),
             threads=torch.get_num_threads(),
             native=native_is_on(),
         )
@@ -85,14 +85,20 @@ def memory_bandwidth() -> float:
     return block.numel() * block.element_size() / min(seconds)
 
 
+def _packages() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
 def _processor() -> str:
-    try:
+    # Only Linux has this file.
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        # Only Linux has this file.
-        pass
     return platform.processor() or platform.machine()
 
 

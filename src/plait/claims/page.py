@@ -59,7 +59,9 @@ def with_short_ledger(text: str, rows: Sequence[Row]) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in rest or END in before + after:
-        raise ConfigError(f"The short ledger needs the lines {BEGIN!r} and {END!r}, once each and in this order.")
+        raise ConfigError(
+            f"The short ledger needs the lines {BEGIN!r} and {END!r}, once each and in this order."
+        )
     return f"{before}{BEGIN}\n\n{short_ledger(rows)}\n{END}{after}"
 
 

@@ -34,5 +34,7 @@ def find_claim(name: str) -> Claim:
     """
     claims = all_claims()
     if name not in claims:
-        raise UnknownNameError(f"Unknown claim {name!r}.{suggestion(name, claims)} Known: {', '.join(claims)}.")
+        raise UnknownNameError(
+            f"Unknown claim {name!r}.{suggestion(name, claims)} Known: {', '.join(claims)}."
+        )
     return claims[name]

@@ -56,7 +56,9 @@ class Store:
         """
         path = self.path(result.claim)
         if result.quick:
-            raise ConfigError(f"A quick run of {result.claim} proves nothing and is not kept. Run it without --quick.")
+            raise ConfigError(
+                f"A quick run of {result.claim} proves nothing and is not kept. Run it without --quick."
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(path, result.text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,10 +200,17 @@ def _progress(claim: Claim) -> Iterator[Callable[[str], None]]:
     if not sys.stderr.isatty():
         yield lambda line: say(f"{claim.name}: {line}")
         return
-    from rich.console import Console
 
-    with Console(stderr=True).status(claim.name) as status:
-        yield lambda line: status.update(f"{claim.name}: {line}")
+    # No spinner: the thread that turns it would take time from what is being measured.
+    def put(line: str) -> None:
+        width = shutil.get_terminal_size().columns
+        typer.echo(f"\r\x1b[2K{line[: width - 1]}", err=True, nl=False)
+
+    put(claim.name)
+    try:
+        yield lambda line: put(f"{claim.name}: {line}")
+    finally:
+        put("")
 
 
 def _print_result(result: Result) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from plait.ops import native, partial, reference, rope
+from plait.ops import attention, native, partial, reference, rope
 from plait.ops.masks import Causal, Everything, Mask, Tree, View
 from plait.ops.native import PackedMatrix, packed_matrix
 from plait.ops.partial import Partial, empty_partial, merge_all
@@ -52,6 +52,6 @@ def _either(plain: Callable[P, R], fast: Callable[P, R]) -> Callable[P, R]:
 
 linear = _either(reference.linear, native.linear)
 rms_norm = _either(reference.rms_norm, native.rms_norm)
-partial_attention = _either(reference.partial_attention, native.partial_attention)
+partial_attention = _either(attention.partial_attention, native.partial_attention)
 rotate = _either(rope.rotate, native.rotate)
 merge = _either(partial.merge, native.merge)

@@ -82,8 +82,11 @@ def takes(arguments: Iterable[Any]) -> bool:
                 return False
             if needs_grad and argument.requires_grad:
                 return False
-        elif isinstance(argument, Partial | Angles):
+        elif isinstance(argument, Partial):
             if not takes(argument):
+                return False
+        elif isinstance(argument, Angles):
+            if not takes((argument.cos, argument.sin)):
                 return False
         elif isinstance(argument, Mask) and type(argument) not in _MASKS:
             return False

@@ -30,7 +30,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`x / sqrt(mean(x^2) + epsilon) * weight` over the last axis."""
-    return F.rms_norm(x, weight.shape, weight, epsilon)
+    # torch's own rms_norm takes three times as long on a CPU for the few rows of a decoding step.
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon) * weight
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
@@ -86,10 +87,7 @@ def partial_attention(
         if visible is not None:
             scores = scores.view(num_kv_heads, group, rows, high - low).masked_fill(~visible, -math.inf)
             scores = scores.view(num_kv_heads, group * rows, high - low)
-        if visible is None and high > low:
-            out, lse = torch.bmm(scores.softmax(-1), values[:, low:high].float()), scores.logsumexp(-1)
-        else:
-            out, lse = _softmax_times(scores, values[:, low:high].float())
+        out, lse = _softmax_times(scores, values[:, low:high].float())
         parts.append((out.view(num_kv_heads, group, rows, value_dim), lse.view(num_kv_heads, group, rows)))
     out_GNQV, lse_GNQ = (
         parts[0] if len(parts) == 1 else (torch.cat(p, dim=2) for p in zip(*parts, strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,11 +16,21 @@ from torch import Tensor
 __all__ = ["Angles", "Rope", "rotate"]
 
 
-class Angles(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Angles:
     """Cosine and sine of every row's angles, each (N, R/2), fp32."""
 
     cos: Tensor
     sin: Tensor
+
+    @cached_property
+    def over_channels(self) -> tuple[Tensor, Tensor]:
+        """Both spread over the R channels, (N, 1, R), the sine negative in the first half.
+
+        With these a turn is `x * cos + roll(x, R / 2) * sin`.
+        """
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +64,8 @@ class Rope:
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
     """Turn the first R channels of x (N, H, D) by each row's angles; the others pass unchanged."""
-    half = angles.cos.shape[-1]
-    cos, sin = angles.cos[:, None], angles.sin[:, None]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
+    cos, sin = angles.over_channels
+    channels = cos.shape[-1]
+    turning = x if channels == x.shape[-1] else x[..., :channels]
+    turned = torch.addcmul(turning * cos, turning.roll(channels // 2, -1), sin)
+    return turned if turning is x else torch.cat([turned, x[..., channels:]], dim=-1)

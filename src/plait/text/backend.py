@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import tokenizers
 
-from plait.errors import ConfigError, ModelFileError
+from plait.errors import ModelFileError
 
 __all__ = ["Backend", "read_backend"]
 
@@ -40,23 +40,18 @@ class Backend:
         self._plain.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool) -> list[list[int]]:
-        """The ids of each text.
+        """The ids of each text, which must be Unicode.
 
         Raises:
-            ConfigError: a text holds half of a surrogate pair.
             ModelFileError: the tokenizer of the model fails on a text.
         """
         tokenizer = self._parsing if parse_special else self._plain
         with _failures_of("The tokenizer of this model fails on a text"):
-            try:
-                if len(texts) == 1:
-                    # A batch starts threads, which a process that forks later must not have.
-                    return [tokenizer.encode(texts[0], add_special_tokens=False).ids]
-                encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-                return [encoding.ids for encoding in encodings]
-            except TypeError:
-                _check_unicode(texts)
-                raise
+            if len(texts) == 1:
+                # A batch starts threads, which a process that forks later must not have.
+                return [tokenizer.encode(texts[0], add_special_tokens=False).ids]
+            encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as the model file writes it."""
@@ -74,23 +69,10 @@ def _twin(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return twin
 
 
-def _check_unicode(texts: Sequence[str]) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"Character {error.start} of the text is half of a surrogate pair, which is no text in"
-                " Unicode. Decode the text from its source with errors='replace'."
-            ) from None
-
-
 @contextmanager
 def _failures_of(what: str) -> Iterator[None]:
     try:
         yield
-    except ConfigError:
-        raise
     except BaseException as error:
         # The package raises the bare Exception, and panics of its Rust code are not even that.
         if type(error) is not Exception and type(error).__name__ != "PanicException":

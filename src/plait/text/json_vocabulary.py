@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizers.decoders import Decoder
+from tokenizers.processors import PostProcessor
+
 from plait.errors import ModelFileError
 from plait.text.backend import read_backend
 from plait.text.vocabulary import (
@@ -113,32 +116,32 @@ class _JSONTokenizer:
                 raise self._damaged(f"its added token {token['content']!r} has id {given} instead of {used}")
 
     def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The ids that the file's post-processor puts before and after a text.
+        """The ids that the post-processor puts before and after a text.
 
-        Read from the description: the package ends in a panic where the processor names a token that
-        is not there.
+        Read from its description: run, it would end in a panic where it names a token without an id.
         """
         before: list[int] = []
         after: list[int] = []
-        for step in _flat(self.description.get("post_processor"), "processors"):
-            match step:
-                case {"type": "TemplateProcessing", "single": [*pieces], "special_tokens": {**tokens}}:
-                    side = before
-                    for piece in pieces:
-                        match piece:
-                            case {"SpecialToken": {"id": name}} if name in tokens:
-                                side += tokens[name]["ids"]
-                            case {"SpecialToken": {"id": name}}:
-                                raise self._damaged(f"its post-processor names no id for {name!r}")
-                            case _:
-                                side = after
-                case {"type": "BertProcessing" | "RobertaProcessing", "cls": [_, first], "sep": [_, last]}:
-                    before.append(first)
-                    after.append(last)
+        for step in _steps(self.backend.post_processor, "processors"):
+            if step["type"] == "TemplateProcessing":
+                side = before
+                for piece in step["single"]:
+                    if "SpecialToken" in piece:
+                        side += self._template_ids(step, piece["SpecialToken"]["id"])
+                    else:
+                        side = after
+            elif step["type"] in ("BertProcessing", "RobertaProcessing"):
+                before.append(step["cls"][1])
+                after.append(step["sep"][1])
         for id in [*before, *after]:
             if id not in self.pieces:
                 raise self._damaged(f"its post-processor puts in the id {id}, which is no token")
         return tuple(before), tuple(after)
+
+    def _template_ids(self, step: dict[str, Any], name: str) -> list[int]:
+        if name not in step["special_tokens"]:
+            raise self._damaged(f"its post-processor names no id for {name!r}")
+        return list(step["special_tokens"][name]["ids"])
 
     def _configured_ids(self, key: str) -> list[int]:
         """The ids of `bos_token` or `eos_token` in both configurations, tokenizer_config.json first."""
@@ -150,8 +153,8 @@ class _JSONTokenizer:
             if id is None:
                 raise ModelFileError(f"tokenizer_config.json: {key} {token!r} is not a token of {self.name}.")
             ids.append(id)
-        given = self.generation_config.get(f"{key}_id", [])
-        for id in given if isinstance(given, list) else [given]:
+        given = self.generation_config.get(f"{key}_id")
+        for id in given if isinstance(given, list) else [] if given is None else [given]:
             if not isinstance(id, int) or id not in self.pieces:
                 raise ModelFileError(f"generation_config.json: {key}_id {id!r} is not an id of {self.name}.")
             ids.append(id)
@@ -159,22 +162,22 @@ class _JSONTokenizer:
 
     def _spelling(self) -> tuple[Callable[[str], bytes], bool]:
         """How pieces spell bytes, and whether a leading space is dropped, from the `decoder`."""
-        steps = _flat(self.description.get("decoder"), "decoders")
-        kinds = [step.get("type") for step in steps]
+        steps = _steps(self.backend.decoder, "decoders")
+        kinds = [step["type"] for step in steps]
         if kinds == ["ByteLevel"]:
             return spell_byte_level, False
         if not kinds:
             return spell_word, True
-        if kinds == ["WordPiece"] and steps[0].get("prefix", "##") == "##":
+        if kinds == ["WordPiece"] and steps[0]["prefix"] == "##":
             return spell_wordpiece, True
-        if kinds == ["Metaspace"] and steps[0].get("replacement", SPACE_MARK) == SPACE_MARK:
-            return spell_sentencepiece, steps[0].get("prepend_scheme", "always") != "never"
+        if kinds == ["Metaspace"] and steps[0]["replacement"] == SPACE_MARK:
+            return spell_sentencepiece, steps[0]["prepend_scheme"] != "never"
         if "Replace" in kinds and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"}:
             replace = steps[kinds.index("Replace")]
-            if replace.get("pattern") == {"String": SPACE_MARK} and replace.get("content") == " ":
+            if replace["pattern"] == {"String": SPACE_MARK} and replace["content"] == " ":
                 return spell_sentencepiece, "Strip" in kinds
         raise ModelFileError(
-            f"{self.name}: the decoder {' + '.join(map(str, kinds))} is not known. Known: ByteLevel,"
+            f"{self.name}: the decoder {' + '.join(kinds)} is not known. Known: ByteLevel,"
             " WordPiece, Metaspace, and SentencePiece's Replace + ByteFallback + Fuse + Strip."
         )
 
@@ -182,13 +185,15 @@ class _JSONTokenizer:
         return ModelFileError(f"{self.name}: {what}. The file is damaged; download it again.")
 
 
-def _flat(part: Any, steps: str) -> list[Mapping[str, Any]]:
-    """The steps of a decoder or post-processor, which may be a sequence of sequences."""
-    if not isinstance(part, Mapping):
-        return []
-    if part.get("type") != "Sequence":
-        return [part]
-    return [step for inner in part.get(steps, []) for step in _flat(inner, steps)]
+def _steps(part: Decoder | PostProcessor | None, inner: str) -> list[dict[str, Any]]:
+    """The steps of a part, as the package understood them: every field is there."""
+    return [] if part is None else _flat(json.loads(part.__getstate__()), inner)
+
+
+def _flat(description: dict[str, Any], inner: str) -> list[dict[str, Any]]:
+    if description["type"] != "Sequence":
+        return [description]
+    return [step for part in description[inner] for step in _flat(part, inner)]
 
 
 def _beside(path: Path, name: str) -> dict[str, Any] | None:

@@ -106,39 +106,35 @@ def _default() -> PreTokenizer:
 
 
 _CONTRACTION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_THREE_DIGITS, _ONE_DIGIT = r"\p{N}{1,3}", r"\p{N}"
 
-_GPT2 = PreTokenization(cut=_gpt2)
-_NEOX = PreTokenization(cut=_gpt2, composes=True)
-_STARCODER = PreTokenization(cut=_digits_apart)
-_COMMAND_R = PreTokenization(cut=_digits_apart, composes=True)
-_CL100K = PreTokenization(cut=_words_and_numbers(r"\p{N}{1,3}"))
-_LLAMA3 = PreTokenization(cut=_words_and_numbers(r"\p{N}{1,3}"), ignores_merges=True, adds_bos=True)
-_SINGLE_DIGITS = PreTokenization(cut=_words_and_numbers(r"\p{N}"))
-_QWEN2 = PreTokenization(cut=_words_and_numbers(r"\p{N}"), composes=True)
-_QWEN35 = PreTokenization(cut=_words_and_numbers(r"\p{N}", letter=r"[\p{L}\p{M}]"), composes=True)
-_TEKKEN = PreTokenization(cut=_cased_words(r"\p{N}", ""), ignores_merges=True, adds_bos=True)
-_O200K = PreTokenization(cut=_cased_words(r"\p{N}{1,3}", _CONTRACTION))
-_BLOOM = PreTokenization(cut=_bloom)
+_CL100K = _words_and_numbers(_THREE_DIGITS)
+_QWEN = _words_and_numbers(_ONE_DIGIT)
+_QWEN_WITH_MARKS = _words_and_numbers(_ONE_DIGIT, letter=r"[\p{L}\p{M}]")
+_TEKKEN = _cased_words(_ONE_DIGIT, "")
+_O200K = _cased_words(_THREE_DIGITS, _CONTRACTION)
 
-PRE_TOKENIZERS: dict[str, PreTokenization] = {
-    "default": PreTokenization(cut=_default),
-    **dict.fromkeys(["gpt-2", "phi-2", "jais", "exaone4", "trillion", "granite-docling"], _GPT2),
-    **dict.fromkeys(["gigachat", "mellum", "a.x-4.0"], _GPT2),
-    **dict.fromkeys(["olmo", "mpt"], _NEOX),
-    **dict.fromkeys(["smollm", "starcoder", "refact", "codeshell", "exaone"], _STARCODER),
-    **dict.fromkeys(["minerva-7b", "mellum2"], _STARCODER),
-    "command-r": _COMMAND_R,
-    **dict.fromkeys(["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral"], _LLAMA3),
-    **dict.fromkeys(["midm-2.0", "lfm2"], _LLAMA3),
-    **dict.fromkeys(["dbrx", "smaug-bpe", "chatglm-bpe", "glm4"], _CL100K),
-    **dict.fromkeys(["qwen2", "deepseek-r1-qwen", "megrez"], _QWEN2),
-    "qwen35": _QWEN35,
-    **dict.fromkeys(["stablelm2", "hunyuan", "grok-2", "solar-open"], _SINGLE_DIGITS),
-    "tekken": _TEKKEN,
-    **dict.fromkeys(["gpt-4o", "llama4", "kanana2", "minimax-m2"], _O200K),
-    "deepseek-coder": PreTokenization(cut=_deepseek_coder),
-    **dict.fromkeys(["deepseek-v3", "hunyuan-dense"], PreTokenization(cut=_deepseek_v3)),
-    "falcon": PreTokenization(cut=_falcon),
-    **dict.fromkeys(["bloom", "poro-chat", "gpt3-finnish"], _BLOOM),
-    "viking": PreTokenization(cut=lambda: _bloom(r"\p{N}")),
-}
+_NAMES: tuple[tuple[PreTokenization, str], ...] = (
+    (PreTokenization(cut=_default), "default"),
+    (PreTokenization(cut=_gpt2), "gpt-2 phi-2 jais exaone4 trillion granite-docling gigachat mellum a.x-4.0"),
+    (PreTokenization(cut=_gpt2, composes=True), "olmo mpt"),
+    (PreTokenization(cut=_digits_apart), "smollm starcoder refact codeshell exaone minerva-7b mellum2"),
+    (PreTokenization(cut=_digits_apart, composes=True), "command-r"),
+    (PreTokenization(cut=_CL100K), "dbrx smaug-bpe chatglm-bpe glm4"),
+    (
+        PreTokenization(cut=_CL100K, ignores_merges=True, adds_bos=True),
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+    ),
+    (PreTokenization(cut=_QWEN), "stablelm2 hunyuan grok-2 solar-open"),
+    (PreTokenization(cut=_QWEN, composes=True), "qwen2 deepseek-r1-qwen megrez"),
+    (PreTokenization(cut=_QWEN_WITH_MARKS, composes=True), "qwen35"),
+    (PreTokenization(cut=_TEKKEN, ignores_merges=True, adds_bos=True), "tekken"),
+    (PreTokenization(cut=_O200K), "gpt-4o llama4 kanana2 minimax-m2"),
+    (PreTokenization(cut=_deepseek_coder), "deepseek-coder"),
+    (PreTokenization(cut=_deepseek_v3), "deepseek-v3 hunyuan-dense"),
+    (PreTokenization(cut=_falcon), "falcon"),
+    (PreTokenization(cut=_bloom), "bloom poro-chat gpt3-finnish"),
+    (PreTokenization(cut=lambda: _bloom(r"\p{N}")), "viking"),
+)
+
+PRE_TOKENIZERS = {name: known for known, names in _NAMES for name in names.split()}

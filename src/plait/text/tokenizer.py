@@ -107,8 +107,7 @@ class Tokenizer:
         self, texts: Sequence[str], *, add_special: bool = False, parse_special: bool = False
     ) -> list[list[int]]:
         """The ids of many texts, using all cores. Same arguments and errors as `encode`."""
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError("Only text can be encoded, and encode_batch takes a list of texts.")
+        _check_text(texts)
         if self._space_prefix is not None:
             texts = [self._space_prefix.apply(text, parse_special=parse_special) for text in texts]
         batch = self._backend.encode_batch(texts, parse_special=parse_special)
@@ -154,3 +153,16 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"<Tokenizer {self.name}, {self.vocab_size} tokens>"
+
+
+def _check_text(texts: Sequence[Any]) -> None:
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError("Only text can be encoded, and encode_batch takes a list of texts.")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                f"Character {error.start} of the text is half of a surrogate pair, which is no text in"
+                " Unicode. Decode the text from its source with errors='replace'."
+            ) from None

@@ -37,8 +37,6 @@ END_OF_TURN = frozenset(
         "<|end|>",
         "<|end_of_text|>",
         "<|endoftext|>",
-        "<|return|>",
-        "<|call|>",
         "<end_of_turn>",
         "<turn|>",
         "<end_of_utterance>",

@@ -20,7 +20,7 @@ __all__ = ["CLAIM"]
 _MAX_POSITION, _MAX_MOVE = 8192, 4096
 
 
-def _errors(rope: Rope, q: Tensor, k: Tensor, v: Tensor, start: int, by: int, first_query: int) -> float:
+def _error(rope: Rope, q: Tensor, k: Tensor, v: Tensor, start: int, by: int, first_query: int) -> float:
     """Largest difference of the attention output between moving a strand and writing its keys anew.
 
     Args:
@@ -64,7 +64,7 @@ def _measure(run: Run) -> Measurements:
         return int(torch.randint(low, high + 1, (1,), generator=random))
 
     rounds = run.pick(500, 20)
-    worst = {torch.float64: 0.0, torch.float32: 0.0}
+    errors: dict[torch.dtype, list[float]] = {torch.float64: [], torch.float32: []}
     for number in range(rounds):
         if number % max(1, rounds // 10) == 0:
             yield f"{number} of {rounds} moves"
@@ -76,12 +76,13 @@ def _measure(run: Run) -> Measurements:
         first_query = start + by + num_keys + draw(0, 1024)
         q, k, v = (torch.randn(n, 4, head_dim, generator=random) for n in (num_queries, num_keys, num_keys))
         rope = Rope(base_frequencies(10_000.0, head_dim))
-        for dtype in worst:
-            error = _errors(dataclasses.replace(rope, dtype=dtype), q, k, v, start, by, first_query)
-            worst[dtype] = max(worst[dtype], error)
+        for dtype in errors:
+            errors[dtype].append(
+                _error(dataclasses.replace(rope, dtype=dtype), q, k, v, start, by, first_query)
+            )
     return {
-        "max_error": Quantity(worst[torch.float64], "", samples=rounds),
-        "max_error_of_fp32_angles": Quantity(worst[torch.float32], "", samples=rounds),
+        "max_error": Quantity.largest(errors[torch.float64], ""),
+        "max_error_of_fp32_angles": Quantity.largest(errors[torch.float32], ""),
     }
 
 

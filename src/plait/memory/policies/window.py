@@ -7,6 +7,7 @@ The first tokens are kept because softmax attention parks its spare weight on th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated
 
 from pydantic import Field
@@ -42,6 +43,8 @@ class Window(Policy, name="window"):
     sinks: Annotated[int, Field(ge=0)] = 4
 
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
+        if memory.draft is not None and segment.position < self.sinks:
+            return self._visits_of_draft(memory, segment)
         seen = []
         for strand in memory.all_strands():
             front, back = self._split_at_sinks(strand)
@@ -82,6 +85,17 @@ class Window(Policy, name="window"):
 
     def _window(self, memory: Memory) -> int:
         return self.size if memory.window is None else min(self.size, memory.window)
+
+    def _visits_of_draft(self, memory: Memory, segment: Segment) -> list[Visit]:
+        """Visits while a tree stands among the first tokens: its nodes are not in the order of positions."""
+        *seen, rest = [Visit(strand, memory.window) for strand in memory.all_strands()]
+        depths = segment.mask.depths(segment.length).tolist()
+        positions = [*range(rest.strand.position, segment.position), *(segment.position + d for d in depths)]
+        nodes = rest.strand
+        for is_first, run in groupby(positions, key=lambda position: position < self.sinks):
+            part, nodes = nodes.split(len(list(run)))
+            seen.append(Visit(part, memory.window if is_first else self._window(memory)))
+        return seen
 
     def _split_at_sinks(self, strand: Strand) -> tuple[Strand | None, Strand | None]:
         """The part of a strand that belongs to the first tokens, and the rest."""

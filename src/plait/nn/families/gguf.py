@@ -80,9 +80,9 @@ def from_gguf(checkpoint: Checkpoint, max_blocks: int) -> Settings:
         for key, value in checkpoint.metadata.items()
         if key.startswith(prefix)
     }
-    settings = Settings({_SETTINGS[key]: given[key] for key in given.keys() & _SETTINGS.keys()}, max_blocks)
+    values = {_SETTINGS[key]: value for key, value in given.items() if key in _SETTINGS}
+    settings = Settings(_with_windows(values), max_blocks)
     _fill_from_tensors(settings, checkpoint)
-    _fill_windows(settings)
     _fill_head_dim(settings)
     scaling = _rope_scaling(given, checkpoint)
     if scaling is not None:
@@ -105,22 +105,23 @@ def _plain(key: str, value: Any) -> Any:
     return value.tolist()
 
 
+def _with_windows(values: dict[str, Any]) -> dict[str, Any]:
+    """A window of 0 is none; a pattern is a period, or says of each block whether it has the window."""
+    window, pattern = values.get("sliding_window"), values.get("sliding_window_pattern")
+    if window == 0:
+        values["sliding_window"] = None
+    if isinstance(pattern, list):
+        del values["sliding_window_pattern"]
+        values["layer_types"] = ["sliding_attention" if has else "full_attention" for has in pattern]
+    return values
+
+
 def _fill_from_tensors(settings: Settings, checkpoint: Checkpoint) -> None:
     tensors = checkpoint.tensors()
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ConfigError("the file has no matrix token_embd.weight. It is incomplete.")
     settings.assume(vocab_size=embedding.shape[0], tie_word_embeddings="output.weight" not in tensors)
-
-
-def _fill_windows(settings: Settings) -> None:
-    """A window of 0 is none; a pattern is a period, or says of each block whether it has the window."""
-    if settings.get("sliding_window") == 0:
-        settings.set("sliding_window", None)
-    pattern = settings.get("sliding_window_pattern")
-    if isinstance(pattern, list):
-        settings.set("sliding_window_pattern", None)
-        settings.set("layer_types", ["sliding_attention" if has else "full_attention" for has in pattern])
 
 
 def _fill_head_dim(settings: Settings) -> None:

@@ -131,7 +131,7 @@ def features(x: Tensor, feature_map: FeatureMap) -> Tensor:
     x = x * dim**-0.25
     rows, columns = torch.triu_indices(dim, dim, device=x.device)
     # Of the symmetric products only one half is kept; the others, off the diagonal, count twice.
-    weight = torch.where(rows == columns, math.sqrt(0.5), 1.0).to(x.dtype)
+    weight = torch.where(rows == columns, x.new_tensor(math.sqrt(0.5)), x.new_tensor(1.0))
     return torch.cat([torch.ones_like(x[..., :1]), x, x[..., rows] * x[..., columns] * weight], dim=-1)
 
 
@@ -236,8 +236,6 @@ class LinearAttention(Mixer):
         h, d, v = self.config.num_heads, self.key_dim, self.config.head_dim
         parts = self.qkv(x).split([h * d, h * d, h * v], dim=-1)
         q, k, values = (part.unflatten(1, (h, -1)).transpose(0, 1) for part in parts)
-        if self.config.feature_map in ("silu", "identity"):
-            q = q * d**-0.5
         if self.config.normaliser == "sum":
             values = F.pad(values, (0, 1), value=1.0)
         return Tokens(features(q, self.config.feature_map), features(k, self.config.feature_map), values)
