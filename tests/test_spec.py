@@ -242,6 +242,8 @@ def test_every_axis_finds_its_methods_by_name() -> None:
         ("grey:label=ink blue", Grey(label="ink blue")),
         ("grey:label=12", Grey(label="12")),
         ("grey:limit=null", Grey()),
+        ("grey:limit=none", Grey()),
+        ("grey:label=none", Grey(label="none")),
         ("grey:steps=[1,2,3],level=4", Grey(steps=(1, 2, 3), level=4)),
         ("grey:gamma=1e-3", Grey(gamma=1e-3)),
     ],
@@ -333,6 +335,43 @@ def test_any_text_makes_a_method_or_one_clear_error(text: str) -> None:
             read(text)
         except ConfigError as error:
             assert str(error)  # noqa: PT017
+
+
+@each_class
+def test_settings_without_a_default_are_asked_for(cls: type[Spec]) -> None:
+    missing = dataclasses.MISSING
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    needed = [f.name for f in fields if f.default is missing and f.default_factory is missing]
+    for build in (lambda: cls.from_json({}), lambda: cls.from_settings({})):
+        if needed:
+            with pytest.raises(ConfigError, match=f"{cls.__name__} needs {', '.join(needed)}. Give each"):
+                build()
+        else:
+            assert build() == working(cls)
+
+
+def test_a_method_that_holds_methods_is_read_back_from_its_text() -> None:
+    mixed = Mixed(base=Grey(level=3, steps=(1, 2)))
+    assert COLOURS.parse(str(mixed)) == mixed
+    assert split_specs(f"{mixed},grey") == [str(mixed), "grey"]
+
+
+def test_a_value_nested_too_deep_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match=r"Grey.level must be a whole number"):
+        COLOURS.parse("grey:level=" + "[" * 100_000)
+
+
+def test_multiples_and_lists_are_said_in_words() -> None:
+    from plait.nn.rotary import RopeConfig
+
+    with pytest.raises(
+        ConfigError, match=r"RopeConfig.dim must be a whole number in \[2, inf\), a multiple of 2. Got 3"
+    ):
+        RopeConfig(dim=3)
+    with pytest.raises(
+        ConfigError, match=r"Grey.steps must be a list of which each is a whole number. Got 3"
+    ):
+        Grey(steps=3)  # type: ignore[arg-type]
 
 
 def test_methods_hold_methods() -> None:

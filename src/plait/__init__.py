@@ -1,8 +1,9 @@
 """Plait: efficient sequence models built on one memory of strands.
 
-    import plait
-    lm = plait.load("smollm2")
-    print(lm.generate("The history of computing", max_new_tokens=64).text)
+Example:
+    >>> import plait
+    >>> lm = plait.load("smollm2")  # doctest: +SKIP
+    >>> lm.generate("The history of computing", max_new_tokens=64).text  # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -101,8 +101,8 @@ class Spec:
             if key not in names:
                 allowed = f"It takes {', '.join(names)}." if names else "It takes no settings."
                 raise ConfigError(f"{cls.__name__} has no setting {key!r}.{suggestion(key, names)} {allowed}")
-        return cls(
-            **{key: _checked(cls, key, hints[key], text, text_form=True) for key, text in settings.items()}
+        return _made(
+            cls, {key: _checked(cls, key, hints[key], text, text_form=True) for key, text in settings.items()}
         )
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ class Spec:
         """
         settings = dict(data)
         target: Any = cls
-        if not dataclasses.is_dataclass(cls):
+        if not dataclasses.is_dataclass(target):
             target = cls.axis.find(str(settings.pop("name", None)))
         elif hasattr(cls, "name"):
             settings.pop("name", None)
@@ -142,7 +142,7 @@ class Spec:
             raise ConfigError(
                 f"{target.__name__} has no setting {unknown[0]!r}.{suggestion(unknown[0], names)}"
             )
-        return target(**settings)
+        return _made(target, settings)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
@@ -162,7 +162,7 @@ def split_specs(text: str) -> list[str]:
     """Split `"a:x=1,y=2,b,c:z=3"` into `["a:x=1,y=2", "b", "c:z=3"]`.
 
     A comma-separated piece with `=` and no `:` before it belongs to the method on its left.
-    Commas inside square brackets do not split.
+    Commas inside brackets and braces do not split.
 
     Raises:
         ConfigError: a setting stands before any method name, or a piece is empty.
@@ -185,7 +185,7 @@ def split_specs(text: str) -> list[str]:
 def _split_outside_brackets(text: str) -> list[str]:
     pieces, depth, start = [], 0, 0
     for i, character in enumerate(text):
-        depth += (character == "[") - (character == "]")
+        depth += (character in "[{") - (character in "]}")
         if character == "," and depth == 0:
             pieces.append(text[start:i])
             start = i + 1
@@ -210,8 +210,25 @@ def settings_of(text: str) -> dict[str, str]:
     return settings
 
 
+def _made(cls: Any, values: dict[str, Any]) -> Any:
+    """Build an object, or name the settings that have no default and were not given."""
+    unset = dataclasses.MISSING
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is unset and field.default_factory is unset and field.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"{cls.__name__} needs {', '.join(missing)}. Give each a value.")
+    return cls(**values)
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    return _known_hints(cls)
+
+
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _known_hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
@@ -227,8 +244,9 @@ def _checked(cls: type, field: str, hint: Any, value: Any, *, text_form: bool = 
 
     readings = [value]
     if text_form:
-        with contextlib.suppress(ValueError):
-            readings.insert(0, json.loads(value))
+        # Nesting that is deeper than Python's stack is no setting either.
+        with contextlib.suppress(ValueError, RecursionError):
+            readings.insert(0, None if value == "none" else json.loads(value))
     failure: ValidationError | None = None
     for reading in readings:
         try:
@@ -250,6 +268,8 @@ def _allowed(hint: Any, error: Any) -> str:
         return " ".join(filter(None, [_allowed(base, error), words]))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_allowed(choice, error) for choice in typing.get_args(hint))
+    if origin is tuple:
+        return f"a list of which each is {_allowed(typing.get_args(hint)[0], error)}"
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     return plain.get(hint) or str(error.errors()[0]["msg"])
 
@@ -259,11 +279,14 @@ def _limits(constraints: list[Any]) -> str:
     for constraint in constraints:
         for item in [constraint, *getattr(constraint, "metadata", [])]:
             limits |= {
-                k: getattr(item, k) for k in ("ge", "gt", "le", "lt") if getattr(item, k, None) is not None
+                k: getattr(item, k)
+                for k in ("ge", "gt", "le", "lt", "multiple_of")
+                if getattr(item, k, None) is not None
             }
+    multiple = f", a multiple of {limits.pop('multiple_of')}" if "multiple_of" in limits else ""
     low = f"{'[' if 'ge' in limits else '('}{limits.get('ge', limits.get('gt', '-inf'))}"
     high = f"{limits.get('le', limits.get('lt', 'inf'))}{']' if 'le' in limits else ')'}"
-    return f"in {low}, {high}" if limits else ""
+    return (f"in {low}, {high}" if limits else "") + multiple
 
 
 def _text(value: Any) -> str:

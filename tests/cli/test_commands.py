@@ -72,7 +72,9 @@ def test_a_mistake_is_one_sentence_on_stderr_and_exit_1(
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["run", "--nonsense"], ["nonsense"], ["run", "-n", "0", "hi"], ["pull"]])
+@pytest.mark.parametrize(
+    "arguments", [["run", "--nonsense"], ["nonsense"], ["run", "-n", "0", "hi"], ["pull"]]
+)
 def test_wrong_usage_is_exit_2(plait: Callable[..., Result], arguments: list[str]) -> None:
     assert plait(*arguments).exit_code == 2
 
@@ -114,7 +116,9 @@ def test_a_prompt_alone_runs(plait: Callable[..., Result], smollm2_gguf: Path) -
 
 
 @pytest.mark.model
-def test_run_joins_what_is_piped_in_and_reports_json(plait: Callable[..., Result], smollm2_gguf: Path) -> None:
+def test_run_joins_what_is_piped_in_and_reports_json(
+    plait: Callable[..., Result], smollm2_gguf: Path
+) -> None:
     result = plait(
         "run", "-m", str(smollm2_gguf), "--plain", "-n", "4", "--json", "--sampling", "logprobs=2", "-",
         input="The capital of France is",
@@ -199,7 +203,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(smollm2_gguf: Path) -> None
 
     leader, follower = pty.openpty()
     program = subprocess.Popen(
-        [sys.executable, "-c", "from plait.cli import main; main()", "chat", "-m", str(smollm2_gguf), "-n", "400"],
+        [
+            sys.executable,
+            "-c",
+            "from plait.cli import main; main()",
+            "chat",
+            "-m",
+            str(smollm2_gguf),
+            "-n",
+            "400",
+        ],
         stdin=follower,
         stdout=follower,
         stderr=follower,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import pydoc_data.topics
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def transformers_model(smollm2_gguf: Path) -> Iterator[Any]:
+def transformers_model(smollm2_gguf: Path) -> Any:
     """The same file, dequantised by Transformers."""
     import transformers
 
@@ -39,7 +38,7 @@ def transformers_model(smollm2_gguf: Path) -> Iterator[Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
         )
-    yield model.eval()
+    return model.eval()
 
 
 @pytest.mark.timeout(600)

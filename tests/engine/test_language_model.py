@@ -10,9 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from plait.decode.speculate import SPECULATORS
 from plait.engine import LanguageModel, load
 from plait.errors import CapacityError, ConfigError, ModelFileError, UnknownNameError
-from plait.memory import Rows
+from plait.memory import MemoryPlan, Rows
+from plait.nn import (
+    BlockConfig,
+    FeedForwardConfig,
+    NormConfig,
+    RandomParameters,
+    Transformer,
+    TransformerConfig,
+)
+from plait.nn.mixers.linear_attention import LinearAttentionConfig
+from plait.text import Tokenizer
 
 Make = Callable[..., LanguageModel]
 
@@ -186,6 +197,44 @@ def test_closing_a_stream_cancels_and_the_session_goes_on(make_small: Make) -> N
     assert session.last.finish_reason == "cancelled"
     ids = list(session.tokens)
     assert session.generate(max_new_tokens=4, ignore_end=True).tokens == _generate_ids(lm, ids, 4)
+
+
+@pytest.mark.parametrize("memory", ["full", "window:size=30,sinks=2"])
+def test_a_session_goes_back_further_than_its_memory_can(make_small: Make, memory: str) -> None:
+    lm = make_small(memory)
+    session = lm.session()
+    session.read("A long beginning. " * 20)
+    session.generate(max_new_tokens=150, ignore_end=True)
+    session.follow(lm.encode("A long ending. " * 3))
+    answer = session.generate(max_new_tokens=6, ignore_end=True)
+    assert answer.tokens == _generate_ids(lm, lm.encode("A long ending. " * 3), 6)
+
+
+def test_sessions_work_with_a_recurrent_model(byte_tokenizer: Tokenizer) -> None:
+    block = BlockConfig(
+        mixer=LinearAttentionConfig(num_heads=2, head_dim=16), feed_forward=FeedForwardConfig(size=32)
+    )
+    config = TransformerConfig(
+        family="linear", vocab_size=257, width=32, blocks=(block,) * 2, norm=NormConfig(), max_positions=256
+    )
+    lm = LanguageModel(
+        name="recurrent",
+        model=Transformer(config, RandomParameters(seed=1)).eval(),
+        tokenizer=byte_tokenizer,
+        chat_template=None,
+        plan=MemoryPlan(),
+        draft=SPECULATORS.parse("none"),
+    )
+    session = lm.session()
+    session.read("Some text to begin with.")
+    twin = session.fork(1)[0]
+    wanted = lm.generate("Some text to begin with.", max_new_tokens=5, ignore_end=True).tokens
+    assert session.generate(max_new_tokens=5, ignore_end=True).tokens == wanted
+    assert twin.generate(max_new_tokens=5, ignore_end=True).tokens == wanted
+    session.rewind(10)
+    assert session.generate(max_new_tokens=2, ignore_end=True).tokens == _generate_ids(
+        lm, lm.encode("Some text to begin with.")[:10], 2
+    )
 
 
 @pytest.mark.parametrize(

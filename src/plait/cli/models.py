@@ -73,7 +73,7 @@ def info(
 
       plait info ./model.gguf --json
     """
-    from plait.engine.load import read_text_side
+    from plait.engine.loading import read_text_side
     from plait.hub import RichProgress, resolve
     from plait.nn import describe
     from plait.nn.checkpoints import open_checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plait.engine.engine import Engine
 from plait.engine.language_model import LanguageModel, Message, Score
-from plait.engine.load import load
+from plait.engine.loading import load
 from plait.engine.request import FinishReason, Generation, Piece, Request
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session

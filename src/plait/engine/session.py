@@ -63,8 +63,7 @@ class Session:
         if not 0 <= length <= len(self.tokens):
             raise ConfigError(f"rewind takes a length from 0 to {len(self.tokens)}. Got {length}.")
         del self.tokens[length:]
-        if len(self.past) > length:
-            self.past.truncate(length)
+        self._go_back(length)
 
     def fork(self, count: int = 1) -> list[Session]:
         """New sessions with the same beginning; they share what is stored.
@@ -124,6 +123,8 @@ class Session:
 
     def _continue(self, **options: Any) -> Generator[Piece, None, None]:
         self._check_open()
+        # The last token is read again, because the answer begins with what the model says to it.
+        self._go_back(max(len(self.tokens) - 1, 0))
         engine = self.lm.new_engine()
         sequence = engine.submit(self.lm.request(list(self.tokens), **options), self.past)
         try:
@@ -138,6 +139,16 @@ class Session:
     def _feed(self) -> None:
         """Read what has not been read, so that forks share it."""
         self.lm.new_engine().read(self.tokens, self.past)
+
+    def _go_back(self, length: int) -> None:
+        """Remember at most the first `length` tokens; nothing, where the memory cannot go back that far."""
+        if len(self.past) <= length:
+            return
+        try:
+            self.past.truncate(length)
+        except ConfigError:
+            # A window has dropped what is needed again, or a state cannot forget: read it all anew.
+            self.past = self.lm.model.new_past(self.lm.plan)
 
     def _twin(self) -> Session:
         twin = Session(self.lm)

@@ -14,7 +14,7 @@ _LENGTHS = (8, 23, 47, 91, 150, 222, 310, 400)
 def races(lengths: tuple[int, ...] = _LENGTHS, max_new_tokens: int = 64) -> list[Race]:
     """Runs of Python's manual as prompts: the middle one alone, and all of them as one ragged batch."""
     from plait.claims.texts import token_runs
-    from plait.engine.load import read_text_side
+    from plait.engine.loading import read_text_side
     from plait.hub import resolve
     from plait.nn.checkpoints import open_checkpoint
 

@@ -23,8 +23,8 @@ __all__ = ["PromptLookup"]
 class PromptLookup(SpeculatorConfig, name="prompt-lookup"):
     """Propose the continuation of the most recent earlier occurrence of the last `match` tokens.
 
-    Needs no second model. Costs nothing but the rows it adds to the forward pass: while its guesses
-    keep failing it proposes fewer, down to none, and tries again after `patience` tokens.
+    Needs no second model. Costs the rows it adds to the forward pass; after a guess of which nothing
+    was right it proposes nothing for `patience` tokens.
 
     Args:
         match: longest run of last tokens that is looked up; shorter runs down to 2 are tried after it.
