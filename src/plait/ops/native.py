@@ -4,8 +4,10 @@ A row's result has the same bits alone, in any batch, in any chunk of its prefil
 threads, and the same on every instruction set of a processor with fused multiply-add. It equals the reference
 up to fp32 rounding; packed products also round their activations to 8 bits (see `PackedMatrix`).
 
-Switches, read once: `PLAIT_NATIVE=0` turns it off; `PLAIT_NATIVE_ISA` (`avx512`, `avxvnni`, `avx2`, `scalar`)
-forces an instruction set; `PLAIT_THREADS` sets the number of threads, the physical cores when left out.
+Not used unless `PLAIT_NATIVE=1` is set: models do not keep their weights in its packed form yet, and its
+threads and those of torch wait for each other when both work in turns. Other switches, read once:
+`PLAIT_NATIVE_ISA` (`avx512`, `avxvnni`, `avx2`, `scalar`) forces an instruction set; `PLAIT_THREADS` sets the
+number of threads, the physical cores when left out.
 
 Shapes: N rows, I inputs, O outputs; Q queries, T keys, H query heads, G key/value heads, D head size.
 """
@@ -51,8 +53,8 @@ _MASKS: dict[type[Mask], int] = {Everything: 0, Causal: 1, Tree: 2}
 
 @cache
 def module() -> ModuleType | None:
-    """The extension module, or None when it is switched off or was not built (said once, in the log)."""
-    if os.environ.get("PLAIT_NATIVE") == "0":
+    """The extension module, or None when it is not switched on or was not built (said once, in the log)."""
+    if os.environ.get("PLAIT_NATIVE") != "1":
         return None
     try:
         from plait import _native
@@ -60,7 +62,7 @@ def module() -> ModuleType | None:
         logging.getLogger("plait").warning(
             "The native operations are not available (%s). The torch reference is used: several times slower on "
             "a CPU, more memory for packed weights, and rows that depend on their batch in the last bits. Install "
-            "a C++ compiler and reinstall plait to have them, or set PLAIT_NATIVE=0 to keep silent.",
+            "a C++ compiler and reinstall plait to have them, or do not set PLAIT_NATIVE=1.",
             error,
         )
         return None
