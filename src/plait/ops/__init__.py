@@ -1,18 +1,27 @@
-"""Numerical primitives, each with one torch reference and, where built, one native form."""
+"""Numerical primitives, each with one torch reference and, where built, one native form.
+
+The form is chosen at each call: native for floats on the CPU when no gradient is asked for, else the reference.
+"""
 
 from __future__ import annotations
 
-from plait.ops.attention import partial_attention
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from plait.ops import attention, native, partial, reference, rope
 from plait.ops.masks import Causal, Everything, Mask, Tree, View
-from plait.ops.partial import Partial, empty_partial, merge, merge_all
-from plait.ops.reference import layer_norm, linear, rms_norm
-from plait.ops.rope import Angles, Rope, rotate
+from plait.ops.native import PackedMatrix, packed_matrix
+from plait.ops.partial import Partial, empty_partial, merge_all
+from plait.ops.reference import layer_norm
+from plait.ops.rope import Angles, Rope
 
 __all__ = [
     "Angles",
     "Causal",
     "Everything",
     "Mask",
+    "PackedMatrix",
     "Partial",
     "Rope",
     "Tree",
@@ -22,7 +31,27 @@ __all__ = [
     "linear",
     "merge",
     "merge_all",
+    "packed_matrix",
     "partial_attention",
     "rms_norm",
     "rotate",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _either(plain: Callable[P, R], fast: Callable[P, R]) -> Callable[P, R]:
+    @wraps(plain)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
+        form = fast if native.takes((*args, *kwargs.values())) else plain
+        return form(*args, **kwargs)
+
+    return chosen
+
+
+linear = _either(reference.linear, native.linear)
+rms_norm = _either(reference.rms_norm, native.rms_norm)
+partial_attention = _either(attention.partial_attention, native.partial_attention)
+rotate = _either(rope.rotate, native.rotate)
+merge = _either(partial.merge, native.merge)

@@ -1,0 +1,253 @@
+// A whole decoder as one call.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <mutex>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "arrays.h"
+#include "bindings.h"
+#include "bound_projection.h"
+#include "program.h"
+
+namespace plait {
+
+using namespace nb::literals;
+
+namespace {
+
+constexpr int64_t kMostHeadDim = 1024;  // room of Program::attention
+
+struct BoundProgram {
+    Program program;
+    std::vector<nb::object> owners;
+    std::mutex running;
+};
+
+std::vector<float> vector_of(const std::optional<ConstArray>& array, const char* name, int64_t size) {
+    if (!array) return {};
+    check_fp32(*array, name);
+    check_shape(*array, name, {size});
+    return std::vector<float>(floats(*array), floats(*array) + size);
+}
+
+const Projection& keep(BoundProgram& self, const nb::object& object) {
+    self.owners.push_back(object);
+    return nb::cast<const BoundProjection&>(object).projection;
+}
+
+void add_layer(BoundProgram& self, float epsilon, const ConstArray& mixer_norm, const ConstArray& feed_forward_norm,
+               const std::optional<ConstArray>& mixer_output_norm,
+               const std::optional<ConstArray>& feed_forward_output_norm, const std::optional<ConstArray>& query_norm,
+               const std::optional<ConstArray>& key_norm, const nb::object& query_key_value, const nb::object& output,
+               const nb::object& gate, const nb::object& up, int activation, const nb::object& down, int64_t num_heads,
+               int64_t num_kv_heads, int64_t head_dim, float scale, float softcap) {
+    const int64_t width = self.program.width;
+    if (head_dim < 1 || head_dim > kMostHeadDim || num_kv_heads < 1 || num_heads < 1 || num_heads % num_kv_heads != 0)
+        refuse("A layer needs heads of 1 to 1024 channels, and query heads in a multiple of the key/value heads.");
+    if (activation < 0 || activation > 3) refuse("activation must be 0, 1, 2 or 3.");
+    Layer layer;
+    layer.epsilon = epsilon;
+    layer.mixer_norm = vector_of(mixer_norm, "mixer_norm", width);
+    layer.feed_forward_norm = vector_of(feed_forward_norm, "feed_forward_norm", width);
+    layer.mixer_output_norm = vector_of(mixer_output_norm, "mixer_output_norm", width);
+    layer.feed_forward_output_norm = vector_of(feed_forward_output_norm, "feed_forward_output_norm", width);
+    layer.query_norm = vector_of(query_norm, "query_norm", head_dim);
+    layer.key_norm = vector_of(key_norm, "key_norm", head_dim);
+    layer.query_key_value = keep(self, query_key_value);
+    layer.output = keep(self, output);
+    if (!gate.is_none()) layer.gate.gate = keep(self, gate);
+    layer.gate.up = keep(self, up);
+    layer.gate.activation = Activation(activation);
+    layer.down = keep(self, down);
+    layer.heads = {num_heads, num_kv_heads, head_dim, head_dim, scale, softcap};
+    const int64_t inner = layer.gate.up.num_outputs;
+    const bool has_shapes = layer.query_key_value.columns == width &&
+                            layer.query_key_value.num_outputs == (num_heads + 2 * num_kv_heads) * head_dim &&
+                            layer.output.columns == num_heads * head_dim && layer.output.num_outputs == width &&
+                            layer.gate.up.columns == width && inner % kBlock == 0 && layer.down.columns == inner &&
+                            layer.down.num_outputs == width &&
+                            (gate.is_none() || (layer.gate.gate.columns == width && layer.gate.gate.num_outputs == inner));
+    if (!has_shapes) refuse("The matrices of a layer do not fit its width, heads and inner width.");
+    if (!self.program.layers.empty()) {
+        const Layer& first = self.program.layers.front();
+        if (first.output.columns != layer.output.columns || first.down.columns != inner)
+            refuse("All layers of a program must have the same number of query channels and the same inner width.");
+    }
+    self.program.layers.push_back(std::move(layer));
+}
+
+// A table of whole numbers, one row for each item.
+struct Table {
+    const int64_t* data;
+    int64_t rows, columns;
+    int64_t operator()(int64_t row, int64_t column) const { return data[row * columns + column]; }
+};
+
+Table table_of(const ConstArray& array, const char* name, int64_t columns) {
+    check_type<int64_t>(array, name, "int64");
+    check_shape(array, name, {-1, columns});
+    check_contiguous(array, name);
+    return {static_cast<const int64_t*>(array.data()), int64_t(array.shape(0)), columns};
+}
+
+void expect(bool is_right, const char* what) {
+    if (!is_right) refuse(std::string("The program was given ") + what + ".");
+}
+
+using Tree = std::tuple<int64_t, ConstArray, ConstArray>;  // segment, depths, ancestors
+
+void run(BoundProgram& self, const Array& x, const ConstArray& segments,
+         const std::vector<std::tuple<ConstArray, ConstArray>>& tables, const ConstArray& targets,
+         const ConstArray& visits, const std::vector<Tree>& trees, const ConstArray& logit_rows,
+         const std::optional<Array>& hidden, const std::optional<Array>& logits) {
+    Program& program = self.program;
+    const int64_t num_layers = int64_t(program.layers.size());
+    check_fp32(x, "x");
+    check_shape(x, "x", {-1, program.width});
+    check_contiguous(x, "x");
+    RunArguments a;
+    a.x = floats_out(x);
+    a.rows = int64_t(x.shape(0));
+
+    // first row, rows, position of the first row, kind of mask
+    const Table segment_table = table_of(segments, "segments", 4);
+    std::vector<Mask> masks;
+    int64_t next_row = 0;
+    for (int64_t s = 0; s < segment_table.rows; ++s) {
+        a.segments.push_back({segment_table(s, 0), segment_table(s, 1)});
+        expect(segment_table(s, 0) == next_row && segment_table(s, 1) >= 0, "segments that do not cover the rows in order");
+        next_row += segment_table(s, 1);
+        const int64_t kind = segment_table(s, 3);
+        expect(kind >= 0 && kind <= 2, "an unknown mask");
+        Mask mask;
+        mask.kind = MaskKind(kind);
+        mask.first_query = segment_table(s, 2);
+        masks.push_back(mask);
+    }
+    expect(next_row == a.rows, "segments that do not cover the rows");
+    for (const auto& [segment, depths, ancestors] : trees) {
+        expect(segment >= 0 && segment < segment_table.rows, "a tree of no segment");
+        const int64_t count = a.segments[size_t(segment)].num_rows;
+        check_type<int64_t>(depths, "depths", "int64");
+        check_shape(depths, "depths", {count});
+        check_type<int64_t>(ancestors, "ancestors", "int64");
+        check_shape(ancestors, "ancestors", {count, -1});
+        check_contiguous(ancestors, "ancestors");
+        Mask& mask = masks[size_t(segment)];
+        mask.depths = static_cast<const int64_t*>(depths.data());
+        mask.ancestors = static_cast<const uint64_t*>(static_cast<const void*>(ancestors.data()));
+        mask.words = int64_t(ancestors.shape(1));
+    }
+    for (const Mask& mask : masks) expect((mask.kind == MaskKind::tree) == (mask.depths != nullptr), "a tree mask without its tree");
+
+    for (const auto& [cos, sin] : tables) {
+        check_fp32(cos, "cos");
+        check_fp32(sin, "sin");
+        check_shape(cos, "cos", {a.rows, -1});
+        check_shape(sin, "sin", {a.rows, int64_t(cos.shape(1))});
+        check_contiguous(cos, "cos");
+        check_contiguous(sin, "sin");
+        a.tables.push_back({floats(cos), floats(sin), int64_t(cos.shape(1))});
+    }
+    const auto check_table = [&](int64_t table, int64_t layer) {
+        expect(table >= -1 && table < int64_t(a.tables.size()), "an unknown table of angles");
+        expect(table < 0 || 2 * a.tables[size_t(table)].half <= program.layers[size_t(layer)].heads.head_dim,
+               "angles for more channels than a head has");
+    };
+
+    // keys, values, key head stride, key stride, value head stride, value stride, capacity, at, number, table
+    const Table target_table = table_of(targets, "targets", 10);
+    const int64_t num_segments = segment_table.rows;
+    expect(target_table.rows == num_layers * num_segments, "not one target for each layer and segment");
+    for (int64_t layer = 0; layer < num_layers; ++layer) {
+        std::vector<Target> of_layer;
+        for (int64_t s = 0; s < num_segments; ++s) {
+            const int64_t i = layer * num_segments + s, at = target_table(i, 7), number = target_table(i, 8);
+            expect(number >= 0 && number <= 2, "an unknown number format");
+            expect(at >= 0 && a.segments[size_t(s)].num_rows <= target_table(i, 6) - at, "rows that do not fit their strand");
+            check_table(target_table(i, 9), layer);
+            of_layer.push_back({reinterpret_cast<void*>(target_table(i, 0)), reinterpret_cast<void*>(target_table(i, 1)),
+                                target_table(i, 2), target_table(i, 3), target_table(i, 4), target_table(i, 5), at,
+                                Number(number), target_table(i, 9)});
+        }
+        a.targets.push_back(std::move(of_layer));
+    }
+
+    // layer, segment, keys, values, key head stride, key stride, value head stride, value stride, length, number,
+    // first key, window, table
+    const Table visit_table = table_of(visits, "visits", 13);
+    a.visits.resize(size_t(num_layers));
+    for (int64_t i = 0; i < visit_table.rows; ++i) {
+        const int64_t layer = visit_table(i, 0), segment = visit_table(i, 1), length = visit_table(i, 8);
+        const int64_t number = visit_table(i, 9), window = visit_table(i, 11);
+        expect(layer >= 0 && layer < num_layers && segment >= 0 && segment < num_segments, "a visit of no layer or segment");
+        auto& of_layer = a.visits[size_t(layer)];
+        expect(of_layer.empty() || of_layer.back().segment <= segment, "visits that are not in the order of segments");
+        expect(length >= 0 && number >= 0 && number <= 2 && window >= 0, "a strand with a wrong length, format or window");
+        check_table(visit_table(i, 12), layer);
+        Mask mask = masks[size_t(segment)];
+        mask.first_key = visit_table(i, 10);
+        mask.window = window;
+        StrandVisit visit{nullptr, 0, reinterpret_cast<const void*>(visit_table(i, 2)),
+                          reinterpret_cast<const void*>(visit_table(i, 3)), visit_table(i, 4), visit_table(i, 5),
+                          visit_table(i, 6), visit_table(i, 7), length, Number(number), mask};
+        of_layer.push_back({segment, visit, visit_table(i, 12)});
+    }
+
+    const Table row_table = table_of(logit_rows, "logit_rows", 1);
+    for (int64_t i = 0; i < row_table.rows; ++i) {
+        expect(row_table(i, 0) >= 0 && row_table(i, 0) < a.rows, "a logit row that does not exist");
+        a.logit_rows.push_back(row_table(i, 0));
+    }
+    if (hidden) {
+        check_fp32(*hidden, "hidden");
+        check_shape(*hidden, "hidden", {row_table.rows, program.width});
+        check_contiguous(*hidden, "hidden");
+        a.hidden = floats_out(*hidden);
+    }
+    if (logits) {
+        expect(program.head.num_outputs > 0, "logits to write, but has no head");
+        check_fp32(*logits, "logits");
+        check_shape(*logits, "logits", {row_table.rows, program.head.num_outputs});
+        check_contiguous(*logits, "logits");
+        a.logits = floats_out(*logits);
+    }
+    nb::gil_scoped_release free;
+    std::lock_guard<std::mutex> lock(self.running);
+    program.run(a);
+}
+
+}  // namespace
+
+void bind_program(nb::module_& m) {
+    nb::class_<BoundProgram>(m, "Program")
+        .def(
+            "__init__",
+            [](BoundProgram* self, int64_t width, float epsilon, const std::optional<ConstArray>& final_norm,
+               const nb::object& head) {
+                if (width < kBlock || width % kBlock != 0) refuse("The width of a program must be a multiple of 32.");
+                new (self) BoundProgram();
+                self->program.width = width;
+                self->program.epsilon = epsilon;
+                self->program.final_norm = vector_of(final_norm, "final_norm", width);
+                if (!head.is_none()) {
+                    self->program.head = keep(*self, head);
+                    if (self->program.head.columns != width) refuse("The head must have as many columns as the width.");
+                }
+            },
+            "width"_a, "epsilon"_a, "final_norm"_a.none(), "head"_a.none())
+        .def("add_layer", &add_layer, nb::kw_only(), "epsilon"_a, "mixer_norm"_a, "feed_forward_norm"_a,
+             "mixer_output_norm"_a.none(), "feed_forward_output_norm"_a.none(), "query_norm"_a.none(),
+             "key_norm"_a.none(), "query_key_value"_a, "output"_a, "gate"_a.none(), "up"_a, "activation"_a, "down"_a,
+             "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a, "softcap"_a)
+        .def("run", &run, "x"_a, "segments"_a, "tables"_a, "targets"_a, "visits"_a, "trees"_a, "logit_rows"_a,
+             "hidden"_a.none(), "logits"_a.none());
+}
+
+}  // namespace plait

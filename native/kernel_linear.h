@@ -1,0 +1,196 @@
+// Products with packed matrices (int8 activations, exact integer sums) and with dense ones (fp32).
+#pragma once
+
+#include "kernel_math.h"
+
+namespace plait {
+namespace {
+
+// Bits of a code (7: a byte up to 127, 8: any byte), 2^Shift to subtract from it (-1 for nothing), the type of
+// the scales, whether there are minima, and scales for each 32 columns.
+template <int Bits_, int Shift_, class Scale_, bool HasMinima_, int Groups_>
+struct Format {
+    static constexpr int Bits = Bits_, Shift = Shift_, Groups = Groups_;
+    static constexpr bool HasMinima = HasMinima_;
+    using Scale = Scale_;
+};
+
+template <class S>
+struct Linear {
+    using F = typename S::F;
+    using Wide = typename S::Wide;
+    static constexpr int kParts = kTile / S::kWideLanes;
+
+    // y[row][r] = sum over blocks b of scale[b, r] * x_scale[b] * dot(b) + minimum[b, r] * x_scale[b] * x_sum[b],
+    // in the order of b. Nothing here depends on how many rows the chunk has.
+    template <class Fmt, int Rows>
+    static void tile(const PackedView& w, int64_t tile, const int8_t* x, const RowBlock* xb, float* out) {
+        using Scale = typename Fmt::Scale;
+        const int64_t num_blocks = w.columns / kBlock;
+        const uint8_t* codes_at = w.codes + tile * num_blocks * w.code_bytes;
+        const uint8_t* parameters_at = w.parameters + tile * num_blocks * w.parameter_bytes;
+        Wide sum[kParts][Rows];
+        for (int part = 0; part < kParts; ++part)
+            for (int m = 0; m < Rows; ++m) sum[part][m] = S::wide_zero();
+        for (int64_t b = 0; b < num_blocks; ++b) {
+            const Scale* scales = reinterpret_cast<const Scale*>(parameters_at);
+#pragma GCC unroll 2
+            for (int part = 0; part < kParts; ++part) {
+                const auto codes = S::template load_codes<Fmt::Bits>(codes_at + 4 * S::kWideLanes * part);
+                const Scale* own = scales + S::kWideLanes * part;
+                const Wide scale = S::wide_load(own);
+                Wide scale_high = scale, minimum = scale, minimum_high = scale;
+                if constexpr (Fmt::Groups == 2) scale_high = S::wide_load(own + kTile);
+                if constexpr (Fmt::HasMinima) {
+                    minimum = S::wide_load(own + Fmt::Groups * kTile);
+                    if constexpr (Fmt::Groups == 2) minimum_high = S::wide_load(own + 3 * kTile);
+                }
+#pragma GCC unroll 8
+                for (int m = 0; m < Rows; ++m) {
+                    const int8_t* q = x + m * kBlock;
+                    const RowBlock& of = xb[m];
+                    const Wide x_scale = S::wide_set1(&of.scale);
+                    Wide total = sum[part][m];
+                    if constexpr (Fmt::Groups == 1) {
+                        const Wide dot = S::to_float(S::template dot<Fmt::Bits, Fmt::Shift, 0, 8>(codes, q, &of.minus_sum));
+                        total = S::wide_fma(S::wide_mul(scale, x_scale), dot, total);
+                        if constexpr (Fmt::HasMinima)
+                            total = S::wide_fma(minimum, S::wide_set1(&of.scaled_sum), total);
+                    } else {
+                        const Wide low = S::to_float(S::template dot<Fmt::Bits, Fmt::Shift, 0, 4>(codes, q, &of.minus_low));
+                        const Wide high = S::to_float(S::template dot<Fmt::Bits, Fmt::Shift, 4, 8>(codes, q, &of.minus_high));
+                        total = S::wide_fma(S::wide_mul(scale, x_scale), low, total);
+                        total = S::wide_fma(S::wide_mul(scale_high, x_scale), high, total);
+                        if constexpr (Fmt::HasMinima) {
+                            total = S::wide_fma(minimum, S::wide_set1(&of.scaled_low), total);
+                            total = S::wide_fma(minimum_high, S::wide_set1(&of.scaled_high), total);
+                        }
+                    }
+                    sum[part][m] = total;
+                }
+            }
+            codes_at += w.code_bytes;
+            parameters_at += w.parameter_bytes;
+            x += Rows * kBlock;
+            xb += Rows;
+        }
+        for (int m = 0; m < Rows; ++m)
+            for (int part = 0; part < kParts; ++part)
+                S::wide_store(out + m * kTile + S::kWideLanes * part, sum[part][m]);
+    }
+
+    template <class Fmt>
+    static void tile_of(const PackedView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
+        switch (rows) {
+            case 1: return tile<Fmt, 1>(w, t, x, xb, out);
+            case 2: return tile<Fmt, 2>(w, t, x, xb, out);
+            case 4: return tile<Fmt, 4>(w, t, x, xb, out);
+            default: return tile<Fmt, 8>(w, t, x, xb, out);
+        }
+    }
+
+    static void packed_tile(const PackedView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
+        using Half = uint16_t;
+        switch (w.layout) {
+            case Layout::u4_f16: return tile_of<Format<4, 3, Half, false, 1>>(w, t, x, xb, rows, out);
+            case Layout::u4_f16_min: return tile_of<Format<4, -1, Half, true, 1>>(w, t, x, xb, rows, out);
+            case Layout::u4_f32_min: return tile_of<Format<4, -1, float, true, 1>>(w, t, x, xb, rows, out);
+            case Layout::u4_f32_pair: return tile_of<Format<4, 2, float, false, 2>>(w, t, x, xb, rows, out);
+            case Layout::u4_f32_min_pair: return tile_of<Format<4, -1, float, true, 2>>(w, t, x, xb, rows, out);
+            case Layout::u7_f16_16: return tile_of<Format<7, 4, Half, false, 1>>(w, t, x, xb, rows, out);
+            case Layout::u7_f16_min: return tile_of<Format<7, -1, Half, true, 1>>(w, t, x, xb, rows, out);
+            case Layout::u7_f32_min: return tile_of<Format<7, -1, float, true, 1>>(w, t, x, xb, rows, out);
+            case Layout::u7_f32_pair: return tile_of<Format<7, 5, float, false, 2>>(w, t, x, xb, rows, out);
+            default: return tile_of<Format<8, 7, Half, false, 1>>(w, t, x, xb, rows, out);
+        }
+    }
+
+    // A block that holds NaN or infinity becomes NaN as a whole; one below 1e-36 becomes 0, as 127 / size
+    // would overflow.
+    static void quantize_row(const float* x, int64_t num_blocks, int row, int rows, int8_t* codes, RowBlock* blocks) {
+        for (int64_t b = 0; b < num_blocks; ++b) {
+            const F low = S::load(x + b * kBlock), high = S::load(x + b * kBlock + kLanes);
+            const float size = S::largest(S::max(S::abs(low), S::abs(high)));
+            const float poison = S::sum(S::fma(low, S::zero(), S::mul(high, S::zero())));
+            float scale = size / 127.0f, inverse = 127.0f / size;
+            if (!(size >= 1e-36f)) scale = inverse = 0.0f;
+            int8_t* out = codes + (b * rows + row) * kBlock;
+            RowBlock& block = blocks[b * rows + row];
+            if (poison != 0.0f) {
+                std::memset(out, 0, kBlock);
+                const float nan = __builtin_nanf("");
+                block = {nan, nan, nan, nan, 0, 0, 0, 0};
+                continue;
+            }
+            const F factor = S::set1(inverse);
+            const F limit = S::set1(127.0f), floor = S::set1(-127.0f);
+            const F q_low = S::max(S::min(S::round(S::mul(low, factor)), limit), floor);
+            const F q_high = S::max(S::min(S::round(S::mul(high, factor)), limit), floor);
+            S::store_int8(out, q_low);
+            S::store_int8(out + kLanes, q_high);
+            const float sum_low = S::sum(q_low), sum_high = S::sum(q_high);  // whole numbers: exact
+            block = {scale, scale * (sum_low + sum_high), scale * sum_low, scale * sum_high,
+                     -int32_t(sum_low + sum_high), -int32_t(sum_low), -int32_t(sum_high), 0};
+        }
+    }
+
+    // Lane l sums the products of columns l, l + 16, l + 32, ...; the lanes are added by `sum`.
+    template <Number N, int Rows>
+    static void dense_block(const float* x, int64_t ldx, const void* weight, int64_t stride, int64_t columns,
+                            int64_t row, int outputs, float* y, int64_t ldy) {
+        using R = Reader<S, N>;
+        F sum[Rows][4];
+        int64_t at[4];
+        for (int m = 0; m < Rows; ++m)
+            for (int k = 0; k < 4; ++k) sum[m][k] = S::zero();
+        // Outputs that do not exist repeat the last one, and are thrown away.
+        for (int k = 0; k < 4; ++k) at[k] = (row + (k < outputs ? k : outputs - 1)) * stride;
+        int64_t c = 0;
+        for (; c + kLanes <= columns; c += kLanes) {
+            F w[4];
+            for (int k = 0; k < 4; ++k) w[k] = R::load(weight, at[k] + c);
+            for (int m = 0; m < Rows; ++m) {
+                const F v = S::load(x + m * ldx + c);
+                for (int k = 0; k < 4; ++k) sum[m][k] = S::fma(w[k], v, sum[m][k]);
+            }
+        }
+        if (c < columns) {
+            F w[4];
+            for (int k = 0; k < 4; ++k) w[k] = R::load_some(weight, at[k] + c, columns - c);
+            for (int m = 0; m < Rows; ++m) {
+                const F v = Math<S>::load_some(x + m * ldx + c, columns - c);
+                for (int k = 0; k < 4; ++k) sum[m][k] = S::fma(w[k], v, sum[m][k]);
+            }
+        }
+        float block[4][4];
+        S::template store_sums<Rows>(sum, &block[0][0], 4);
+        for (int m = 0; m < Rows; ++m)
+            for (int k = 0; k < outputs; ++k) y[m * ldy + row + k] = block[m][k];
+    }
+
+    template <Number N>
+    static void dense_of(const float* x, int64_t ldx, int64_t rows, const void* weight, int64_t stride,
+                         int64_t columns, int64_t begin, int64_t end, float* y, int64_t ldy) {
+        constexpr int kRows = S::kQueryRows;
+        for (int64_t row = begin; row < end; row += 4) {
+            const int outputs = int(end - row < 4 ? end - row : 4);
+            int64_t m = 0;
+            for (; m + kRows <= rows; m += kRows)
+                dense_block<N, kRows>(x + m * ldx, ldx, weight, stride, columns, row, outputs, y + m * ldy, ldy);
+            for (; m < rows; ++m)
+                dense_block<N, 1>(x + m * ldx, ldx, weight, stride, columns, row, outputs, y + m * ldy, ldy);
+        }
+    }
+
+    static void dense_rows(const float* x, int64_t ldx, int64_t rows, const void* weight, int64_t stride,
+                           Number number, int64_t columns, int64_t begin, int64_t end, float* y, int64_t ldy) {
+        switch (number) {
+            case Number::fp32: return dense_of<Number::fp32>(x, ldx, rows, weight, stride, columns, begin, end, y, ldy);
+            case Number::bf16: return dense_of<Number::bf16>(x, ldx, rows, weight, stride, columns, begin, end, y, ldy);
+            case Number::fp16: return dense_of<Number::fp16>(x, ldx, rows, weight, stride, columns, begin, end, y, ldy);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace plait

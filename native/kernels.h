@@ -1,0 +1,145 @@
+// The kernels that every instruction set provides, and the plain data they work on.
+//
+// All paths compute the same bits: a vector is always 16 fp32 lanes, sums over lanes follow one tree, integer
+// sums are exact, and every multiply-add is fused. Compile without contraction (-ffp-contract=off).
+#pragma once
+
+#include <cstdint>
+
+namespace plait {
+
+constexpr int kLanes = 16;
+constexpr int kTile = 16;    // output rows of a packed matrix that are stored together
+constexpr int kBlock = 32;   // columns that share one scale
+constexpr int kRowChunk = 8; // most rows of activations that meet a decoded tile at once
+constexpr int kKeyChunk = 256;  // keys of a strand that one partial covers, from the strand's index 0
+
+enum class Number : int { fp32 = 0, bf16 = 1, fp16 = 2 };
+
+inline int64_t nbytes_of(Number number) { return number == Number::fp32 ? 4 : 2; }
+
+// One block of 32 activations as whole numbers q in [-127, 127]: x = scale * q.
+struct RowBlock {
+    float scale;
+    float scaled_sum, scaled_low, scaled_high;    // scale * sum(q): of all, of the first and last 16
+    int32_t minus_sum, minus_low, minus_high;     // -sum(q)
+    int32_t unused;
+};
+
+// Activations in int8, for rows of `columns` numbers (a multiple of 32).
+//
+// Rows are taken in chunks of 8, 4, 2 and 1 (`chunk_rows`). A chunk of m rows that starts at row r keeps
+// codes [block][row of the chunk][32] from r * columns, and row blocks [block][row] from r * columns / 32.
+struct QuantizedRows {
+    int8_t* codes;
+    RowBlock* blocks;
+    int64_t columns;
+};
+
+inline int chunk_rows(int64_t rows_left) { return rows_left >= 8 ? 8 : rows_left >= 4 ? 4 : rows_left >= 2 ? 2 : 1; }
+
+// How the codes and scales of a packed matrix are kept.
+enum class Layout : int {
+    u4_f16,        // 4-bit codes less 8, fp16 scales
+    u4_f16_min,    // 4-bit codes, fp16 scales and minima
+    u4_f32_min,    // 4-bit codes, fp32 scales and minima
+    u4_f32_pair,   // 4-bit codes less 4, two fp32 scales for each 32 columns
+    u4_f32_min_pair,
+    u7_f16_16,     // bytes less 16
+    u7_f16_min,
+    u7_f32_min,
+    u7_f32_pair,   // bytes less 32, two scales
+    u8_f16,        // bytes less 128
+    count
+};
+
+// A matrix in tiles of 16 rows: for each tile and each block of 32 columns,
+//   codes: 8 groups of 4 columns, [group][row][column]; two groups share 64 bytes when codes have 4 bits;
+//   parameters: [scale group][16 scales], then [scale group][16 minima] where the layout has them.
+// Rows beyond the last one are zeros.
+struct PackedView {
+    int64_t rows, columns, tiles;
+    Layout layout;
+    const uint8_t* codes;
+    const uint8_t* parameters;
+    int64_t code_bytes, parameter_bytes;  // of one block of one tile
+};
+
+enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3 };
+
+// Queries of one key/value head that visit one strand.
+struct Visit {
+    const float* q;         // [row][padded_dim], scaled, zero behind head_dim; row = query * group + head
+    int64_t rows, group;
+    int64_t head_dim, value_dim, padded_dim, padded_value;  // the padded ones are multiples of 16
+    const void* keys;       // [key][head_dim], key_stride numbers apart
+    const void* values;
+    int64_t key_stride, value_stride;
+    Number number;
+    float softcap;          // 0 for none
+    const int64_t* low;     // per query: keys outside [low, high) are hidden
+    const int64_t* high;
+    const uint64_t* tree;   // per query, tree_words words: bit i shows node i; null for none
+    int64_t tree_words;
+    int64_t tree_start;     // index of node 0 in the strand; negative where the strand holds later nodes only
+    int64_t num_nodes, window;     // of a tree: nodes `window` or more levels above a query are hidden; 0 for no limit
+    const int64_t* query_depths;   // per query
+    const int64_t* node_depths;
+};
+
+// Attention of rows over one chunk of keys or over several: top[r], total[r], sum[r][padded_value], with
+// out = sum / total and lse = top + log(total). Nothing seen: top = -inf, total = 0, sum = 0.
+struct Fold {
+    float* top;
+    float* total;
+    float* sum;
+};
+
+struct Kernels {
+    const char* name;
+
+    // Tile `tile` times a chunk of `rows` (1, 2, 4 or 8) activations: out[row][16].
+    void (*packed_tile)(const PackedView&, int64_t tile, const int8_t* codes, const RowBlock* blocks, int rows,
+                        float* out);
+    // y[r] = x . w[r] for output rows [begin, end) of a dense row-major matrix; y has row stride ldy.
+    void (*dense_rows)(const float* x, int64_t ldx, int64_t rows, const void* weight, int64_t weight_stride,
+                       Number number, int64_t columns, int64_t begin, int64_t end, float* y, int64_t ldy);
+    // Quantise 32 * num_blocks numbers of one row into its place in a chunk of `rows`.
+    void (*quantize_row)(const float* x, int64_t num_blocks, int row, int rows, int8_t* codes, RowBlock* blocks);
+    void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* y);
+    void (*add)(const float* a, const float* b, int64_t n, float* y);
+    void (*scale)(const float* a, float factor, int64_t n, float* y);
+    // y = activation(gate) * up; `up` may be null.
+    void (*activate)(Activation, const float* gate, const float* up, int64_t n, float* y);
+    void (*exp)(const float* x, int64_t n, float* y);
+    // Turn the first 2 * half channels of x by the angles and multiply all by `factor`.
+    void (*rotate)(const float* x, const float* cos, const float* sin, int64_t half, int64_t dim, float factor,
+                   float* y);
+    void (*convert)(const float* x, Number number, int64_t n, void* y);
+    void (*widen)(const void* x, Number number, int64_t n, float* y);
+    // Keys [begin, end) of the strand, all within one chunk, into `fold`; scratch holds attend_scratch numbers.
+    void (*attend_chunk)(const Visit&, int64_t begin, int64_t end, float* scratch, Fold fold);
+    // Merge `from` into `into`, row by row.
+    void (*merge_folds)(Fold into, Fold from, int64_t rows, int64_t padded_value);
+    // out (value_dim numbers) and lse of row `row` of a fold.
+    void (*finish_fold)(Fold fold, int64_t row, int64_t value_dim, int64_t padded_value, float* out, float* lse);
+    float (*largest)(const float* x, int64_t n);
+    // Sum of exp(x - top) in the order of the lanes; y (may be null) receives the terms.
+    float (*exp_sum)(const float* x, float top, int64_t n, float* y);
+};
+
+// Numbers of scratch that attend_chunk needs for this many rows.
+inline int64_t attend_scratch(int64_t rows, int64_t padded_dim, int64_t padded_value) {
+    const int64_t widest = padded_dim > padded_value ? padded_dim : padded_value;
+    return rows * kKeyChunk + kKeyChunk * widest;
+}
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avxvnni_kernels();
+const Kernels* avx512_kernels();
+
+// The path in use: the widest that processor and build have, or PLAIT_NATIVE_ISA.
+const Kernels& kernels();
+
+}  // namespace plait

@@ -1,0 +1,196 @@
+#include "program.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace plait {
+namespace {
+
+// Up to this many rows, every thread normalises and quantises all of them for itself: cheaper than a barrier.
+constexpr int64_t kFewRows = 2;
+
+float* floats_of(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
+
+void reserve(Buffer& buffer, int64_t numbers) {
+    const size_t bytes = size_t(numbers) * sizeof(float);
+    if (buffer.size() < bytes) buffer = Buffer(bytes);
+}
+
+}  // namespace
+
+void Program::run(const RunArguments& a) {
+    Pool& pool = Pool::get();
+    threads_ = pool.size();
+    int64_t widest_qkv = 0, widest_q = 0, widest_out = 0, widest_inner = 0, widest_head = 0;
+    for (const Layer& layer : layers) {
+        widest_qkv = std::max(widest_qkv, layer.query_key_value.num_outputs);
+        widest_q = std::max(widest_q, layer.heads.num_heads * layer.heads.head_dim);
+        widest_out = std::max(widest_out, layer.output.columns);
+        widest_inner = std::max(widest_inner, layer.down.columns);
+        widest_head = std::max(widest_head, layer.heads.head_dim);
+    }
+    reserve(qkv_, a.rows * widest_qkv);
+    reserve(queries_, a.rows * widest_q * std::max<int64_t>(1, int64_t(a.tables.size())));
+    reserve(attended_, a.rows * widest_out);
+    reserve(branch_, a.rows * width);
+    reserve(rows_, threads_ * (std::max(width, widest_out) + widest_head));
+    reserve(hidden_, int64_t(a.logit_rows.size()) * width);
+    own_.resize(size_t(threads_));
+    for (Activations& own : own_) own.resize(std::min(a.rows, kFewRows), width);
+    shared_.resize(a.rows, width);
+    last_.resize(int64_t(a.logit_rows.size()), width);
+    mixed_.resize(a.rows, widest_out);
+    inner_.resize(a.rows, widest_inner);
+
+    plans_.resize(layers.size());
+    for (size_t index = 0; index < layers.size(); ++index) {
+        const Layer& layer = layers[index];
+        const Heads& heads = layer.heads;
+        const int64_t q_width = heads.num_heads * heads.head_dim, out_width = heads.num_heads * heads.value_dim;
+        AttentionPlan& plan = plans_[index];
+        plan.reset(heads, threads_);
+        size_t next = 0;
+        for (size_t s = 0; s < a.segments.size(); ++s) {
+            const SegmentArgument& segment = a.segments[s];
+            const int64_t first = plan.num_visits();
+            for (; next < a.visits[index].size() && a.visits[index][next].segment == int64_t(s); ++next) {
+                StrandVisit visit = a.visits[index][next].visit;
+                const int64_t table = std::max<int64_t>(0, a.visits[index][next].table);
+                visit.q = floats_of(queries_) + (table * a.rows + segment.first_row) * q_width;
+                visit.q_stride = q_width;
+                if (visit.length > 0) plan.add_visit(visit);
+            }
+            plan.add_segment({segment.num_rows, first, plan.num_visits(),
+                              floats_of(attended_) + segment.first_row * out_width, out_width, nullptr});
+        }
+        plan.finish(room_);
+    }
+    pool.run([&](Team& team) { walk(team, a); });
+}
+
+// x += norm(added) where that is given, then norm(x) in int8.
+const Activations& Program::read(Team& team, const RunArguments& a, const float* norm, float epsilon, const float* added,
+                                 const float* added_norm) {
+    const Kernels& k = kernels();
+    float* room = floats_of(rows_) + team.index * int64_t(rows_.size() / sizeof(float) / size_t(threads_));
+    if (a.rows <= kFewRows && added == nullptr) {
+        Activations& own = own_[size_t(team.index)];
+        for (int64_t r = 0; r < a.rows; ++r) {
+            k.rms_norm(a.x + r * width, norm, epsilon, width, room);
+            own.quantize_row(room, r);
+        }
+        return own;
+    }
+    team.share(a.rows, 4, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+            float* x = a.x + r * width;
+            if (added != nullptr) {
+                k.rms_norm(added + r * width, added_norm, epsilon, width, room);
+                k.add(x, room, width, x);
+            }
+            if (norm == nullptr) continue;
+            k.rms_norm(x, norm, epsilon, width, room);
+            shared_.quantize_row(room, r);
+        }
+    });
+    return shared_;
+}
+
+// Norm, rotate and store what one row has of one key/value head and its query heads.
+void Program::rotate(const RunArguments& a, size_t index, int64_t segment, int64_t row, int64_t kv_head, float* room) {
+    const Kernels& k = kernels();
+    const Layer& layer = layers[index];
+    const Heads& heads = layer.heads;
+    const int64_t dim = heads.head_dim, group = heads.num_heads / heads.num_kv_heads;
+    const float* q = floats_of(qkv_) + row * layer.query_key_value.num_outputs;
+    const float* key = q + heads.num_heads * dim + kv_head * dim;
+    const float* value = q + (heads.num_heads + heads.num_kv_heads) * dim + kv_head * heads.value_dim;
+    const auto turned = [&](const float* from, const std::vector<float>& norm, int64_t table, float* to) {
+        if (!norm.empty()) {
+            k.rms_norm(from, norm.data(), layer.epsilon, dim, room);
+            from = room;
+        }
+        if (table < 0) {
+            if (from != to) std::memcpy(to, from, size_t(dim) * sizeof(float));
+            return;
+        }
+        const AngleTable& angles = a.tables[size_t(table)];
+        k.rotate(from, angles.cos + row * angles.half, angles.sin + row * angles.half, angles.half, dim, 1.0f, to);
+    };
+    int64_t previous = -2;
+    for (const StrandArgument& strand : a.visits[index]) {
+        if (strand.segment != segment || strand.table == previous) continue;
+        previous = strand.table;
+        float* out = floats_of(queries_) +
+                     (std::max<int64_t>(0, strand.table) * a.rows + row) * heads.num_heads * dim + kv_head * group * dim;
+        for (int64_t h = 0; h < group; ++h)
+            turned(q + (kv_head * group + h) * dim, layer.query_norm, strand.table, out + h * dim);
+    }
+    const Target& target = a.targets[index][size_t(segment)];
+    const int64_t at = target.at + row - a.segments[size_t(segment)].first_row, width_of = nbytes_of(target.number);
+    float* key_out = room + dim;
+    turned(key, layer.key_norm, target.table, key_out);
+    k.convert(key_out, target.number, dim,
+              static_cast<char*>(target.keys) + (kv_head * target.key_head_stride + at * target.key_stride) * width_of);
+    k.convert(value, target.number, heads.value_dim,
+              static_cast<char*>(target.values) + (kv_head * target.value_head_stride + at * target.value_stride) * width_of);
+}
+
+void Program::attention(Team& team, const RunArguments& a, size_t index) {
+    const Heads& heads = layers[index].heads;
+    alignas(64) float room[2 * 1024];
+    team.share(a.rows * heads.num_kv_heads, 8, [&](int64_t begin, int64_t end) {
+        int64_t segment = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t row = i / heads.num_kv_heads;
+            while (row >= a.segments[size_t(segment)].first_row + a.segments[size_t(segment)].num_rows) ++segment;
+            rotate(a, index, segment, row, i % heads.num_kv_heads, room);
+        }
+    });
+    plans_[index].run(team);
+}
+
+void Program::walk(Team& team, const RunArguments& a) {
+    const Kernels& k = kernels();
+    float* branch = floats_of(branch_);
+    const float* added = nullptr;
+    const float* added_norm = nullptr;
+    const auto project = [&](const Projection& p, const Activations& x, float* y, int64_t ldy, bool is_sum) {
+        team.share(p.num_tiles, p.grain(team.size, x.rows()),
+                   [&](int64_t begin, int64_t end) { p.run(x, begin, end, y, ldy, is_sum); });
+    };
+    // A branch goes straight onto x, or aside when it is normalised first.
+    const auto join = [&](const Projection& p, const Activations& x, const std::vector<float>& norm) {
+        added = norm.empty() ? nullptr : branch;
+        added_norm = norm.empty() ? nullptr : norm.data();
+        project(p, x, norm.empty() ? a.x : branch, width, norm.empty());
+    };
+    for (size_t index = 0; index < layers.size(); ++index) {
+        const Layer& layer = layers[index];
+        const Activations& x = read(team, a, layer.mixer_norm.data(), layer.epsilon, added, added_norm);
+        project(layer.query_key_value, x, floats_of(qkv_), layer.query_key_value.num_outputs, false);
+        attention(team, a, index);
+        team.share(a.rows, 1, [&](int64_t begin, int64_t end) {
+            mixed_.quantize(floats_of(attended_), layer.output.columns, begin, end);
+        });
+        join(layer.output, mixed_, layer.mixer_output_norm);
+        const Activations& y = read(team, a, layer.feed_forward_norm.data(), layer.epsilon, added, added_norm);
+        team.share(layer.down.columns / kBlock, a.rows >= 32 ? 2 : 1,
+                   [&](int64_t begin, int64_t end) { layer.gate.run(y, begin, end, inner_); });
+        join(layer.down, inner_, layer.feed_forward_output_norm);
+    }
+    if (added != nullptr) read(team, a, nullptr, layers.back().epsilon, added, added_norm);
+    const int64_t count = int64_t(a.logit_rows.size());
+    team.share(count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            float* row = (a.hidden == nullptr ? floats_of(hidden_) : a.hidden) + i * width;
+            const float* from = a.x + a.logit_rows[size_t(i)] * width;
+            if (final_norm.empty()) std::memcpy(row, from, size_t(width) * sizeof(float));
+            else k.rms_norm(from, final_norm.data(), epsilon, width, row);
+            last_.quantize_row(row, i);
+        }
+    });
+    if (a.logits != nullptr && count > 0) project(head, last_, a.logits, head.num_outputs, false);
+}
+
+}  // namespace plait

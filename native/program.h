@@ -1,0 +1,94 @@
+// A decoder of gated attention blocks as one list of steps, run for a packed batch of rows in one call.
+//
+// Each thread walks all layers; within a step the threads share tiles of the output, and a barrier separates
+// the steps. What a row computes depends on that row and its strands only.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+#include "threads.h"
+
+namespace plait {
+
+// One block: x += attention(norm(x)), then x += feed_forward(norm(x)), each with an optional norm on its output.
+struct Layer {
+    float epsilon = 0;
+    std::vector<float> mixer_norm, feed_forward_norm;
+    std::vector<float> mixer_output_norm, feed_forward_output_norm;  // empty for none
+    std::vector<float> query_norm, key_norm;                         // over a head; empty for none
+    Projection query_key_value, output;
+    Gate gate;
+    Projection down;
+    Heads heads{};
+};
+
+// Cosine and sine of every row in one frame, (rows, half) each.
+struct AngleTable {
+    const float* cos;
+    const float* sin;
+    int64_t half;
+};
+
+// Where the new keys and values of a segment go in one layer.
+struct Target {
+    void* keys;
+    void* values;
+    int64_t key_head_stride, key_stride, value_head_stride, value_stride, at;
+    Number number;
+    int64_t table;  // angles of the keys; -1 for no rotation
+};
+
+// A strand that a segment visits in one layer; `table` gives the angles of the queries in the strand's frame.
+struct StrandArgument {
+    int64_t segment;
+    StrandVisit visit;
+    int64_t table;
+};
+
+struct SegmentArgument {
+    int64_t first_row, num_rows;
+};
+
+struct RunArguments {
+    float* x;  // (rows, width), overwritten with the rows behind the last block, not normalised
+    int64_t rows;
+    std::vector<SegmentArgument> segments;
+    std::vector<AngleTable> tables;
+    std::vector<std::vector<Target>> targets;         // [layer][segment]
+    std::vector<std::vector<StrandArgument>> visits;  // [layer], grouped by segment, oldest first
+    std::vector<int64_t> logit_rows;
+    float* hidden = nullptr;  // (logit rows, width), normalised; may be null
+    float* logits = nullptr;  // (logit rows, outputs of the head); may be null
+};
+
+class Program {
+public:
+    int64_t width = 0;
+    float epsilon = 0;
+    std::vector<float> final_norm;
+    std::vector<Layer> layers;
+    Projection head;
+
+    // One run at a time; checks nothing: the binding does.
+    void run(const RunArguments& arguments);
+
+private:
+    void walk(Team& team, const RunArguments& arguments);
+    void attention(Team& team, const RunArguments& arguments, size_t index);
+    void rotate(const RunArguments& arguments, size_t index, int64_t segment, int64_t row, int64_t kv_head, float* room);
+    const Activations& read(Team& team, const RunArguments& a, const float* norm, float epsilon, const float* added,
+                            const float* added_norm);
+
+    int threads_ = 1;
+    std::vector<AttentionPlan> plans_;
+    std::vector<Activations> own_;  // of each thread, for few rows
+    Activations shared_, mixed_, inner_, last_;
+    AttentionScratch room_;
+    Buffer qkv_, queries_, attended_, branch_, rows_, hidden_;
+};
+
+}  // namespace plait

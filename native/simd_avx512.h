@@ -1,0 +1,150 @@
+// Sixteen fp32 lanes as one 512-bit register: AVX-512 F, BW, DQ, VL and VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace plait {
+namespace {
+
+struct Avx512 {
+    static constexpr int kWideLanes = 16;
+    static constexpr int kQueryRows = 4;
+    static constexpr int kKeyBlock = 4;
+    static constexpr int kValueVectors = 4;
+    static constexpr int kDenseOutputs = 4;
+
+    using F = __m512;
+    using Wide = __m512;
+    using WideInt = __m512i;
+
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float x) { return _mm512_set1_ps(x); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static F load(const uint16_t* p, bool is_bf16) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        if (is_bf16) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        return _mm512_cvtph_ps(bits);
+    }
+    static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    static void store(uint16_t* p, F x, bool is_bf16) {
+        __m256i result;
+        if (is_bf16) {
+            // Not the bf16 instruction, which takes subnormal numbers for zero.
+            const __m512i bits = _mm512_castps_si512(x);
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+            const __m512i rounded = _mm512_srli_epi32(
+                _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+            const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+            const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+            result = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(is_nan, rounded, quiet));
+        } else {
+            result = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), result);
+    }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static F abs(F a) { return _mm512_abs_ps(a); }
+    static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F select_less(F a, F b, F if_less, F otherwise) {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, if_less);
+    }
+    static F power_of_two(F n) {
+        const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+    }
+    static float sum(F x) {
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+        const __m128 b = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        const __m128 pair = _mm_add_ps(b, _mm_movehl_ps(b, b));
+        return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+    }
+    static float largest(F x) {
+        const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+        const __m128 b = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+        const __m128 pair = _mm_max_ps(b, _mm_movehl_ps(b, b));
+        return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+    }
+    // The halves of a and b, added: [a | b], 256 bits each. Then the quarters of four: [a | b | c | d].
+    static F halves(F a, F b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    static F quarters(F a, F b, F c, F d) {
+        const F ab = halves(a, b), cd = halves(c, d);
+        return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    }
+    template <int Rows>
+    static void store_sums(const F (&x)[Rows][4], float* out, int64_t stride) {
+        static_assert(Rows <= 4, "one 128-bit lane holds a row's four sums");
+        constexpr int r1 = Rows > 1 ? 1 : 0, r2 = Rows > 2 ? 2 : 0, r3 = Rows > 3 ? 3 : 0;
+        F q[4];
+        for (int k = 0; k < 4; ++k) q[k] = quarters(x[0][k], x[r1][k], x[r2][k], x[r3][k]);
+        const F ab = _mm512_add_ps(_mm512_unpacklo_ps(q[0], q[1]), _mm512_unpackhi_ps(q[0], q[1]));
+        const F cd = _mm512_add_ps(_mm512_unpacklo_ps(q[2], q[3]), _mm512_unpackhi_ps(q[2], q[3]));
+        const F first = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+        const F second = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)));
+        const F sums = _mm512_add_ps(first, second);
+        _mm_storeu_ps(out, _mm512_castps512_ps128(sums));
+        if constexpr (Rows > 1) _mm_storeu_ps(out + stride, _mm512_extractf32x4_ps(sums, 1));
+        if constexpr (Rows > 2) _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
+        if constexpr (Rows > 3) _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
+    }
+    static void store_int8(int8_t* p, F x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+    }
+
+    static Wide wide_zero() { return zero(); }
+    static Wide wide_set1(const float* p) { return _mm512_set1_ps(*p); }
+    static Wide wide_load(const float* p) { return load(p); }
+    static Wide wide_load(const uint16_t* p) { return load(p, false); }
+    static void wide_store(float* p, Wide x) { store(p, x); }
+    static Wide wide_mul(Wide a, Wide b) { return mul(a, b); }
+    static Wide wide_fma(Wide a, Wide b, Wide c) { return fma(a, b, c); }
+    static Wide to_float(WideInt x) { return _mm512_cvtepi32_ps(x); }
+
+    template <int Bits>
+    struct Codes {
+        __m512i at[8];
+    };
+    template <int Bits>
+    static Codes<Bits> load_codes(const uint8_t* p) {
+        Codes<Bits> codes;
+        if constexpr (Bits == 4) {
+            const __m512i low = _mm512_set1_epi8(15);
+            for (int j = 0; j < 4; ++j) {
+                const __m512i packed = _mm512_loadu_si512(p + 64 * j);
+                codes.at[2 * j] = _mm512_and_si512(packed, low);
+                codes.at[2 * j + 1] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
+            }
+        } else {
+            for (int g = 0; g < 8; ++g) codes.at[g] = _mm512_loadu_si512(p + 64 * g);
+        }
+        return codes;
+    }
+    static __m512i four(const int8_t* x) {
+        int32_t bits;
+        __builtin_memcpy(&bits, x, 4);
+        return _mm512_set1_epi32(bits);
+    }
+    template <int Bits, int Shift, int From, int To>
+    static WideInt dot(const Codes<Bits>& codes, const int8_t* x, const int32_t* minus_sum) {
+        __m512i even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
+        if constexpr (Shift >= 0) even = _mm512_slli_epi32(_mm512_set1_epi32(*minus_sum), Shift);
+        // Two chains hide the latency of the dot product.
+        for (int g = From; g < To; g += 2) {
+            even = _mm512_dpbusd_epi32(even, codes.at[g], four(x + 4 * g));
+            odd = _mm512_dpbusd_epi32(odd, codes.at[g + 1], four(x + 4 * g + 4));
+        }
+        return _mm512_add_epi32(even, odd);
+    }
+};
+
+}  // namespace
+}  // namespace plait

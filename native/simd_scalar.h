@@ -1,0 +1,149 @@
+// Sixteen fp32 lanes in plain C++: the definition of every vector operation, and the path for processors
+// without a vector path of their own.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "half.h"
+
+namespace plait {
+namespace {
+
+struct Scalar {
+    static constexpr int kWideLanes = 16;  // lanes of the vectors in which packed rows are multiplied
+    static constexpr int kQueryRows = 2;   // rows and keys that one block of dot products holds
+    static constexpr int kKeyBlock = 4;
+    static constexpr int kValueVectors = 4;  // vectors of one value row that are accumulated at a time
+    static constexpr int kDenseOutputs = 4;
+
+    struct F {
+        float at[16];
+    };
+    using Wide = F;
+    struct WideInt {
+        int32_t at[16];
+    };
+
+    template <class Function>
+    static F each(Function function) {
+        F result;
+        for (int i = 0; i < 16; ++i) result.at[i] = function(i);
+        return result;
+    }
+
+    static F zero() { return set1(0.0f); }
+    static F set1(float x) {
+        return each([&](int) { return x; });
+    }
+    static F load(const float* p) {
+        return each([&](int i) { return p[i]; });
+    }
+    static F load(const uint16_t* p, bool is_bf16) {
+        return each([&](int i) { return is_bf16 ? bf16_to_float(p[i]) : fp16_to_float(p[i]); });
+    }
+    static void store(float* p, F x) {
+        for (int i = 0; i < 16; ++i) p[i] = x.at[i];
+    }
+    static void store(uint16_t* p, F x, bool is_bf16) {
+        for (int i = 0; i < 16; ++i) p[i] = is_bf16 ? float_to_bf16(x.at[i]) : float_to_fp16(x.at[i]);
+    }
+    static F add(F a, F b) {
+        return each([&](int i) { return a.at[i] + b.at[i]; });
+    }
+    static F sub(F a, F b) {
+        return each([&](int i) { return a.at[i] - b.at[i]; });
+    }
+    static F mul(F a, F b) {
+        return each([&](int i) { return a.at[i] * b.at[i]; });
+    }
+    static F div(F a, F b) {
+        return each([&](int i) { return a.at[i] / b.at[i]; });
+    }
+    static F fma(F a, F b, F c) {
+        return each([&](int i) { return std::fma(a.at[i], b.at[i], c.at[i]); });
+    }
+    // As the processors do: the second operand when either is NaN.
+    static F max(F a, F b) {
+        return each([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
+    }
+    static F min(F a, F b) {
+        return each([&](int i) { return a.at[i] < b.at[i] ? a.at[i] : b.at[i]; });
+    }
+    static F abs(F a) {
+        return each([&](int i) { return std::fabs(a.at[i]); });
+    }
+    static F round(F a) {
+        return each([&](int i) { return std::nearbyintf(a.at[i]); });
+    }
+    // if_less where a < b, otherwise the other; comparisons with NaN are false.
+    static F select_less(F a, F b, F if_less, F otherwise) {
+        return each([&](int i) { return a.at[i] < b.at[i] ? if_less.at[i] : otherwise.at[i]; });
+    }
+    // 2^n for whole n in [-126, 127].
+    static F power_of_two(F n) {
+        return each([&](int i) { return float_of(uint32_t(int32_t(n.at[i]) + 127) << 23); });
+    }
+    // The order of every sum over lanes: halves, quarters, then (0 + 2) + (1 + 3).
+    static float sum(F x) {
+        float a[8], b[4];
+        for (int i = 0; i < 8; ++i) a[i] = x.at[i] + x.at[i + 8];
+        for (int i = 0; i < 4; ++i) b[i] = a[i] + a[i + 4];
+        return (b[0] + b[2]) + (b[1] + b[3]);
+    }
+    static float largest(F x) {
+        float top = x.at[0];
+        for (int i = 1; i < 16; ++i) top = x.at[i] > top ? x.at[i] : top;
+        return top;
+    }
+    template <int Rows>
+    static void store_sums(const F (&x)[Rows][4], float* out, int64_t stride) {
+        for (int r = 0; r < Rows; ++r)
+            for (int k = 0; k < 4; ++k) out[r * stride + k] = sum(x[r][k]);
+    }
+    // Whole numbers in [-127, 127] as bytes.
+    static void store_int8(int8_t* p, F x) {
+        for (int i = 0; i < 16; ++i) p[i] = int8_t(x.at[i]);
+    }
+
+    // Vectors of packed matrices: lane r belongs to output row r of the tile.
+    static Wide wide_zero() { return zero(); }
+    static Wide wide_set1(const float* p) { return set1(*p); }
+    static Wide wide_load(const float* p) { return load(p); }
+    static Wide wide_load(const uint16_t* p) { return load(p, false); }
+    static void wide_store(float* p, Wide x) { store(p, x); }
+    static Wide wide_mul(Wide a, Wide b) { return mul(a, b); }
+    static Wide wide_fma(Wide a, Wide b, Wide c) { return fma(a, b, c); }
+    static Wide to_float(WideInt x) {
+        return each([&](int i) { return float(x.at[i]); });
+    }
+
+    // The codes of 16 rows and 32 columns, one byte each: byte [group of 4 columns][row][column].
+    template <int Bits>
+    struct Codes {
+        uint8_t at[8][64];
+    };
+    template <int Bits>
+    static Codes<Bits> load_codes(const uint8_t* p) {
+        Codes<Bits> codes;
+        for (int g = 0; g < 8; ++g)
+            for (int i = 0; i < 64; ++i)
+                codes.at[g][i] = Bits == 4 ? (p[(g / 2) * 64 + i] >> (4 * (g & 1))) & 15 : p[g * 64 + i];
+        return codes;
+    }
+    // Sum over the columns of groups [From, To) of (code - 2^Shift) * x, exact; minus_sum is -sum(x).
+    template <int Bits, int Shift, int From, int To>
+    static WideInt dot(const Codes<Bits>& codes, const int8_t* x, const int32_t* minus_sum) {
+        WideInt total;
+        for (int r = 0; r < 16; ++r) {
+            int32_t sum = Shift < 0 ? 0 : *minus_sum * (1 << (Shift < 0 ? 0 : Shift));
+            for (int g = From; g < To; ++g)
+                for (int c = 0; c < 4; ++c) sum += int32_t(codes.at[g][4 * r + c]) * x[4 * g + c];
+            total.at[r] = sum;
+        }
+        return total;
+    }
+};
+
+}  // namespace
+}  // namespace plait

@@ -1,0 +1,202 @@
+"""A transformer as one native program: close to the modules, and the same bits however rows are batched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from native_support import extension, running, switched_off
+from torch import Tensor
+
+from plait.errors import ConfigError, IncompatibleError
+from plait.memory import MemoryPlan, Past, Rows
+from plait.nn.config import BlockConfig, FeedForwardConfig, NormConfig, TransformerConfig
+from plait.nn.lowered import Lowered, obstacle
+from plait.nn.mixers.attention import AttentionConfig
+from plait.nn.parameters import RandomParameters
+from plait.nn.rotary import RopeConfig
+from plait.nn.transformer import Transformer
+from plait.ops import Causal, Tree
+from plait.weights.ggml import Q4_1, Q8_0
+
+pytestmark = switched_off
+
+# Rounding activations to 8 bits moves a product by about half a percent of its size; some ten products follow
+# each other. A wrong norm, frame, mask or matrix moves the logits by tens of percent.
+TOLERANCE = 0.03
+
+
+def model(kind: str = "plain", **changes: Any) -> Transformer:
+    is_rich = kind == "rich"
+    mixers = [
+        AttentionConfig(
+            num_heads=4, num_kv_heads=2, head_dim=32, rope=RopeConfig(dim=32 if not is_rich else 16),
+            qkv_bias=is_rich, output_bias=is_rich, qk_norm=is_rich, softcap=20.0 if is_rich else None, window=window,
+        )
+        for window in ((None, 6) if is_rich else (None, None))
+    ]  # fmt: skip
+    feed_forward = FeedForwardConfig(
+        size=96, activation="gelu_tanh" if is_rich else "silu", gated=kind != "ungated", bias=is_rich
+    )
+    blocks = [
+        BlockConfig(mixer=mixer, feed_forward=feed_forward, norms="sandwich" if is_rich else "pre")
+        for mixer in mixers
+    ]
+    config = TransformerConfig(
+        family="llama", vocab_size=101, width=64, blocks=tuple(blocks), norm=NormConfig(epsilon=1e-5),
+        max_positions=512, tied_head=is_rich, embedding_scale=3.0 if is_rich else 1.0, head_bias=False,
+        logit_softcap=9.0 if is_rich else None, **changes,
+    )  # fmt: skip
+    with torch.no_grad():
+        return Transformer(config, RandomParameters(1, Q8_0() if is_rich else Q4_1())).eval()
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Size of the difference, as a part of the size of what is wanted."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def new_past(of: Transformer, memory: str = "full") -> Past:
+    return of.new_past(MemoryPlan.parse(memory))
+
+
+@pytest.mark.parametrize("memory", ["full", "full,dense:dtype=bf16", "window:size=9,sinks=2"])
+@pytest.mark.parametrize("kind", ["plain", "rich", "ungated"])
+@torch.inference_mode()
+def test_logits_are_close_to_those_of_the_modules(kind: str, memory: str) -> None:
+    plain = model(kind)
+    lowered = Lowered(plain)
+    tokens = torch.randint(0, 101, (25,))
+    mine, theirs = new_past(plain, memory), new_past(plain, memory)
+    for start, stop in [(0, 12), (12, 13), (13, 25)]:
+        rows = Rows([(stop - start, start)])
+        hidden, logits = lowered(tokens[start:stop], rows, [mine])
+        wanted = plain(tokens[start:stop], rows, [theirs])
+        assert distance(logits, plain.logits(wanted)) <= TOLERANCE
+        assert distance(hidden, wanted) <= TOLERANCE
+        mine.commit()
+        theirs.commit()
+        assert len(mine) == len(theirs) == stop
+
+
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_in_200_mixes_of_batch_chunks_verify_widths_and_threads() -> None:
+    plain = model()
+    lowered = Lowered(plain)
+    sequences = [torch.randint(0, 101, (length,)) for length in (1, 9, 40, 300)]
+    alone = []
+    for tokens in sequences:
+        past = new_past(plain)
+        alone.append(lowered(tokens, Rows([(len(tokens), 0)]), [past])[1])
+    generator = torch.Generator().manual_seed(5)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    sets = extension().isas()
+    for trial in range(200):
+        chosen = [pick(0, len(sequences)) for _ in range(pick(1, 5))]
+        pasts, done = [new_past(plain) for _ in chosen], [0] * len(chosen)
+        with running(threads=1 + trial % 3, isa=sets[trial % min(3, len(sets))]):
+            while True:
+                # Each sequence reads a chunk, a draft of which some tokens are wrong, or waits.
+                active = [i for i, s in enumerate(chosen) if done[i] < len(sequences[s])]
+                if not active:
+                    break
+                take = {i: min(pick(1, 120), len(sequences[chosen[i]]) - done[i]) for i in active}
+                drafts = {i: pick(0, 4) for i in active}
+                tokens = [
+                    torch.cat(
+                        [
+                            sequences[chosen[i]][done[i] : done[i] + take[i]],
+                            torch.randint(0, 101, (drafts[i],)),
+                        ]
+                    )
+                    for i in active
+                ]
+                rows = Rows([(len(t), done[i], Causal()) for i, t in zip(active, tokens, strict=True)])
+                _, logits = lowered(torch.cat(tokens), rows, [pasts[i] for i in active])
+                for i, segment in zip(active, rows.segments, strict=True):
+                    found = logits[segment.start : segment.start + take[i]]
+                    assert torch.equal(found, alone[chosen[i]][done[i] : done[i] + take[i]])
+                    pasts[i].commit(range(take[i]))
+                    done[i] += take[i]
+
+
+@torch.inference_mode()
+def test_branches_of_a_tree_have_the_bits_of_plain_decoding() -> None:
+    plain = model()
+    lowered = Lowered(plain)
+    prompt, a, b = torch.randint(0, 101, (20,)), [5, 6, 7], [5, 8]
+
+    def after(tokens: list[int]) -> Tensor:
+        past = new_past(plain)
+        lowered(prompt, Rows([(20, 0)]), [past])
+        past.commit()
+        return lowered(torch.tensor(tokens), Rows([(len(tokens), 20)]), [past])[1]
+
+    past = new_past(plain)
+    lowered(prompt, Rows([(20, 0)]), [past])
+    past.commit()
+    tree = Tree([-1, 0, 1, 0])  # 5, then 6 7 or 8
+    _, logits = lowered(torch.tensor([5, 6, 7, 8]), Rows([(4, 20, tree)]), [past])
+    assert torch.equal(logits[:3], after(a))
+    # The node stands behind its siblings in the strand, so its sum runs in another order.
+    torch.testing.assert_close(logits[3], after(b)[1], atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("memory", ["full", "window:size=4,sinks=3"])
+@torch.inference_mode()
+def test_trees_under_windows_equal_the_modules(memory: str) -> None:
+    plain = model("rich")
+    lowered = Lowered(plain)
+    tree = Tree([-1, 0, 0, 1, 3, 2, 4, 0, 7])
+    tokens = torch.randint(0, 101, (11,))
+    for prompt in (0, 2):
+        mine, theirs = new_past(plain, memory), new_past(plain, memory)
+        for rows, chunk in [(Rows([(prompt, 0)]), tokens[:prompt]), (Rows([(9, prompt, tree)]), tokens[2:])]:
+            if len(chunk):
+                hidden, _ = lowered(chunk, rows, [mine])
+                assert distance(hidden, plain(chunk, rows, [theirs])) <= TOLERANCE
+                mine.commit([0] if rows.segments[0].mask is tree else None)
+                theirs.commit([0] if rows.segments[0].mask is tree else None)
+
+
+@torch.inference_mode()
+def test_chosen_rows_only_and_embeddings_in_place_of_tokens() -> None:
+    plain = model("rich")
+    lowered = Lowered(plain)
+    tokens = torch.randint(0, 101, (7,))
+    _, everything = lowered(tokens, Rows([(7, 0)]), [new_past(plain)])
+    hidden, logits = lowered(tokens, Rows([(7, 0)]), [new_past(plain)], logit_rows=torch.tensor([6, 2]))
+    assert torch.equal(logits, everything[[6, 2]])
+    again, nothing = lowered(
+        None, Rows([(7, 0)]), [new_past(plain)], embeddings=plain.embed(tokens), logit_rows=torch.tensor([6, 2]), want_logits=False
+    )  # fmt: skip
+    assert nothing is None
+    assert torch.equal(again, hidden)
+
+
+@torch.inference_mode()
+def test_wrong_input_is_refused() -> None:
+    plain = model()
+    lowered = Lowered(plain)
+    with pytest.raises(ConfigError, match="101"):
+        lowered(torch.tensor([101]), Rows([(1, 0)]), [new_past(plain)])
+    with pytest.raises(ConfigError, match="needs tokens"):
+        lowered(None, Rows([(1, 0)]), [new_past(plain)])
+    with pytest.raises(ValueError, match="do not cover"):
+        lowered(torch.tensor([1, 2]), Rows([(1, 0)]), [new_past(plain)])
+    with pytest.raises(ValueError, match="logit row"):
+        lowered(torch.tensor([1]), Rows([(1, 0)]), [new_past(plain)], logit_rows=torch.tensor([1]))
+
+
+def test_a_model_without_a_native_form_says_why() -> None:
+    with torch.no_grad():
+        dense = Transformer(model().config, RandomParameters(0)).eval()
+    reason = obstacle(dense)
+    assert reason is not None
+    assert "float32" in reason
+    with pytest.raises(IncompatibleError, match="float32"):
+        Lowered(dense)
