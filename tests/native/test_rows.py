@@ -43,12 +43,12 @@ def test_rms_norm_equals_the_reference(size: int, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize(("dim", "half"), [(64, 32), (7, 3), (20, 5), (3, 0)])
-def test_rotation_is_bit_equal_to_the_reference(dim: int, half: int, isa: str) -> None:
+def test_rotation_equals_the_reference_to_rounding(dim: int, half: int, isa: str) -> None:
     x = torch.randn(5, 4, dim + 3)[:, 1:, :dim]
     turn = torch.randn(5, half)
     angles = Angles(turn.cos(), turn.sin())
     with running(isa=isa):
-        assert torch.equal(native.rotate(x, angles), rope.rotate(x, angles))
+        torch.testing.assert_close(native.rotate(x, angles), rope.rotate(x, angles), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("isa", isas())

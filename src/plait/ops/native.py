@@ -127,7 +127,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Turn the first R channels of x (N, H, D) by each row's angles; bit-equal to the reference."""
+    """Turn the first R channels of x (N, H, D) by each row's angles; equals the reference to rounding."""
     wide = x.detach().float()
     if wide.stride(-1) != 1:
         wide = wide.contiguous()
