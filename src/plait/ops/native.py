@@ -14,6 +14,7 @@ Shapes: N rows, I inputs, O outputs; Q queries, T keys, H query heads, G key/val
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -57,7 +58,7 @@ def module() -> ModuleType | None:
     if os.environ.get("PLAIT_NATIVE") != "1":
         return None
     try:
-        from plait import _native
+        _native = importlib.import_module("plait._native")
     except ImportError as error:
         logging.getLogger("plait").warning(
             "The native operations are not available (%s). The torch reference is used: several times slower on "
