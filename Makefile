@@ -39,8 +39,9 @@ docs: $(VENV)/docs.stamp
 	@echo "docs/_build/html/index.html"
 
 claims: $(VENV)/test.stamp
-	$(BIN)/plait claims run --all --results docs/claims
+	-$(BIN)/plait claims run --all --results docs/claims
 	$(BIN)/plait claims page --results docs/claims --output docs/claims.md
+	$(BIN)/plait claims page --short --results docs/claims --output README.md
 
 bench: $(VENV)/test.stamp
 	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
