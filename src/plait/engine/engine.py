@@ -116,7 +116,7 @@ class Engine:
             piece = torch.tensor(tokens[len(past) : len(past) + self.rows_per_step], dtype=torch.int64)
             with _restored_on_failure([past]):
                 self.model(piece, Rows([(len(piece), len(past))]), [past])
-            past.commit()
+            past.commit(is_prompt=len(past) < len(tokens))
 
     def cancel(self, sequence: RunningSequence) -> Piece:
         """End a sequence now; what it remembered is freed unless the caller holds it."""
@@ -206,7 +206,7 @@ class Engine:
     def _settle(self, feed: Feed, logits: Tensor) -> Piece | None:
         sequence = feed.sequence
         if feed.tree is None:
-            sequence.past.commit()
+            sequence.past.commit(is_prompt=True)
             return None
         path, choices = verify(feed.tree, logits, sequence.sampler, sequence.history)
         prompt_rows = len(feed.tokens) - len(feed.tree)

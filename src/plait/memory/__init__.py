@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plait.memory.memory import Memory, attend
 from plait.memory.past import Past
-from plait.memory.plan import CODECS, POLICIES, Codec, MemoryPlan, Policy, Visit
+from plait.memory.plan import CODECS, POLICIES, Codec, MemoryPlan, Notes, Policy, Seen, Visit
 from plait.memory.rows import Rows, Segment, check_pasts
 from plait.memory.state import LinearState, State
 from plait.memory.strand import DenseStrand, FrozenStrand, Heads, Strand, allocated_bytes
@@ -26,10 +26,12 @@ __all__ = [
     "Mask",
     "Memory",
     "MemoryPlan",
+    "Notes",
     "Partial",
     "Past",
     "Policy",
     "Rows",
+    "Seen",
     "Segment",
     "State",
     "Strand",

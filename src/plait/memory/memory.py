@@ -6,16 +6,17 @@ Shapes: N packed rows, Q queries, H query heads, G key/value heads, D head size,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from plait.errors import ConfigError
-from plait.memory.plan import MemoryPlan, Visit
+from plait.memory.plan import MemoryPlan, Notes, Seen, Visit
 from plait.memory.rows import Rows, Segment, check_pasts
 from plait.memory.strand import DenseStrand, Heads, Strand, allocated_bytes
-from plait.ops import Causal, Everything, Mask, Partial, Tree, empty_partial, merge_all, rotate
+from plait.ops import Causal, Everything, Mask, Partial, SomeQueries, Tree, empty_partial, merge_all, rotate
 
 __all__ = ["Memory", "attend"]
 
@@ -40,6 +41,8 @@ class Memory:
         self.tail = self._new_tail(0)
         self.pending = 0
         self.draft: Tree | None = None
+        self.codec_notes = plan.codec.new_notes()
+        self.policy_notes = plan.policy.new_notes()
 
     def __len__(self) -> int:
         """Position of the next token, that is how many tokens have been seen."""
@@ -87,12 +90,18 @@ class Memory:
         self.pending += keys.shape[0]
         self.draft = draft
 
-    def commit(self, path: Sequence[int] | Tensor | None = None) -> None:
+    @property
+    def notes(self) -> list[Notes]:
+        """What codec and policy keep beside the strands."""
+        return [notes for notes in (self.codec_notes, self.policy_notes) if notes is not None]
+
+    def commit(self, path: Sequence[int] | Tensor | None = None, *, is_prompt: bool = False) -> None:
         """Make pending rows part of the past.
 
         Args:
             path: indices, among the pending rows, of those to keep: a run from the first row on, or
                 the nodes of a draft tree from its root on. All of them when left out.
+            is_prompt: more of the same prompt follows, so that a codec may wait to store it.
 
         Raises:
             ConfigError: the rows do not follow each other.
@@ -102,8 +111,7 @@ class Memory:
             index = torch.tensor(kept, dtype=torch.int64, device=self.tail.keys.device)
             self.tail.keep(index, len(self.tail) - self.pending)
         self.pending, self.draft = 0, None
-        sealed, self.tail = self.plan.codec.seal(self.tail)
-        self.strands.extend(sealed)
+        self.plan.codec.seal(self, is_prompt=is_prompt)
         self.plan.policy.settle(self)
 
     def truncate(self, length: int) -> None:
@@ -117,6 +125,8 @@ class Memory:
         self.pending = max(0, self.pending - (len(self) - length))
         if not self.pending:
             self.draft = None
+        for notes in self.notes:
+            notes.truncate(length)
         if length >= self.tail.position:
             self.tail.truncate(length - self.tail.position)
             return
@@ -144,6 +154,8 @@ class Memory:
         twin = Memory(self.heads, self.plan, self.window)
         twin.strands = list(self.strands)
         twin.tail = self._new_tail(len(self))
+        twin.codec_notes = self.codec_notes and self.codec_notes.fork()
+        twin.policy_notes = self.policy_notes and self.policy_notes.fork()
         return twin
 
     def check_append(self, draft: Tree | None) -> None:
@@ -178,9 +190,14 @@ class Memory:
             )
         self.plan.policy.check_truncate(self, length)
 
+    def observe(self, seen: Seen) -> None:
+        """Tell codec and policy what the queries of a forward pass found."""
+        self.plan.codec.observe(self, seen)
+        self.plan.policy.observe(self, seen)
+
     def nbytes(self) -> int:
-        """Bytes allocated for keys, values and whatever the codec keeps beside them."""
-        return allocated_bytes(self.held())
+        """Bytes allocated for keys, values and whatever codec and policy keep beside them."""
+        return allocated_bytes([*self.held(), *self.notes])
 
     def _new_tail(self, position: int) -> DenseStrand:
         return DenseStrand(
@@ -224,39 +241,63 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
 
     # parts[s] holds segment s's partials in the order of its visits, whatever else is in the batch.
     parts: list[list[Partial | None]] = []
-    shared: dict[int, list[tuple[int, int, Visit]]] = {}
+    shared: dict[tuple[int, int | None], list[tuple[int, int, Visit]]] = {}
     for index, (memory, segment) in enumerate(zip(memories, rows.segments, strict=True)):
         visits = memory.plan.policy.visits(memory, segment)
         parts.append([None] * len(visits))
         for place, visit in enumerate(visits):
-            shared.setdefault(id(visit.strand), []).append((index, place, visit))
+            shared.setdefault((id(visit.strand), visit.turned_at), []).append((index, place, visit))
 
     for visitors in shared.values():
-        strand = visitors[0][2].strand
         whole = [v for v in visitors if len(visitors) > 1 and _sees_all(rows.segments[v[0]], v[2])]
         if len(whole) > 1:
-            rows_of = [rows.segments[index].rows for index, _, _ in whole]
-            queries = in_frame(strand.offset)
-            stacked = strand.attend(torch.cat([queries[r] for r in rows_of]), 0, Everything())
+            visit = whole[0][2]
+            queries = [in_frame.of_visit(visit, rows.segments[index]) for index, _, visit in whole]
+            stacked = visit.strand.attend(torch.cat(queries), 0, Everything())
             start = 0
-            for (index, place, _), r in zip(whole, rows_of, strict=True):
-                stop = start + r.stop - r.start
-                parts[index][place] = Partial(stacked.out[start:stop], stacked.lse[start:stop])
+            for (index, place, visit), own in zip(whole, queries, strict=True):
+                stop = start + len(own)
+                part = Partial(stacked.out[start:stop], stacked.lse[start:stop])
+                parts[index][place] = _finished(part, visit, rows.segments[index])
                 start = stop
         for index, place, visit in visitors:
             if parts[index][place] is None:
                 segment = rows.segments[index]
-                queries = in_frame(strand.offset)[segment.rows]
-                parts[index][place] = strand.attend(queries, segment.position, segment.mask, visit.window)
+                part = _visit(visit, segment, in_frame.of_visit(visit, segment))
+                parts[index][place] = _finished(part, visit, segment)
 
     value_dim = v.shape[-1]
-    outs = [
-        merge_all([part for part in of_segment if part is not None]).out
-        if of_segment
-        else empty_partial(segment.length, heads.num_heads, value_dim, q.device).out
-        for of_segment, segment in zip(parts, rows.segments, strict=True)
-    ]
+    outs = []
+    for memory, of_segment, segment in zip(memories, parts, rows.segments, strict=True):
+        merged = merge_all(
+            [part for part in of_segment if part is not None]
+            or [empty_partial(segment.length, heads.num_heads, value_dim, q.device)]
+        )
+        memory.observe(Seen(segment, partial(in_frame.of_segment, segment), merged))
+        outs.append(merged.out)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _visit(visit: Visit, segment: Segment, queries: Tensor) -> Partial:
+    """The part that a segment's visiting queries (n, H, D) see of a strand."""
+    mask = visit.mask or segment.mask
+    if visit.queries is None:
+        return visit.strand.attend(queries, segment.position, mask, visit.window)
+    return visit.strand.attend(
+        queries, segment.position, SomeQueries(mask, visit.queries, segment.length), visit.window
+    )
+
+
+def _finished(part: Partial, visit: Visit, segment: Segment) -> Partial:
+    """The part weighted, and with the empty part for queries of the segment that did not visit."""
+    if visit.log_weight:
+        part = Partial(part.out, part.lse + visit.log_weight)
+    if visit.queries is None:
+        return part
+    whole = empty_partial(segment.length, part.out.shape[1], part.out.shape[2], part.out.device)
+    chosen = slice(visit.queries.start, visit.queries.stop)
+    whole.out[chosen], whole.lse[chosen] = part.out, part.lse
+    return whole
 
 
 class _Frames:
@@ -265,6 +306,21 @@ class _Frames:
     def __init__(self, heads: Heads, q: Tensor, rows: Rows) -> None:
         self.heads, self.q, self.rows = heads, q, rows
         self.rotated: dict[int, Tensor] = {}
+
+    def of_segment(self, segment: Segment, offset: int) -> Tensor:
+        """The queries of a segment, (n, H, D), at their positions in a frame that starts at `offset`."""
+        return self(offset)[segment.rows]
+
+    def of_visit(self, visit: Visit, segment: Segment) -> Tensor:
+        """The queries of a segment that make a visit, rotated for it."""
+        if visit.turned_at is None or self.heads.rope is None:
+            turned = self.of_segment(segment, visit.strand.offset)
+        else:
+            angles = self.heads.rope.angles(torch.tensor([visit.turned_at], device=self.q.device))
+            turned = rotate(self.q[segment.rows], angles)
+        if visit.queries is None:
+            return turned
+        return turned[visit.queries.start : visit.queries.stop]
 
     def __call__(self, offset: int) -> Tensor:
         if self.heads.rope is None:
@@ -290,9 +346,9 @@ def _check_shapes(heads: Heads, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> 
 
 
 def _sees_all(segment: Segment, visit: Visit) -> bool:
-    """Whether every query of the segment sees every key of the strand."""
+    """Whether every visiting query sees every key of the strand."""
     strand = visit.strand
-    view = segment.mask.view(
-        segment.position, range(segment.length), strand.position, len(strand), visit.window
-    )
+    queries = visit.queries or range(segment.length)
+    mask = visit.mask or segment.mask
+    view = mask.view(segment.position, queries, strand.position, len(strand), visit.window)
     return view.visible is None and view.low == 0 and view.high == len(strand)

@@ -29,12 +29,12 @@ class Past:
         """Position of the next token."""
         return len(self.layers[0])
 
-    def commit(self, path: Sequence[int] | Tensor | None = None) -> None:
+    def commit(self, path: Sequence[int] | Tensor | None = None, *, is_prompt: bool = False) -> None:
         """Make the rows of the last forward pass part of the past; see `Memory.commit`."""
         for layer in self.layers:
             layer.check_commit(path)
         for layer in self.layers:
-            layer.commit(path)
+            layer.commit(path, is_prompt=is_prompt)
 
     def truncate(self, length: int) -> None:
         """Forget every token at position `length` or later; see `Memory.truncate`."""
@@ -49,6 +49,9 @@ class Past:
 
     def nbytes(self) -> int:
         """Bytes allocated over all layers; strands shared between pasts count in each."""
-        strands = [strand for layer in self.layers if isinstance(layer, Memory) for strand in layer.held()]
+        memories = [layer for layer in self.layers if isinstance(layer, Memory)]
         states = sum(layer.nbytes() for layer in self.layers if not isinstance(layer, Memory))
-        return allocated_bytes(strands) + states
+        return (
+            allocated_bytes([part for memory in memories for part in (*memory.held(), *memory.notes)])
+            + states
+        )

@@ -2,33 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from plait.errors import ConfigError, UnknownNameError, suggestion
 from plait.memory.rows import Segment
-from plait.memory.strand import DenseStrand, Strand
+from plait.memory.strand import Strand
+from plait.ops import Mask, Partial
 from plait.spec import Axis, Spec, split_specs
 
 if TYPE_CHECKING:
     from plait.memory.memory import Memory
 
-__all__ = ["CODECS", "POLICIES", "Codec", "MemoryPlan", "Policy", "Visit"]
+__all__ = ["CODECS", "POLICIES", "Codec", "MemoryPlan", "Notes", "Policy", "Seen", "Visit"]
 
 CODECS = Axis("codec")
 POLICIES = Axis("policy")
 
 
 class Visit(NamedTuple):
-    """One strand that the queries of a segment see, and how far back they see in it.
+    """One strand that queries of a segment see, and how they see it.
 
-    `window` counts positions, the query's own included; None for no limit.
+    Attributes:
+        strand: what is visited.
+        window: visible positions, the query's own included; None for no limit.
+        mask: what each query of the segment sees, in place of the segment's own mask; a shared strand
+            that every query sees whole is still visited once for all sequences.
+        turned_at: where every query stands in the strand's frame. None for its own position; a number
+            pins the distance to the strand, wherever the query is.
+        queries: the run of queries, as indices within the segment, that visit; all of them when None.
+        log_weight: added to the log-sum-exp of this part before it is merged with the others.
     """
 
     strand: Strand
     window: int | None = None
+    mask: Mask | None = None
+    turned_at: int | None = None
+    queries: range | None = None
+    log_weight: float = 0.0
+
+
+class Notes:
+    """What a codec or policy keeps about one layer of one sequence, beside its strands.
+
+    Positions are those of the sequence. A memory calls these as it changes.
+    """
+
+    def fork(self) -> Notes:
+        """Notes of a twin of the memory; neither may see later changes of the other."""
+        raise NotImplementedError
+
+    def truncate(self, length: int) -> None:
+        """Forget what was noted of tokens from position `length` on."""
+        raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that is kept, so that it can be counted."""
+        raise NotImplementedError
+
+
+class Seen(NamedTuple):
+    """What one segment's queries found, told to whoever observes.
+
+    Attributes:
+        segment: the rows and positions of the queries.
+        queries: the queries (n, H, D) rotated in the frame that starts at the given offset.
+        merged: their attention over everything they saw, out (n, H, V) and lse (n, H).
+    """
+
+    segment: Segment
+    queries: Callable[[int], Tensor]
+    merged: Partial
 
 
 class Codec(Spec, axis=CODECS):
@@ -43,13 +91,22 @@ class Codec(Spec, axis=CODECS):
         """Number format of the dense tail, where new and speculative tokens live."""
         return torch.float32
 
-    def seal(self, tail: DenseStrand) -> tuple[list[Strand], DenseStrand]:
+    def new_notes(self) -> Notes | None:
+        """What this codec keeps beside the strands of one memory (`memory.codec_notes`); None for nothing."""
+        return None
+
+    def observe(self, memory: Memory, seen: Seen) -> None:
+        """Learn from the queries of a forward pass, after their rows were written and before the commit."""
+
+    def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
         """Store committed tokens of the tail; called after every commit.
 
-        Returns:
-            The strands made, oldest first, and the tail that is left.
+        Moves tokens from `memory.tail` to the end of `memory.strands`; changes no shared strand.
+
+        Args:
+            is_prompt: more of the same prompt follows. A codec may wait for it, so that a prompt is read
+                with exact attention and stored at its end.
         """
-        return [], tail
 
 
 class Policy(Spec, axis=POLICIES):
@@ -58,6 +115,13 @@ class Policy(Spec, axis=POLICIES):
     To add one: one file in `plait/memory/policies/` with a frozen dataclass that derives from this
     class, and one import in that folder's `__init__.py`.
     """
+
+    def new_notes(self) -> Notes | None:
+        """What this policy keeps beside the strands of one memory (`memory.policy_notes`); None for nothing."""
+        return None
+
+    def observe(self, memory: Memory, seen: Seen) -> None:
+        """Learn from the queries of a forward pass, after their rows were written and before the commit."""
 
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
         """The strands that the segment's queries see, oldest first; the tail is one of them."""

@@ -37,7 +37,7 @@ class State(Protocol):
         """An independent state with the same past; pending rows are committed in both."""
         ...
 
-    def commit(self, path: Sequence[int] | Tensor | None = None) -> None:
+    def commit(self, path: Sequence[int] | Tensor | None = None, *, is_prompt: bool = False) -> None:
         """Accept the rows folded in since the last commit.
 
         Raises:
@@ -128,7 +128,7 @@ class LinearState:
         self.commit()
         return LinearState(self.log_decay, self.sums, self.length)
 
-    def commit(self, path: Sequence[int] | Tensor | None = None) -> None:
+    def commit(self, path: Sequence[int] | Tensor | None = None, *, is_prompt: bool = False) -> None:
         """Accept the pending rows, all of them; see `State.commit`."""
         self.check_commit(path)
         self._committed = None

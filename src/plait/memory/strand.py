@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -117,11 +117,17 @@ class Strand:
         return allocated_bytes([self])
 
 
-def allocated_bytes(strands: Iterable[Strand]) -> int:
-    """Bytes that strands keep allocated together; storage that several of them share counts once."""
+class HoldsTensors(Protocol):
+    """Something that keeps tensors allocated: a strand, or what a method notes beside strands."""
+
+    def tensors(self) -> list[Tensor]: ...
+
+
+def allocated_bytes(holders: Iterable[HoldsTensors]) -> int:
+    """Bytes that strands and notes keep allocated together; storage that several of them share counts once."""
     storages = {}
-    for strand in strands:
-        for tensor in strand.tensors():
+    for holder in holders:
+        for tensor in holder.tensors():
             storage = tensor.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -10,7 +10,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from plait.ops import attention, native, partial, reference, rope
-from plait.ops.masks import Causal, Everything, Mask, Tree, View
+from plait.ops.masks import Causal, Everything, Far, Mask, SomeQueries, Tree, View
 from plait.ops.native import PackedMatrix, packed_matrix
 from plait.ops.partial import Partial, empty_partial, merge_all
 from plait.ops.reference import layer_norm
@@ -20,10 +20,12 @@ __all__ = [
     "Angles",
     "Causal",
     "Everything",
+    "Far",
     "Mask",
     "PackedMatrix",
     "Partial",
     "Rope",
+    "SomeQueries",
     "Tree",
     "View",
     "empty_partial",

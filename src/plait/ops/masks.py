@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plait.errors import ConfigError
 
-__all__ = ["Causal", "Everything", "Mask", "Tree", "View"]
+__all__ = ["Causal", "Everything", "Far", "Mask", "SomeQueries", "Tree", "View"]
 
 
 class View(NamedTuple):
@@ -176,6 +176,73 @@ class Tree(Mask):
             nodes = nodes & (depths[:, None] - self._depths[held] < window)
         visible = torch.cat([past, nodes], dim=1)
         return View(0, num_keys, None if bool(visible.all()) else visible.to(device))
+
+
+@dataclass(frozen=True)
+class Far(Mask):
+    """A query sees the keys that stand at least `distance` positions before it.
+
+    Args:
+        base: the segment's own mask, which knows where each query stands.
+        distance: positions from a key up to a query that sees it, from 1 on.
+        num_queries: queries of the segment.
+    """
+
+    base: Mask
+    distance: int
+    num_queries: int
+
+    def depths(self, num_queries: int) -> Tensor:
+        return self.base.depths(num_queries)
+
+    def view(
+        self,
+        first_query: int,
+        queries: range,
+        first_key: int,
+        num_keys: int,
+        window: int | None = None,
+        device: torch.device | None = None,
+    ) -> View:
+        depths = self.base.depths(self.num_queries)[queries.start : queries.stop]
+        positions = first_query + depths - first_key
+        high = min(max(int(positions.max()) - self.distance + 1, 0), num_keys)
+        low = 0 if window is None else min(max(int(positions.min()) - window + 1, 0), high)
+        distance = positions[:, None] - torch.arange(low, high)
+        visible = distance >= self.distance
+        if window is not None:
+            visible &= distance < window
+        return View(low, high, None if bool(visible.all()) else visible.to(device))
+
+
+@dataclass(frozen=True)
+class SomeQueries(Mask):
+    """A few of a segment's queries, seeing what they see in the whole segment.
+
+    Args:
+        base: the mask of the segment.
+        chosen: indices of the queries within the segment, one after the other.
+        num_queries: queries of the segment.
+    """
+
+    base: Mask
+    chosen: range
+    num_queries: int
+
+    def depths(self, num_queries: int) -> Tensor:
+        return self.base.depths(self.num_queries)[self.chosen.start : self.chosen.stop]
+
+    def view(
+        self,
+        first_query: int,
+        queries: range,
+        first_key: int,
+        num_keys: int,
+        window: int | None = None,
+        device: torch.device | None = None,
+    ) -> View:
+        block = self.chosen[queries.start : queries.stop]
+        return self.base.view(first_query, block, first_key, num_keys, window, device)
 
 
 def _distance(
