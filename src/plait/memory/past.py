@@ -8,7 +8,7 @@ from torch import Tensor
 
 from plait.memory.memory import Memory
 from plait.memory.state import State
-from plait.memory.strand import allocated_bytes
+from plait.memory.strand import HoldsTensors, allocated_bytes
 
 __all__ = ["Past"]
 
@@ -49,7 +49,10 @@ class Past:
 
     def nbytes(self) -> int:
         """Bytes allocated over all layers; strands shared between pasts count in each."""
-        memories = [layer for layer in self.layers if isinstance(layer, Memory)]
+        parts: list[HoldsTensors] = []
+        for layer in self.layers:
+            if isinstance(layer, Memory):
+                parts += [*layer.held(), *layer.notes]
         states = sum(layer.nbytes() for layer in self.layers if not isinstance(layer, Memory))
         return (
             allocated_bytes([part for memory in memories for part in (*memory.held(), *memory.notes)])

@@ -17,7 +17,7 @@ from plait import ops
 from plait.errors import CapacityError, ConfigError
 from plait.ops import Mask, Partial, Rope
 
-__all__ = ["DenseStrand", "FrozenStrand", "Heads", "Strand", "allocated_bytes"]
+__all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Strand", "allocated_bytes"]
 
 
 @dataclass(frozen=True, eq=False)
