@@ -54,7 +54,4 @@ class Past:
             if isinstance(layer, Memory):
                 parts += [*layer.held(), *layer.notes]
         states = sum(layer.nbytes() for layer in self.layers if not isinstance(layer, Memory))
-        return (
-            allocated_bytes([part for memory in memories for part in (*memory.held(), *memory.notes)])
-            + states
-        )
+        return allocated_bytes(parts) + states
