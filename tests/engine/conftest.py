@@ -85,4 +85,4 @@ def make_small(small_model: Transformer, byte_tokenizer: Tokenizer) -> Callable[
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path) -> LanguageModel:
     """The real SmolLM2-135M-Instruct."""
-    return load(smollm2_gguf)
+    return load(smollm2_gguf, weights="fp32")

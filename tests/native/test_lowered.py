@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from native_support import extension, running, switched_off
 from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import MemoryPlan, Past, Rows
+from plait.memory import Memory, MemoryPlan, Past, Policy, Rows, Segment, Visit
 from plait.nn.config import BlockConfig, FeedForwardConfig, NormConfig, TransformerConfig
-from plait.nn.lowered import Lowered, obstacle
+from plait.nn.lowered import Lowered, lower, obstacle
 from plait.nn.mixers.attention import AttentionConfig
 from plait.nn.parameters import RandomParameters
 from plait.nn.rotary import RopeConfig
@@ -66,12 +67,12 @@ def new_past(of: Transformer, memory: str = "full") -> Past:
 @torch.inference_mode()
 def test_logits_are_close_to_those_of_the_modules(kind: str, memory: str) -> None:
     plain = model(kind)
-    lowered = Lowered(plain)
+    lowered = Lowered(model(kind))
     tokens = torch.randint(0, 101, (25,))
     mine, theirs = new_past(plain, memory), new_past(plain, memory)
     for start, stop in [(0, 12), (12, 13), (13, 25)]:
         rows = Rows([(stop - start, start)])
-        hidden, logits = lowered(tokens[start:stop], rows, [mine])
+        hidden, logits = lowered(tokens[start:stop], rows, [mine], with_logits=True)
         wanted = plain(tokens[start:stop], rows, [theirs])
         assert distance(logits, plain.logits(wanted)) <= TOLERANCE
         assert distance(hidden, wanted) <= TOLERANCE
@@ -83,12 +84,12 @@ def test_logits_are_close_to_those_of_the_modules(kind: str, memory: str) -> Non
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_in_200_mixes_of_batch_chunks_verify_widths_and_threads() -> None:
     plain = model()
-    lowered = Lowered(plain)
+    lowered = Lowered(model())
     sequences = [torch.randint(0, 101, (length,)) for length in (1, 9, 40, 300)]
     alone = []
     for tokens in sequences:
         past = new_past(plain)
-        alone.append(lowered(tokens, Rows([(len(tokens), 0)]), [past])[1])
+        alone.append(lowered(tokens, Rows([(len(tokens), 0)]), [past], with_logits=True)[1])
     generator = torch.Generator().manual_seed(5)
 
     def pick(low: int, high: int) -> int:
@@ -116,7 +117,7 @@ def test_a_row_has_the_same_bits_in_200_mixes_of_batch_chunks_verify_widths_and_
                     for i in active
                 ]
                 rows = Rows([(len(t), done[i], Causal()) for i, t in zip(active, tokens, strict=True)])
-                _, logits = lowered(torch.cat(tokens), rows, [pasts[i] for i in active])
+                _, logits = lowered(torch.cat(tokens), rows, [pasts[i] for i in active], with_logits=True)
                 for i, segment in zip(active, rows.segments, strict=True):
                     found = logits[segment.start : segment.start + take[i]]
                     assert torch.equal(found, alone[chosen[i]][done[i] : done[i] + take[i]])
@@ -127,20 +128,20 @@ def test_a_row_has_the_same_bits_in_200_mixes_of_batch_chunks_verify_widths_and_
 @torch.inference_mode()
 def test_branches_of_a_tree_have_the_bits_of_plain_decoding() -> None:
     plain = model()
-    lowered = Lowered(plain)
+    lowered = Lowered(model())
     prompt, a, b = torch.randint(0, 101, (20,)), [5, 6, 7], [5, 8]
 
     def after(tokens: list[int]) -> Tensor:
         past = new_past(plain)
         lowered(prompt, Rows([(20, 0)]), [past])
         past.commit()
-        return lowered(torch.tensor(tokens), Rows([(len(tokens), 20)]), [past])[1]
+        return lowered(torch.tensor(tokens), Rows([(len(tokens), 20)]), [past], with_logits=True)[1]
 
     past = new_past(plain)
     lowered(prompt, Rows([(20, 0)]), [past])
     past.commit()
     tree = Tree([-1, 0, 1, 0])  # 5, then 6 7 or 8
-    _, logits = lowered(torch.tensor([5, 6, 7, 8]), Rows([(4, 20, tree)]), [past])
+    _, logits = lowered(torch.tensor([5, 6, 7, 8]), Rows([(4, 20, tree)]), [past], with_logits=True)
     assert torch.equal(logits[:3], after(a))
     # The node stands behind its siblings in the strand, so its sum runs in another order.
     torch.testing.assert_close(logits[3], after(b)[1], atol=1e-2, rtol=0)
@@ -150,7 +151,7 @@ def test_branches_of_a_tree_have_the_bits_of_plain_decoding() -> None:
 @torch.inference_mode()
 def test_trees_under_windows_equal_the_modules(memory: str) -> None:
     plain = model("rich")
-    lowered = Lowered(plain)
+    lowered = Lowered(model("rich"))
     tree = Tree([-1, 0, 0, 1, 3, 2, 4, 0, 7])
     tokens = torch.randint(0, 101, (11,))
     for prompt in (0, 2):
@@ -166,13 +167,15 @@ def test_trees_under_windows_equal_the_modules(memory: str) -> None:
 @torch.inference_mode()
 def test_chosen_rows_only_and_embeddings_in_place_of_tokens() -> None:
     plain = model("rich")
-    lowered = Lowered(plain)
+    lowered = Lowered(model("rich"))
     tokens = torch.randint(0, 101, (7,))
-    _, everything = lowered(tokens, Rows([(7, 0)]), [new_past(plain)])
-    hidden, logits = lowered(tokens, Rows([(7, 0)]), [new_past(plain)], logit_rows=torch.tensor([6, 2]))
+    _, everything = lowered(tokens, Rows([(7, 0)]), [new_past(plain)], with_logits=True)
+    hidden, logits = lowered(
+        tokens, Rows([(7, 0)]), [new_past(plain)], wanted=torch.tensor([6, 2]), with_logits=True
+    )
     assert torch.equal(logits, everything[[6, 2]])
     again, nothing = lowered(
-        None, Rows([(7, 0)]), [new_past(plain)], embeddings=plain.embed(tokens), logit_rows=torch.tensor([6, 2]), want_logits=False
+        None, Rows([(7, 0)]), [new_past(plain)], embeddings=plain.embed(tokens), wanted=torch.tensor([6, 2])
     )  # fmt: skip
     assert nothing is None
     assert torch.equal(again, hidden)
@@ -181,15 +184,15 @@ def test_chosen_rows_only_and_embeddings_in_place_of_tokens() -> None:
 @torch.inference_mode()
 def test_wrong_input_is_refused() -> None:
     plain = model()
-    lowered = Lowered(plain)
+    lowered = Lowered(model())
     with pytest.raises(ConfigError, match="101"):
         lowered(torch.tensor([101]), Rows([(1, 0)]), [new_past(plain)])
     with pytest.raises(ConfigError, match="needs tokens"):
         lowered(None, Rows([(1, 0)]), [new_past(plain)])
-    with pytest.raises(ValueError, match="do not cover"):
+    with pytest.raises(ConfigError, match="one row"):
         lowered(torch.tensor([1, 2]), Rows([(1, 0)]), [new_past(plain)])
     with pytest.raises(ValueError, match="logit row"):
-        lowered(torch.tensor([1]), Rows([(1, 0)]), [new_past(plain)], logit_rows=torch.tensor([1]))
+        lowered(torch.tensor([1]), Rows([(1, 0)]), [new_past(plain)], wanted=torch.tensor([1]))
 
 
 def test_a_model_without_a_native_form_says_why() -> None:
@@ -200,3 +203,29 @@ def test_a_model_without_a_native_form_says_why() -> None:
     assert "float32" in reason
     with pytest.raises(IncompatibleError, match="float32"):
         Lowered(dense)
+
+
+@torch.inference_mode()
+def test_a_lowered_model_answers_through_its_program_or_without_it() -> None:
+    plain, fast = model("rich"), model("rich")
+    assert lower(fast)
+    tokens = torch.randint(0, 101, (9,))
+    rows = Rows([(9, 0)])
+    wanted = torch.tensor([3, 8])
+    expected = plain.answer(tokens, rows, [new_past(plain)], wanted=wanted)
+    assert distance(fast.answer(tokens, rows, [new_past(fast)], wanted=wanted), expected) <= TOLERANCE
+    # Without a past, and with one that the program cannot read, the modules compute with the same matrices.
+    assert distance(fast.answer(tokens, rows, wanted=wanted), expected) <= TOLERANCE
+    past = new_past(fast)
+    for layer in past.layers:
+        layer.plan = replace(layer.plan, policy=Pinned())
+    assert distance(fast.answer(tokens, rows, [past], wanted=wanted), expected) <= TOLERANCE
+    assert len(past) == 9
+    assert fast.embedding.weight.nbytes() < plain.embedding.weight.unpack().nbytes / 3
+
+
+class Pinned(Policy):
+    """Says that it changes nothing, in a way that the program does not know."""
+
+    def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
+        return [Visit(strand, memory.window, Causal()) for strand in memory.all_strands()]

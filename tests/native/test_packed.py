@@ -6,7 +6,7 @@ import pytest
 import torch
 from native_support import FORMATS, extension, int8_bound, isas, random_blocks, running, switched_off
 
-from plait import ops
+from plait.ops import native
 from plait.ops.native import PackedMatrix, Projection, feed_forward
 from plait.weights.ggml import BLOCK_FORMATS, dequantize
 
@@ -99,7 +99,7 @@ def test_parts_norm_bias_and_residual_in_one_call() -> None:
     parts = [PackedMatrix(first, "q4_1"), PackedMatrix(second, "q8_0")]
     bias, norm, x = torch.randn(64), torch.randn(64), torch.randn(9, 64)
     fused = Projection(parts, bias)(x, norm, 1e-5)
-    normalised = ops.rms_norm(x, norm, 1e-5)
+    normalised = native.rms_norm(x, norm, 1e-5)
     apart = torch.cat([part.matmul(normalised) for part in parts], dim=-1) + bias
     assert torch.equal(fused, apart)
     assert bool(((fused - bias - normalised @ weight.T).abs() <= int8_bound(normalised, weight) + 1e-5).all())

@@ -140,6 +140,10 @@ def test_the_switches() -> None:
     show = "from plait.ops import native; m = native.module(); print(m and (m.isa(), m.threads()))"
     assert run_python(show, PLAIT_NATIVE="0").stdout == "None\n"
     assert run_python(show, PLAIT_NATIVE_ISA="scalar", PLAIT_THREADS="3").stdout == "('scalar', 3)\n"
+    everywhere = "from plait.ops import native; print(native.is_everywhere())"
+    assert run_python(everywhere, PLAIT_NATIVE="auto").stdout == "False\n"
+    assert run_python(everywhere, PLAIT_NATIVE="1").stdout == "True\n"
+    assert "PLAIT_NATIVE must be 0, 1 or auto" in run_python(show, PLAIT_NATIVE="yes").stderr
     wrong = run_python(show, PLAIT_NATIVE_ISA="mmx")
     assert wrong.returncode != 0
     assert "PLAIT_NATIVE_ISA is 'mmx'. This machine has:" in wrong.stderr
@@ -149,7 +153,7 @@ def test_a_missing_extension_is_announced_once() -> None:
     code = (
         "import sys; sys.modules['plait._native'] = None\n"
         "import torch; from plait import ops\n"
-        "for _ in range(3): ops.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-5)"
+        "for _ in range(3): ops.has_packed_form(torch.zeros(2, 18, dtype=torch.uint8), 'q4_0')"
     )
     result = run_python(code)
     assert result.returncode == 0

@@ -28,7 +28,7 @@ def _plait() -> Side:
     from plait.claims.greedy import by_plait
     from plait.engine import load
 
-    lm = load("smollm2", offline=True)
+    lm = load("smollm2", weights="fp32", offline=True)
     return Side(partial(by_plait, lm), _bytes([*lm.model.parameters(), *lm.model.buffers()]))
 
 

@@ -139,7 +139,7 @@ def read_sampling(spec: str) -> Sampling:
 
 
 def load_model(
-    model: str, *, weights: str = "fp32", memory: str = "full", draft: str = "none", offline: bool = False
+    model: str, *, weights: str = "auto", memory: str = "full", draft: str = "none", offline: bool = False
 ) -> LanguageModel:
     """Load a model, with a progress bar for what has to be downloaded."""
     from plait.engine import load

@@ -61,7 +61,7 @@ def run(
             rich_help_panel="Answer",
         ),
     ] = False,
-    weights: Weights = "fp32",
+    weights: Weights = "auto",
     memory: Memory = "full",
     draft: Draft = "none",
     offline: Offline = False,
@@ -102,7 +102,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 512,
     sampling: SamplingSpec = "",
     system: System = None,
-    weights: Weights = "fp32",
+    weights: Weights = "auto",
     memory: Memory = "full",
     draft: Draft = "none",
     offline: Offline = False,
@@ -228,7 +228,7 @@ def score(
     stride: Annotated[
         int | None, typer.Option("--stride", min=1, help="Tokens between the starts of windows.")
     ] = None,
-    weights: Weights = "fp32",
+    weights: Weights = "auto",
     offline: Offline = False,
     json_output: Json = False,
 ) -> None:

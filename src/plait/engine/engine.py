@@ -200,8 +200,10 @@ class Engine:
                 wanted.extend(range(start + count - len(feed.tree), start + count))
             start += count
         tokens = torch.tensor([token for feed in feeds for token in feed.tokens], dtype=torch.int64)
-        hidden = self.model(tokens, Rows(segments), [feed.sequence.past for feed in feeds])
-        return self.model.logits(hidden[wanted])
+        pasts = [feed.sequence.past for feed in feeds]
+        return self.model.answer(
+            tokens, Rows(segments), pasts, wanted=torch.tensor(wanted, dtype=torch.int64)
+        )
 
     def _settle(self, feed: Feed, logits: Tensor) -> Piece | None:
         sequence = feed.sequence

@@ -11,10 +11,11 @@ from plait.engine.language_model import LanguageModel
 from plait.errors import ConfigError
 from plait.hub import Progress, resolve
 from plait.memory import MemoryPlan
-from plait.nn import load_transformer
+from plait.nn import load_transformer, lower
 from plait.nn.checkpoints import Checkpoint, open_checkpoint
 from plait.text import ChatTemplate, Tokenizer
 from plait.weights import FORMATS
+from plait.weights.ggml import FP32
 
 __all__ = ["load"]
 
@@ -22,7 +23,7 @@ __all__ = ["load"]
 def load(
     name: str | Path,
     *,
-    weights: str = "fp32",
+    weights: str = "auto",
     memory: str = "full",
     draft: str = "none",
     angles: Literal["fp64", "fp32"] = "fp64",
@@ -33,8 +34,9 @@ def load(
 
     Args:
         name: an alias (`smollm2`), a folder with safetensors, a `.gguf` file, or a hub id (`owner/name`).
-        weights: how matrices are kept: a weight format such as `fp32`, `bf16` or `q4_0`, or `file` to
-            keep each as it is stored.
+        weights: how matrices are kept: a weight format such as `fp32`, `bf16` or `q4_0`, `file` to keep
+            each as it is stored, or `auto`: as stored where the native operations can multiply them so
+            (their activations are then rounded to 8 bits), else `fp32`.
         memory: codec and policy of the past, such as `full`, `window:size=1024` or `dense:dtype=bf16`.
         draft: how continuations are guessed: `none` or `prompt-lookup`. The answer does not depend on it.
         angles: precision of rotary angles; `fp32` repeats the rounding of Hugging Face Transformers.
@@ -48,10 +50,12 @@ def load(
     """
     plan = MemoryPlan.parse(memory)
     speculator = SPECULATORS.parse(draft)
-    format = None if weights == "file" else FORMATS.parse(weights)
+    format = None if weights in ("auto", "file") else FORMATS.parse(weights)
     path = resolve(str(name), progress=progress, offline=offline)
     with open_checkpoint(path) as checkpoint:
         model = load_transformer(checkpoint, format, angles=angles)
+        if not lower(model) and weights == "auto":
+            model = load_transformer(checkpoint, FP32(), angles=angles)
         tokenizer, template = read_text_side(checkpoint)
     return LanguageModel(
         name=str(name),

@@ -87,7 +87,24 @@ class Memory:
         """
         self.check_append(draft)
         self.tail.append(keys, values)
-        self.pending += keys.shape[0]
+        self._await(keys.shape[0], draft)
+
+    def extend(self, count: int, draft: Tree | None = None) -> tuple[Tensor, Tensor, int]:
+        """Make room for rows behind the tail; they are pending, and the caller writes them.
+
+        Returns:
+            The tail's storage, keys (G, capacity, D) and values (G, capacity, V), and the index of the
+            first row to write. Raises as `append` does.
+        """
+        self.check_append(draft)
+        keys, values = self.tail.storage(count)
+        first = len(self.tail)
+        self.tail.extend(count)
+        self._await(count, draft)
+        return keys, values, first
+
+    def _await(self, count: int, draft: Tree | None) -> None:
+        self.pending += count
         self.draft = draft
 
     @property

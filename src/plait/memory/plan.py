@@ -151,6 +151,13 @@ class MemoryPlan:
     policy: Policy = field(default_factory=lambda: POLICIES.parse("full"))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    @property
+    def observes(self) -> bool:
+        """Whether codec or policy learns from the queries of a forward pass."""
+        return (
+            type(self.codec).observe is not Codec.observe or type(self.policy).observe is not Policy.observe
+        )
+
     @classmethod
     def parse(cls, text: str, device: torch.device | str = "cpu") -> MemoryPlan:
         """Read a spec string such as `"window:size=1024,dense:dtype=bf16"`.

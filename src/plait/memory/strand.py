@@ -234,7 +234,7 @@ class DenseStrand(FrozenStrand):
             values: (n, G, V).
         """
         stop = self.length + keys.shape[0]
-        self._reserve(stop)
+        self.storage(keys.shape[0])
         keys, values = keys.detach(), values.detach()
         if len(keys) == 1:
             # Decoding writes one row at a time: the short way is twice as fast.
@@ -244,6 +244,18 @@ class DenseStrand(FrozenStrand):
             self._keys[:, self.length : stop] = keys.transpose(0, 1)
             self._values[:, self.length : stop] = values.transpose(0, 1)
         self.length = stop
+
+    def storage(self, room: int) -> tuple[Tensor, Tensor]:
+        """The whole of the storage, (G, capacity, D) and (G, capacity, V), with room for more tokens.
+
+        Whoever writes them behind the last one says so with `extend`. Valid until the next call.
+        """
+        self._reserve(self.length + room)
+        return self._keys, self._values
+
+    def extend(self, count: int) -> None:
+        """Count tokens that were, or are about to be, written to `storage`."""
+        self.length += count
 
     def keep(self, rows: Tensor, first: int) -> None:
         """Of the tokens from index `first` on, keep those at `first + rows`, in that order; drop the others."""

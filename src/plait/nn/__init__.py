@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plait.nn.config import BlockConfig, FeedForwardConfig, MixerConfig, NormConfig, TransformerConfig
 from plait.nn.load import describe, load_transformer
+from plait.nn.lowered import lower
 from plait.nn.parameters import CheckpointParameters, Parameters, RandomParameters
 from plait.nn.transformer import Transformer
 
@@ -19,4 +20,5 @@ __all__ = [
     "TransformerConfig",
     "describe",
     "load_transformer",
+    "lower",
 ]

@@ -6,25 +6,34 @@ Shapes: N packed rows, W width, V vocabulary, S segments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import Memory, Past, Rows
-from plait.memory.strand import DenseStrand
+from plait.memory import FrozenStrand, Memory, Past, Rows, Visit, check_pasts
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.mixers.attention import Attention
 from plait.nn.transformer import Block, Transformer
 from plait.ops import Causal, Everything, Mask, Rope, Tree, native
-from plait.ops.native import ACTIVATIONS, NUMBERS, PackedMatrix, Projection, tree_bits
-from plait.weights import Linear, Packed, Stacked
-from plait.weights.ggml import Blocks
+from plait.ops.native import ACTIVATIONS, NUMBERS, Projection, tree_bits
+from plait.weights import Linear
 
-__all__ = ["Lowered", "obstacle"]
+__all__ = ["Lowered", "lower", "obstacle"]
 
 _MASKS: dict[type[Mask], int] = {Everything: 0, Causal: 1, Tree: 2}
+
+
+def lower(model: Transformer) -> bool:
+    """Let a model compute as one native program, where it can; its matrices are then in native form only.
+
+    Returns:
+        Whether the model has such a program.
+    """
+    if obstacle(model) is not None:
+        return False
+    model.program = Lowered(model)
+    return True
 
 
 def obstacle(model: Transformer) -> str | None:
@@ -37,6 +46,7 @@ def obstacle(model: Transformer) -> str | None:
     if config.norm.kind != "rms":
         return "its norms are not RMS norms"
     inner: set[tuple[int, int]] = set()
+    linears = [model.head]
     for block in _blocks(model):
         mixer, feed_forward = block.mixer, block.feed_forward
         if not isinstance(mixer, Attention) or block.norms == "post":
@@ -44,23 +54,20 @@ def obstacle(model: Transformer) -> str | None:
         if feed_forward.config.size % 32 or config.width % 32 or mixer.config.head_dim > 1024:
             return "its widths are not multiples of 32, or its heads are too wide"
         inner.add((feed_forward.config.size, mixer.config.num_heads * mixer.config.head_dim))
-        for linear in (mixer.qkv, mixer.output, feed_forward.up, feed_forward.down):
-            if not all(_has_native_form(part) for part in _parts(linear.weight)):
-                return f"a matrix in {linear.weight.format} has no native form"
+        linears += [mixer.qkv, mixer.output, feed_forward.up, feed_forward.down]
     if len(inner) != 1:
         return "its layers differ in their widths"
-    if not all(_has_native_form(part) for part in _parts(model.head.weight)):
-        return f"its output head in {model.head.weight.format} has no native form"
+    for matrix in (model.embedding.weight, *(linear.weight for linear in linears)):
+        if not all(part.has_native_form for part in matrix.pieces()):
+            return f"a matrix in {matrix.format} has no native form"
     return None
 
 
 class Lowered:
     """A program made once from a model. Calls change the pasts as `Transformer.forward` does.
 
-    Packed matrices are kept once more, in native form.
-
     Args:
-        model: not trained afterwards; a later change of its parameters is not seen.
+        model: its matrices are brought into native form; a later change of its parameters is not seen.
 
     Raises:
         IncompatibleError: the model has a part without a native form; the message names it.
@@ -72,15 +79,15 @@ class Lowered:
             raise IncompatibleError(
                 f"This {model.config.family} model cannot run as a native program: {reason}."
             )
-        self.model = model
-        self.width = model.config.width
-        self._matrices: dict[Blocks, PackedMatrix] = {}
-        head = self._projection(model.head)
-        self._head_rows = head.shape[0]
-        self._embedding = model.embedding.weight
+        self.config = model.config
+        self.embed, self.finish = model.embed, model.finish
+        self.head_rows = model.head.weight.shape[0]
+        for part in model.embedding.weight.pieces():
+            part.to_native()
         final = model.norm.weight if isinstance(model.norm, Norm) else None
-        extension: Any = native.module()
-        self._program = extension.Program(self.width, model.config.norm.epsilon, _plain(final), head.handle)
+        self._program = native.program(
+            model.config.width, model.config.norm.epsilon, _plain(final), _projection(model.head).handle
+        )
         self._ropes: list[Rope | None] = []
         for block in _blocks(model):
             self._add(block)
@@ -92,90 +99,100 @@ class Lowered:
         pasts: Sequence[Past],
         *,
         embeddings: Tensor | None = None,
-        logit_rows: Tensor | None = None,
-        want_logits: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden rows, normalised for the head, and their logits.
+        wanted: Tensor | None = None,
+        with_logits: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Hidden rows, normalised for the head, and their logits; None where the program does not apply.
+
+        It applies to causal, full and tree masks, and to memories of dense strands on the CPU in which
+        each query is seen at its own position and nobody observes. Nothing is written where it does not.
 
         Args:
             tokens: (N,) int64 ids; None when `embeddings` (N, W) is given.
             rows: which segment and position each row belongs to.
             pasts: what each segment remembers; the rows are added to it as pending.
-            logit_rows: (R,) int64, the rows to answer for; all when left out.
-            want_logits: False for hidden rows only.
+            wanted: (R,) int64, the rows to answer for; all when left out.
+            with_logits: whether logits are computed.
 
         Returns:
             `(R, W)` and `(R, V)` fp32.
 
         Raises:
-            ConfigError: an id is outside the vocabulary.
-            IncompatibleError: a past with strands other than dense ones on the CPU, or an unknown mask.
+            ConfigError: an id is outside the vocabulary, or rows that do not continue their past.
         """
-        x = self._embed(tokens) if embeddings is None else embeddings.detach().float().clone()
+        if embeddings is not None and torch.is_grad_enabled() and embeddings.requires_grad:
+            return None
+        if any(type(segment.mask) not in _MASKS for segment in rows.segments):
+            return None
+        if any(not _is_plain(layer) for past in pasts for layer in past.layers):
+            return None
+        check_pasts(rows, pasts)
+        if embeddings is not None:
+            x = embeddings.detach().float().clone()
+        elif tokens is not None:
+            x = self.embed(tokens)
+        else:
+            raise ConfigError("A native program needs tokens or embeddings. Got neither.")
+        if len(x) != len(rows):
+            raise ConfigError(f"Each token needs one row. Got {len(x)} for {len(rows)} rows.")
+        lengths = [len(past) for past in pasts]
+        plan = self._plan(rows, pasts)
+        if plan is None:
+            for past, length in zip(pasts, lengths, strict=True):
+                for layer in past.layers:
+                    layer.truncate(length)
+            return None
         segments, trees = _segments(rows)
-        tables = _Tables(rows)
-        targets: list[int] = []
-        visits: list[int] = []
-        for layer, rope in enumerate(self._ropes):
-            memories = [past.layers[layer] for past in pasts]
-            key_table = tables.index(rope, [_memory(memory).tail.offset for memory in memories])
-            for index, (segment, memory) in enumerate(zip(rows.segments, memories, strict=True)):
-                memory = _memory(memory)
-                targets += _reserve(memory, segment.length)
-                targets.append(key_table)
-                for visit in memory.plan.policy.visits(memory, segment):
-                    strand = _dense(visit.strand)
-                    table = tables.index(rope, [strand.offset] * len(memories))
-                    visits += (layer, index, *_storage(strand), strand.length, NUMBERS[strand.keys.dtype])
-                    visits += (strand.position, visit.window or 0, table)
-        chosen = torch.arange(len(rows)) if logit_rows is None else logit_rows.to(torch.int64)
-        hidden = torch.empty(len(chosen), self.width)
-        logits = torch.empty(len(chosen), self._head_rows) if want_logits else None
+        chosen = torch.arange(len(rows)) if wanted is None else wanted.to(torch.int64)
+        hidden = torch.empty(len(chosen), self.config.width)
+        logits = torch.empty(len(chosen), self.head_rows) if with_logits else None
+        tables, targets, visits = plan
         self._program.run(
             x.contiguous(), segments, tables.angles, torch.tensor(targets, dtype=torch.int64).view(-1, 10),
             torch.tensor(visits, dtype=torch.int64).view(-1, 13), trees, chosen.view(-1, 1), hidden, logits,
         )  # fmt: skip
-        return hidden, None if logits is None else self._finish(logits)
+        return hidden, None if logits is None else self.finish(logits)
 
-    def _finish(self, logits: Tensor) -> Tensor:
-        config = self.model.config
-        if config.logit_scale != 1.0:
-            logits *= config.logit_scale
-        if config.logit_softcap is not None:
-            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
-        return logits
-
-    def _embed(self, tokens: Tensor | None) -> Tensor:
-        if tokens is None:
-            raise ConfigError("A native program needs tokens or embeddings. Got neither.")
-        matrix = self._matrices.get(self._embedding) if isinstance(self._embedding, Blocks) else None
-        if matrix is None:
-            return self.model.embed(tokens)
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < matrix.shape[0]:
-            return self.model.embed(tokens)  # which names the wrong id
-        x = matrix.unpack_rows(tokens)
-        scale = self.model.config.embedding_scale
-        return x if scale == 1.0 else x * scale
+    def _plan(self, rows: Rows, pasts: Sequence[Past]) -> tuple[_Tables, list[int], list[int]] | None:
+        """Where rows are written and what they visit, layer by layer; None for a visit of another kind."""
+        tables = _Tables(rows)
+        targets: list[int] = []
+        visits: list[int] = []
+        for layer, rope in enumerate(self._ropes):
+            memories = [memory for past in pasts if isinstance(memory := past.layers[layer], Memory)]
+            key_table = tables.index(rope, [memory.tail.offset for memory in memories])
+            for index, (segment, memory) in enumerate(zip(rows.segments, memories, strict=True)):
+                draft = segment.mask if isinstance(segment.mask, Tree) else None
+                keys, values, first = memory.extend(segment.length, draft)
+                targets += (*_layout(keys, values), keys.shape[1], first, NUMBERS[keys.dtype], key_table)
+                for visit in memory.plan.policy.visits(memory, segment):
+                    strand = visit.strand
+                    if not isinstance(strand, FrozenStrand) or visit != Visit(strand, visit.window):
+                        return None
+                    table = tables.index(rope, [strand.offset] * len(memories))
+                    visits += (layer, index, *_layout(strand.keys, strand.values), len(strand))
+                    visits += (NUMBERS[strand.keys.dtype], strand.position, visit.window or 0, table)
+        return tables, targets, visits
 
     def _add(self, block: Block) -> None:
         mixer, feed_forward = block.mixer, block.feed_forward
         assert isinstance(mixer, Attention)
         config = mixer.config
-        gate, up = self._gate_and_up(feed_forward)
+        gate, up = _gate_and_up(feed_forward)
         self._program.add_layer(
-            epsilon=self.model.config.norm.epsilon,
+            epsilon=self.config.norm.epsilon,
             mixer_norm=_norm(block.mixer_norm),
             feed_forward_norm=_norm(block.feed_forward_norm),
             mixer_output_norm=_norm(block.mixer_output_norm),
             feed_forward_output_norm=_norm(block.feed_forward_output_norm),
             query_norm=_norm(mixer.query_norm),
             key_norm=_norm(mixer.key_norm),
-            query_key_value=self._projection(mixer.qkv).handle,
-            output=self._projection(mixer.output).handle,
+            query_key_value=_projection(mixer.qkv).handle,
+            output=_projection(mixer.output).handle,
             gate=None if gate is None else gate.handle,
             up=up.handle,
             activation=ACTIVATIONS[feed_forward.config.activation],
-            down=self._projection(feed_forward.down).handle,
+            down=_projection(feed_forward.down).handle,
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
@@ -183,28 +200,6 @@ class Lowered:
             softcap=mixer.heads.softcap or 0.0,
         )
         self._ropes.append(mixer.heads.rope)
-
-    def _matrix(self, part: Packed) -> PackedMatrix:
-        assert isinstance(part, Blocks)
-        if part not in self._matrices:
-            self._matrices[part] = PackedMatrix(part.blocks, part.format)
-        return self._matrices[part]
-
-    def _projection(self, linear: Linear) -> Projection:
-        return Projection([self._matrix(part) for part in _parts(linear.weight)], linear.bias)
-
-    def _gate_and_up(self, feed_forward: FeedForward) -> tuple[Projection | None, Projection]:
-        size, linear = feed_forward.config.size, feed_forward.up
-        if not feed_forward.config.gated:
-            return None, self._projection(linear)
-        parts = [self._matrix(part) for part in _parts(linear.weight)]
-        first, second = (parts[0], 0), (parts[1], 0) if len(parts) == 2 else (parts[0], size)
-        biases = [None, None] if linear.bias is None else list(linear.bias.detach().split(size))
-        gate, up = (
-            Projection([(matrix, start, size)], bias)
-            for (matrix, start), bias in zip((first, second), biases, strict=True)
-        )
-        return gate, up
 
 
 class _Tables:
@@ -229,68 +224,47 @@ class _Tables:
 def _segments(rows: Rows) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
     table, trees = [], []
     for index, segment in enumerate(rows.segments):
-        kind = _MASKS.get(type(segment.mask))
-        if kind is None:
-            raise IncompatibleError(
-                f"A native program knows causal, full and tree masks. Got {type(segment.mask).__name__}."
-            )
         if isinstance(segment.mask, Tree):
             depths = segment.mask.depths(segment.length)
             trees.append((index, depths.contiguous(), tree_bits(segment.mask)))
-        table.append((segment.start, segment.length, segment.position, kind))
+        table.append((segment.start, segment.length, segment.position, _MASKS[type(segment.mask)]))
     return torch.tensor(table, dtype=torch.int64).view(-1, 4), trees
 
 
-def _memory(memory: object) -> Memory:
-    if not isinstance(memory, Memory):
-        raise IncompatibleError(f"A native program remembers in strands. Got {type(memory).__name__}.")
-    return memory
-
-
-def _dense(strand: object) -> DenseStrand:
-    if not isinstance(strand, DenseStrand) or strand.keys.device.type != "cpu":
-        raise IncompatibleError(
-            f"A native program reads dense strands on the CPU. Got {type(strand).__name__}; use memory='full'."
-        )
-    return strand
-
-
-def _storage(strand: DenseStrand) -> tuple[int, int, int, int, int, int]:
-    keys, values = strand.keys, strand.values
+def _is_plain(memory: object) -> bool:
+    """Whether a memory has dense strands on the CPU only, and nobody observes."""
     return (
-        keys.data_ptr(),
-        values.data_ptr(),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
+        isinstance(memory, Memory)
+        and not memory.plan.observes
+        and all(isinstance(strand, FrozenStrand) and strand.keys.is_cpu for strand in memory.held())
     )
 
 
-def _reserve(memory: Memory, count: int) -> tuple[int, ...]:
-    """Make room for rows behind the tail, count them as pending, and say where they go."""
-    tail = _dense(memory.tail)
-    at = tail.length
-    tail._reserve(at + count)
-    tail.length = at + count
-    memory.pending += count
-    return (*_storage(tail), tail._keys.shape[1], at, NUMBERS[tail.keys.dtype])
+def _layout(keys: Tensor, values: Tensor) -> tuple[int, int, int, int, int, int]:
+    addresses = keys.data_ptr(), values.data_ptr()
+    return (*addresses, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1))
+
+
+def _projection(linear: Linear) -> Projection:
+    return Projection([part.to_native() for part in linear.weight.pieces()], linear.bias)
+
+
+def _gate_and_up(feed_forward: FeedForward) -> tuple[Projection | None, Projection]:
+    size, linear = feed_forward.config.size, feed_forward.up
+    if not feed_forward.config.gated:
+        return None, _projection(linear)
+    parts = [part.to_native() for part in linear.weight.pieces()]
+    first, second = (parts[0], 0), (parts[1], 0) if len(parts) == 2 else (parts[0], size)
+    biases = [None, None] if linear.bias is None else list(linear.bias.detach().split(size))
+    gate, up = (
+        Projection([(matrix, start, size)], bias)
+        for (matrix, start), bias in zip((first, second), biases, strict=True)
+    )
+    return gate, up
 
 
 def _blocks(model: Transformer) -> list[Block]:
     return [block for block in model.blocks if isinstance(block, Block)]
-
-
-def _parts(weight: Packed) -> list[Packed]:
-    return (
-        [part for part in weight.parts if isinstance(part, Packed)]
-        if isinstance(weight, Stacked)
-        else [weight]
-    )
-
-
-def _has_native_form(part: Packed) -> bool:
-    return isinstance(part, Blocks) and part.format not in ("f32", "f16", "bf16")
 
 
 def _norm(norm: nn.Module | None) -> Tensor | None:

@@ -6,6 +6,7 @@ Shapes: N packed rows, W width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +46,35 @@ class Block(nn.Module):
         return x + self.feed_forward_output_norm(self.feed_forward(self.feed_forward_norm(x)))
 
 
+class Program(Protocol):
+    """Another way to compute what a model computes, such as one native call for all layers."""
+
+    def __call__(
+        self,
+        tokens: Tensor | None,
+        rows: Rows,
+        pasts: Sequence[Past],
+        *,
+        embeddings: Tensor | None = None,
+        wanted: Tensor | None = None,
+        with_logits: bool = False,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Hidden rows and, if asked for, their logits; of the wanted rows only, or of all of them.
+
+        None where this form does not apply to the pasts; nothing is written then.
+        """
+        ...
+
+
 class Transformer(nn.Module):
     """A decoder: token ids in, a hidden row for each token out, logits on request.
 
     Args:
         config: the model as data.
         parameters: where its parameters come from.
+
+    Attributes:
+        program: a faster form of the whole model, used where it applies; see `plait.nn.lower`.
     """
 
     def __init__(self, config: TransformerConfig, parameters: Parameters) -> None:
@@ -83,6 +107,7 @@ class Transformer(nn.Module):
         )
         bias = parameters.vector(["head.bias"], [config.vocab_size]) if config.head_bias else None
         self.head = Linear(head, bias)
+        self.program: Program | None = None
 
     def new_past(self, plan: MemoryPlan) -> Past:
         """An empty past for one sequence."""
@@ -124,6 +149,9 @@ class Transformer(nn.Module):
             ConfigError: an id is outside the vocabulary, or there are more or fewer tokens than rows.
             CapacityError: a position lies behind the end of a learned position table.
         """
+        found = self._by_program(tokens, rows, pasts, embeddings=embeddings)
+        if found is not None:
+            return found[0]
         if embeddings is None:
             if tokens is None:
                 raise ConfigError("Transformer needs tokens or embeddings. Got neither.")
@@ -138,9 +166,35 @@ class Transformer(nn.Module):
         x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 
+    def answer(
+        self, tokens: Tensor, rows: Rows, pasts: Sequence[Past] | None = None, *, wanted: Tensor
+    ) -> Tensor:
+        """Logits of some of the packed rows: `logits(forward(...)[wanted])`, in one call where that is faster.
+
+        Args:
+            wanted: (R,) int64 row numbers.
+
+        Returns:
+            (R, V) fp32.
+        """
+        found = self._by_program(tokens, rows, pasts, wanted=wanted, with_logits=True)
+        if found is not None and found[1] is not None:
+            return found[1]
+        return self.logits(self(tokens, rows, pasts)[wanted])
+
+    def _by_program(
+        self, tokens: Tensor | None, rows: Rows, pasts: Sequence[Past] | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None] | None:
+        if self.program is None or pasts is None:
+            return None
+        return self.program(tokens, rows, pasts, **options)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every token id for hidden rows (N, W): (N, V) fp32."""
-        logits = self.head(hidden)
+        return self.finish(self.head(hidden))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Scale and cap what the output head gave, as the model was trained."""
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:

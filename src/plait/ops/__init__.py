@@ -1,6 +1,7 @@
 """Numerical primitives, each with one torch reference and, where built, one native form.
 
-The form is chosen at each call: native for floats on the CPU when no gradient is asked for, else the reference.
+With `PLAIT_NATIVE=1` the form is chosen at each call: native for floats on the CPU when no gradient is asked
+for, else the reference. Without it, only packed matrices are native.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 from plait.ops import attention, native, partial, reference, rope
 from plait.ops.masks import Causal, Everything, Far, Mask, SomeQueries, Tree, View
-from plait.ops.native import PackedMatrix, packed_matrix
+from plait.ops.native import PackedMatrix, has_packed_form
 from plait.ops.partial import Partial, empty_partial, merge_all
 from plait.ops.reference import layer_norm
 from plait.ops.rope import Angles, Rope
@@ -29,11 +30,11 @@ __all__ = [
     "Tree",
     "View",
     "empty_partial",
+    "has_packed_form",
     "layer_norm",
     "linear",
     "merge",
     "merge_all",
-    "packed_matrix",
     "partial_attention",
     "rms_norm",
     "rotate",
@@ -46,8 +47,9 @@ R = TypeVar("R")
 def _either(plain: Callable[P, R], fast: Callable[P, R]) -> Callable[P, R]:
     @wraps(plain)
     def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
-        form = fast if native.takes((*args, *kwargs.values())) else plain
-        return form(*args, **kwargs)
+        if native.is_everywhere() and native.takes((*args, *kwargs.values())):
+            return fast(*args, **kwargs)
+        return plain(*args, **kwargs)
 
     return chosen
 

@@ -4,10 +4,11 @@ A row's result has the same bits alone, in any batch, in any chunk of its prefil
 threads, and the same on every instruction set of a processor with fused multiply-add. It equals the reference
 up to fp32 rounding; packed products also round their activations to 8 bits (see `PackedMatrix`).
 
-Not used unless `PLAIT_NATIVE=1` is set: models do not keep their weights in its packed form yet, and its
-threads and those of torch wait for each other when both work in turns. Other switches, read once:
-`PLAIT_NATIVE_ISA` (`avx512`, `avxvnni`, `avx2`, `scalar`) forces an instruction set; `PLAIT_THREADS` sets the
-number of threads, the physical cores when left out.
+Switches, read once: `PLAIT_NATIVE=0` turns it off. Left out, packed matrices and models made of them are
+native, and single operations on plain numbers stay with torch, whose threads would wait for those of the
+extension when both work in turns; `PLAIT_NATIVE=1` makes every operation native. `PLAIT_NATIVE_ISA` (`avx512`,
+`avxvnni`, `avx2`, `scalar`) forces an instruction set; `PLAIT_THREADS` sets the number of threads, the
+physical cores when left out.
 
 Shapes: N rows, I inputs, O outputs; Q queries, T keys, H query heads, G key/value heads, D head size.
 """
@@ -33,14 +34,17 @@ from plait.ops.rope import Angles
 __all__ = [
     "ACTIVATIONS",
     "NUMBERS",
+    "PACKED_FORMATS",
     "PackedMatrix",
     "Projection",
     "feed_forward",
+    "has_packed_form",
+    "is_everywhere",
     "linear",
     "merge",
     "module",
-    "packed_matrix",
     "partial_attention",
+    "program",
     "rms_norm",
     "rotate",
     "takes",
@@ -48,14 +52,15 @@ __all__ = [
 ]
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+PACKED_FORMATS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MASKS: dict[type[Mask], int] = {Everything: 0, Causal: 1, Tree: 2}
 
 
 @cache
 def module() -> ModuleType | None:
-    """The extension module, or None when it is not switched on or was not built (said once, in the log)."""
-    if os.environ.get("PLAIT_NATIVE") != "1":
+    """The extension module, or None when it is switched off or was not built (said once, in the log)."""
+    if _switch() == "0":
         return None
     try:
         _native = importlib.import_module("plait._native")
@@ -63,7 +68,7 @@ def module() -> ModuleType | None:
         logging.getLogger("plait").warning(
             "The native operations are not available (%s). The torch reference is used: several times slower on "
             "a CPU, more memory for packed weights, and rows that depend on their batch in the last bits. Install "
-            "a C++ compiler and reinstall plait to have them, or do not set PLAIT_NATIVE=1.",
+            "a C++ compiler and reinstall plait to have them, or set PLAIT_NATIVE=0.",
             error,
         )
         return None
@@ -74,10 +79,22 @@ def module() -> ModuleType | None:
     return _native
 
 
+@cache
+def _switch() -> str:
+    switch = os.environ.get("PLAIT_NATIVE", "auto")
+    if switch not in ("0", "1", "auto"):
+        raise ConfigError(f"PLAIT_NATIVE must be 0, 1 or auto. Got {switch!r}.")
+    return switch
+
+
+@cache
+def is_everywhere() -> bool:
+    """Whether single operations on plain numbers are native too."""
+    return _switch() == "1" and module() is not None
+
+
 def takes(arguments: Iterable[Any]) -> bool:
     """Whether the native form can compute on these arguments: floats on the CPU, with no gradient asked for."""
-    if module() is None:
-        return False
     needs_grad = torch.is_grad_enabled()
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -225,12 +242,9 @@ class PackedMatrix:
         return self._whole(x)
 
 
-def packed_matrix(blocks: Tensor, format: str) -> PackedMatrix | None:
-    """The matrix in native form, or None without the extension, off the CPU or for a format without one."""
-    formats = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
-    if module() is None or blocks.device.type != "cpu" or format not in formats:
-        return None
-    return PackedMatrix(blocks, format)
+def has_packed_form(blocks: Tensor, format: str) -> bool:
+    """Whether `PackedMatrix` can be made of these blocks: not without the extension, nor off the CPU."""
+    return module() is not None and blocks.device.type == "cpu" and format in PACKED_FORMATS
 
 
 class Projection:
@@ -290,6 +304,11 @@ def feed_forward(
         onto is not None, _norm(norm_weight), epsilon,
     )  # fmt: skip
     return y.view(*x.shape[:-1], width).to(x.dtype) if onto is None else onto
+
+
+def program(width: int, epsilon: float, final_norm: Tensor | None, head: Any) -> Any:
+    """An empty decoder of the extension, to which layers are added; `head` is the handle of a `Projection`."""
+    return _native().Program(width, epsilon, final_norm, head)
 
 
 def _norm(weight: Tensor | None) -> Tensor | None:

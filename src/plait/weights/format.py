@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from plait import ops
-from plait.errors import ConfigError
+from plait.errors import ConfigError, IncompatibleError
 from plait.spec import Axis, Spec
 
 __all__ = ["FORMATS", "Dense", "Embedding", "Linear", "Packed", "Stacked", "WeightFormat"]
@@ -29,9 +29,11 @@ class Packed(nn.Module):
 
     shape: tuple[int, int]
     format: str
+    native: ops.PackedMatrix | None
 
     def __init__(self, shape: tuple[int, int], format: str) -> None:
         super().__init__()
+        self.native = None
         self.shape = (int(shape[0]), int(shape[1]))
         self.format = format
 
@@ -47,6 +49,15 @@ class Packed(nn.Module):
         """Multiply activations x (..., I) by the transpose of this matrix: (..., O)."""
         return ops.linear(x, self.unpack().to(x.dtype))
 
+    @property
+    def has_native_form(self) -> bool:
+        """Whether `to_native` can be called."""
+        return self.native is not None
+
+    def to_native(self) -> ops.PackedMatrix:
+        """Keep the matrix in native form from now on, in place of the tensors that it was made of."""
+        raise IncompatibleError(f"A matrix in {self.format} has no native form.")
+
     def select(self, rows: Tensor) -> Packed:
         """The chosen rows, in the order given, as a matrix of the same form; (len(rows), I)."""
         raise NotImplementedError
@@ -54,7 +65,12 @@ class Packed(nn.Module):
     def nbytes(self) -> int:
         """Bytes held by this matrix: every code, scale, table and index."""
         tensors = {t.untyped_storage().data_ptr(): t for t in [*self.parameters(), *self.buffers()]}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        natives = [m.native for m in self.modules() if isinstance(m, Packed) and m.native is not None]
+        return sum(t.numel() * t.element_size() for t in tensors.values()) + sum(n.nbytes() for n in natives)
+
+    def pieces(self) -> list[Packed]:
+        """The matrices that this one is made of, from top to bottom: itself, unless it is stacked."""
+        return [self]
 
     def extra_repr(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]}, {self.format}"
@@ -107,14 +123,15 @@ class Stacked(Packed):
         )
         self.parts = nn.ModuleList(parts)
 
-    def _parts(self) -> list[Packed]:
+    def pieces(self) -> list[Packed]:
+        """The matrices, from top to bottom."""
         return [part for part in self.parts if isinstance(part, Packed)]
 
     def unpack_rows(self, rows: Tensor | slice) -> Tensor:
-        return torch.cat([part.unpack() for part in self._parts()])[rows]
+        return torch.cat([part.unpack() for part in self.pieces()])[rows]
 
     def matmul(self, x: Tensor) -> Tensor:
-        return torch.cat([part.matmul(x) for part in self._parts()], dim=-1)
+        return torch.cat([part.matmul(x) for part in self.pieces()], dim=-1)
 
 
 class WeightFormat(Spec, axis=FORMATS):

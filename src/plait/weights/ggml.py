@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from plait import ops
-from plait.errors import ConfigError, UnknownNameError, suggestion
+from plait.errors import ConfigError, IncompatibleError, UnknownNameError, suggestion
 from plait.weights.format import Dense, Packed, WeightFormat
 
 __all__ = [
@@ -105,7 +105,8 @@ class Blocks(Packed):
     """A matrix kept in one of the GGML block formats, exactly as a GGUF file holds it.
 
     `unpack_rows` decodes only the rows that are asked for. `matmul` decodes at most 64 MB of the
-    matrix at a time; it is exact for the decoded matrix, up to the rounding of `ops.linear`.
+    matrix at a time; it is exact for the decoded matrix, up to the rounding of `ops.linear`. In native form it
+    keeps tiles of its codes in place of the blocks and is multiplied as `ops.PackedMatrix` says.
 
     Args:
         blocks: uint8, (O, bytes per row); kept without a copy, and never written.
@@ -115,7 +116,7 @@ class Blocks(Packed):
         ConfigError: an unknown format, blocks that are not a matrix of bytes, or a partial block.
     """
 
-    blocks: Tensor
+    blocks: Tensor | None
 
     def __init__(self, blocks: Tensor, format: str) -> None:
         if blocks.dim() != 2 or blocks.dtype != torch.uint8:
@@ -127,9 +128,24 @@ class Blocks(Packed):
 
     def unpack_rows(self, rows: Tensor | slice) -> Tensor:
         """The chosen rows in fp32: (rows, I), or (*rows.shape, I) for a tensor of row numbers."""
-        return dequantize(self.blocks[rows], self.format)
+        if self.native is not None:
+            numbers = torch.arange(self.shape[0])[rows] if isinstance(rows, slice) else rows
+            return self.native.unpack_rows(numbers)
+        return dequantize(self._stored()[rows], self.format)
+
+    @property
+    def has_native_form(self) -> bool:
+        return self.native is not None or ops.has_packed_form(self._stored(), self.format)
+
+    def to_native(self) -> ops.PackedMatrix:
+        if self.native is None:
+            self.native = ops.PackedMatrix(self._stored(), self.format)
+            self.blocks = None
+        return self.native
 
     def matmul(self, x: Tensor) -> Tensor:
+        if self.native is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            return self.native.matmul(x)
         step = max(1, _MATMUL_CHUNK // max(1, self.shape[1]))
         parts = [
             ops.linear(x, self.unpack_rows(slice(start, start + step)).to(x.dtype))
@@ -142,8 +158,18 @@ class Blocks(Packed):
 
         Args:
             rows: int64, (rows of the new matrix,), each in [0, O).
+
+        Raises:
+            IncompatibleError: the matrix is in its native form.
         """
-        return Blocks(self.blocks[rows], self.format)
+        return Blocks(self._stored()[rows], self.format)
+
+    def _stored(self) -> Tensor:
+        if self.blocks is None:
+            raise IncompatibleError(
+                "A matrix in native form has no blocks left. Choose rows before to_native."
+            )
+        return self.blocks
 
 
 # Decoding. Every decoder keeps one order of operations (scale times code, then the minimum), because

@@ -40,7 +40,10 @@ def _measure(run: Run) -> Measurements:
     from plait.hub import resolve
 
     yield "loading SmolLM2 three times"
-    exact_angles, usual_angles = load("smollm2"), load("smollm2", angles="fp32")
+    exact_angles, usual_angles = (
+        load("smollm2", weights="fp32"),
+        load("smollm2", weights="fp32", angles="fp32"),
+    )
     peer = load_peer(resolve("smollm2"))
     state = peer.state_dict()
     head = state["lm_head.weight"].double()

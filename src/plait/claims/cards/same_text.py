@@ -33,7 +33,7 @@ def _measure(run: Run) -> Measurements:
     from plait.hub import resolve
 
     yield "loading SmolLM2 twice"
-    lm = load("smollm2")
+    lm = load("smollm2", weights="fp32")
     peer = load_peer(resolve("smollm2"))
     prompts = [*chat_prompts(lm), *copying_prompts(lm)[::2], *plain_prompts(lm)]
     prompts = run.pick(prompts, prompts[:2])
