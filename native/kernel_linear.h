@@ -1,4 +1,4 @@
-// Products with packed matrices (int8 activations, exact integer sums) and with dense ones (fp32).
+// Products with packed matrices (activations in two bytes, exact integer sums) and with dense ones (fp32).
 #pragma once
 
 #include "kernel_math.h"
@@ -20,6 +20,16 @@ struct Linear {
     using F = typename S::F;
     using Wide = typename S::Wide;
     static constexpr int kParts = kTile / S::kWideLanes;
+
+    // Sum over the columns of groups [From, To) of (code - 2^Shift) * q; minus_sum is -sum(q).
+    template <class Fmt, int From, int To>
+    static Wide dot(const typename S::template Codes<Fmt::Bits>& codes, const int8_t* q, const int32_t* minus_sum) {
+        static constexpr int32_t kNothing = 0;
+        // What codes are too large by is taken off once, with the low parts; 8-bit codes may need it at each step.
+        constexpr int kShiftOfHigh = Fmt::Bits == 8 ? Fmt::Shift : -1;
+        return S::to_float(S::join(S::template dot<Fmt::Bits, kShiftOfHigh, From, To>(codes, q, &kNothing),
+                                   S::template dot<Fmt::Bits, Fmt::Shift, From, To>(codes, q + kBlock, minus_sum)));
+    }
 
     // y[row][r] = sum over blocks b of scale[b, r] * x_scale[b] * dot(b) + minimum[b, r] * x_scale[b] * x_sum[b],
     // in the order of b. Nothing here depends on how many rows the chunk has.
@@ -47,18 +57,18 @@ struct Linear {
                 }
 #pragma GCC unroll 8
                 for (int m = 0; m < Rows; ++m) {
-                    const int8_t* q = x + m * kBlock;
+                    const int8_t* q = x + m * kBlockCodes;
                     const RowBlock& of = xb[m];
                     const Wide x_scale = S::wide_set1(&of.scale);
                     Wide total = sum[part][m];
                     if constexpr (Fmt::Groups == 1) {
-                        const Wide dot = S::to_float(S::template dot<Fmt::Bits, Fmt::Shift, 0, 8>(codes, q, &of.minus_sum));
-                        total = S::wide_fma(S::wide_mul(scale, x_scale), dot, total);
+                        const Wide product = dot<Fmt, 0, 8>(codes, q, &of.minus_sum);
+                        total = S::wide_fma(S::wide_mul(scale, x_scale), product, total);
                         if constexpr (Fmt::HasMinima)
                             total = S::wide_fma(minimum, S::wide_set1(&of.scaled_sum), total);
                     } else {
-                        const Wide low = S::to_float(S::template dot<Fmt::Bits, Fmt::Shift, 0, 4>(codes, q, &of.minus_low));
-                        const Wide high = S::to_float(S::template dot<Fmt::Bits, Fmt::Shift, 4, 8>(codes, q, &of.minus_high));
+                        const Wide low = dot<Fmt, 0, 4>(codes, q, &of.minus_low);
+                        const Wide high = dot<Fmt, 4, 8>(codes, q, &of.minus_high);
                         total = S::wide_fma(S::wide_mul(scale, x_scale), low, total);
                         total = S::wide_fma(S::wide_mul(scale_high, x_scale), high, total);
                         if constexpr (Fmt::HasMinima) {
@@ -71,7 +81,7 @@ struct Linear {
             }
             codes_at += w.code_bytes;
             parameters_at += w.parameter_bytes;
-            x += Rows * kBlock;
+            x += Rows * kBlockCodes;
             xb += Rows;
         }
         for (int m = 0; m < Rows; ++m)
@@ -105,29 +115,33 @@ struct Linear {
         }
     }
 
-    // A block that holds NaN or infinity becomes NaN as a whole; one below 1e-36 becomes 0, as 127 / size
+    // A block that holds NaN or infinity becomes NaN as a whole; one below 1e-33 becomes 0, as 16256 / size
     // would overflow.
     static void quantize_row(const float* x, int64_t num_blocks, int row, int rows, int8_t* codes, RowBlock* blocks) {
         for (int64_t b = 0; b < num_blocks; ++b) {
             const F low = S::load(x + b * kBlock), high = S::load(x + b * kBlock + kLanes);
             const float size = S::largest(S::max(S::abs(low), S::abs(high)));
             const float poison = S::sum(S::fma(low, S::zero(), S::mul(high, S::zero())));
-            float scale = size / 127.0f, inverse = 127.0f / size;
-            if (!(size >= 1e-36f)) scale = inverse = 0.0f;
-            int8_t* out = codes + (b * rows + row) * kBlock;
+            float scale = size / 16256.0f, inverse = 16256.0f / size;
+            if (!(size >= 1e-33f)) scale = inverse = 0.0f;
+            int8_t* out = codes + (b * rows + row) * kBlockCodes;
             RowBlock& block = blocks[b * rows + row];
             if (poison != 0.0f) {
-                std::memset(out, 0, kBlock);
+                std::memset(out, 0, kBlockCodes);
                 const float nan = __builtin_nanf("");
                 block = {nan, nan, nan, nan, 0, 0, 0, 0};
                 continue;
             }
             const F factor = S::set1(inverse);
-            const F limit = S::set1(127.0f), floor = S::set1(-127.0f);
+            const F limit = S::set1(16256.0f), floor = S::set1(-16256.0f);
             const F q_low = S::max(S::min(S::round(S::mul(low, factor)), limit), floor);
             const F q_high = S::max(S::min(S::round(S::mul(high, factor)), limit), floor);
-            S::store_int8(out, q_low);
-            S::store_int8(out + kLanes, q_high);
+            const F over = S::set1(1.0f / 128.0f), minus = S::set1(-128.0f);
+            const F top_low = S::round(S::mul(q_low, over)), top_high = S::round(S::mul(q_high, over));
+            S::store_int8(out, top_low);
+            S::store_int8(out + kLanes, top_high);
+            S::store_int8(out + kBlock, S::fma(top_low, minus, q_low));
+            S::store_int8(out + kBlock + kLanes, S::fma(top_high, minus, q_high));
             const float sum_low = S::sum(q_low), sum_high = S::sum(q_high);  // whole numbers: exact
             block = {scale, scale * (sum_low + sum_high), scale * sum_low, scale * sum_high,
                      -int32_t(sum_low + sum_high), -int32_t(sum_low), -int32_t(sum_high), 0};

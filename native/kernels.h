@@ -18,7 +18,11 @@ enum class Number : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 
 inline int64_t nbytes_of(Number number) { return number == Number::fp32 ? 4 : 2; }
 
-// One block of 32 activations as whole numbers q in [-127, 127]: x = scale * q.
+// Bytes of 32 activations: their high parts, then their low parts.
+constexpr int kBlockCodes = 64;
+
+// One block of 32 activations as whole numbers q in [-16256, 16256]: x = scale * q. Each is kept in two bytes,
+// q = 128 * high + low with high in [-127, 127] and low in [-64, 64], so that 8-bit products add up to exact sums.
 struct RowBlock {
     float scale;
     float scaled_sum, scaled_low, scaled_high;    // scale * sum(q): of all, of the first and last 16
@@ -26,10 +30,10 @@ struct RowBlock {
     int32_t unused;
 };
 
-// Activations in int8, for rows of `columns` numbers (a multiple of 32).
+// Quantised activations, for rows of `columns` numbers (a multiple of 32).
 //
 // Rows are taken in chunks of 8, 4, 2 and 1 (`chunk_rows`). A chunk of m rows that starts at row r keeps
-// codes [block][row of the chunk][32] from r * columns, and row blocks [block][row] from r * columns / 32.
+// codes [block][row of the chunk][64] from 2 * r * columns, and row blocks [block][row] from r * columns / 32.
 struct QuantizedRows {
     int8_t* codes;
     RowBlock* blocks;

@@ -7,7 +7,7 @@
 namespace plait {
 namespace {
 
-// Rows that pass all tiles of a piece before the next ones: their int8 codes stay in the second-level cache.
+// Rows that pass all tiles of a piece before the next ones: their codes stay in the second-level cache.
 constexpr int64_t kRowsAtOnce = 256;
 
 // Which part holds tile `tile`.
@@ -32,7 +32,7 @@ void multiply(const Projection& projection, int64_t tile, const Activations& x, 
 void Activations::resize(int64_t rows, int64_t columns) {
     rows_ = rows;
     columns_ = columns;
-    const size_t codes = size_t(rows * columns), blocks = size_t(rows * (columns / kBlock)) * sizeof(RowBlock);
+    const size_t codes = size_t(2 * rows * columns), blocks = size_t(rows * (columns / kBlock)) * sizeof(RowBlock);
     if (codes_.size() < codes) codes_ = Buffer(codes);
     if (blocks_.size() < blocks) blocks_ = Buffer(blocks);
 }
@@ -46,7 +46,7 @@ Activations::Place Activations::place(int64_t row, int64_t block) const {
         size = chunk_rows(rows_ - start);
     }
     const int64_t num_blocks = columns_ / kBlock;
-    return {reinterpret_cast<int8_t*>(codes_.data()) + start * columns_ + block * size * kBlock,
+    return {reinterpret_cast<int8_t*>(codes_.data()) + 2 * start * columns_ + block * size * kBlockCodes,
             reinterpret_cast<RowBlock*>(blocks_.data()) + start * num_blocks + block * size, int(row - start), size};
 }
 

@@ -10,7 +10,7 @@
 
 namespace plait {
 
-// Room for `rows` rows of `columns` int8 activations.
+// Room for `rows` rows of `columns` quantised activations.
 class Activations {
 public:
     void resize(int64_t rows, int64_t columns);
@@ -21,7 +21,7 @@ public:
     int64_t columns() const { return columns_; }
 
     // The chunk of rows that starts at `row`.
-    const int8_t* codes(int64_t row) const { return reinterpret_cast<int8_t*>(codes_.data()) + row * columns_; }
+    const int8_t* codes(int64_t row) const { return reinterpret_cast<int8_t*>(codes_.data()) + 2 * row * columns_; }
     const RowBlock* blocks(int64_t row) const {
         return reinterpret_cast<RowBlock*>(blocks_.data()) + row * (columns_ / kBlock);
     }

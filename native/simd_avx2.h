@@ -118,6 +118,7 @@ struct Avx2 {
     static Wide wide_mul(Wide a, Wide b) { return _mm256_mul_ps(a, b); }
     static Wide wide_fma(Wide a, Wide b, Wide c) { return _mm256_fmadd_ps(a, b, c); }
     static Wide to_float(WideInt x) { return _mm256_cvtepi32_ps(x); }
+    static WideInt join(WideInt high, WideInt low) { return _mm256_add_epi32(_mm256_slli_epi32(high, 7), low); }
 
     // The codes of 8 rows (half a tile) and 32 columns.
     template <int Bits>

@@ -108,6 +108,7 @@ struct Avx512 {
     static Wide wide_mul(Wide a, Wide b) { return mul(a, b); }
     static Wide wide_fma(Wide a, Wide b, Wide c) { return fma(a, b, c); }
     static Wide to_float(WideInt x) { return _mm512_cvtepi32_ps(x); }
+    static WideInt join(WideInt high, WideInt low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
 
     template <int Bits>
     struct Codes {

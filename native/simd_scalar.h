@@ -118,6 +118,12 @@ struct Scalar {
         return each([&](int i) { return float(x.at[i]); });
     }
 
+    static WideInt join(WideInt high, WideInt low) {
+        WideInt joined;
+        for (int r = 0; r < 16; ++r) joined.at[r] = high.at[r] * 128 + low.at[r];
+        return joined;
+    }
+
     // The codes of 16 rows and 32 columns, one byte each: byte [group of 4 columns][row][column].
     template <int Bits>
     struct Codes {
