@@ -20,6 +20,7 @@ struct Linear {
     using F = typename S::F;
     using Wide = typename S::Wide;
     static constexpr int kParts = kTile / S::kWideLanes;
+    static constexpr int64_t kAhead = 8;  // blocks
 
     // Sum over the columns of groups [From, To) of (code - 2^Shift) * q; minus_sum is -sum(q).
     template <class Fmt, int From, int To>
@@ -44,6 +45,12 @@ struct Linear {
             for (int m = 0; m < Rows; ++m) sum[part][m] = S::wide_zero();
         for (int64_t b = 0; b < num_blocks; ++b) {
             const Scale* scales = reinterpret_cast<const Scale*>(parameters_at);
+            // The processor's own prefetching stops at the end of a page; this keeps some blocks ahead.
+            if constexpr (Rows <= 2) {
+                for (int64_t at = 0; at < kTile * kBlock * (Fmt::Bits == 4 ? 4 : 8) / 8; at += 64)
+                    __builtin_prefetch(codes_at + kAhead * w.code_bytes + at);
+                __builtin_prefetch(parameters_at + kAhead * w.parameter_bytes);
+            }
 #pragma GCC unroll 2
             for (int part = 0; part < kParts; ++part) {
                 const auto codes = S::template load_codes<Fmt::Bits>(codes_at + 4 * S::kWideLanes * part);

@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
@@ -187,14 +186,6 @@ float get_number(const uint8_t* base, int64_t index, bool is_half) {
 
 }  // namespace
 
-Buffer::Buffer(size_t bytes) : size_(bytes) {
-    const size_t rounded = (bytes + 127) / 64 * 64;
-    data_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, rounded)));
-    if (!data_) throw std::bad_alloc();
-}
-
-void Buffer::Free::operator()(uint8_t* p) const { std::free(p); }
-
 PackedMatrix::PackedMatrix(const uint8_t* blocks, int64_t rows, int64_t row_bytes, const std::string& format) {
     const Source* source = nullptr;
     for (const Source& candidate : kSources)
@@ -209,8 +200,8 @@ PackedMatrix::PackedMatrix(const uint8_t* blocks, int64_t rows, int64_t row_byte
     const int64_t number_bytes = kind.is_half ? 2 : 4;
     view_ = {rows, columns, tiles, source->layout, nullptr, nullptr, kind.is_nibble ? kTile * kBlock / 2 : kTile * kBlock,
              kTile * kind.groups * (kind.has_minima ? 2 : 1) * number_bytes};
-    codes_ = Buffer(size_t(tiles * num_blocks * view_.code_bytes));
-    parameters_ = Buffer(size_t(tiles * num_blocks * view_.parameter_bytes));
+    codes_ = Buffer::lasting(size_t(tiles * num_blocks * view_.code_bytes));
+    parameters_ = Buffer::lasting(size_t(tiles * num_blocks * view_.parameter_bytes));
     std::memset(codes_.data(), 0, codes_.size());
     std::memset(parameters_.data(), 0, parameters_.size());
     view_.codes = codes_.data();

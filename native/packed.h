@@ -3,28 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <string>
 
+#include "buffer.h"
 #include "kernels.h"
 
 namespace plait {
-
-// Memory that starts on a cache line.
-class Buffer {
-public:
-    Buffer() = default;
-    explicit Buffer(size_t bytes);
-    uint8_t* data() const { return data_.get(); }
-    size_t size() const { return size_; }
-
-private:
-    struct Free {
-        void operator()(uint8_t* p) const;
-    };
-    std::unique_ptr<uint8_t[], Free> data_;
-    size_t size_ = 0;
-};
 
 class PackedMatrix {
 public:
