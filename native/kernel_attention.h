@@ -17,6 +17,16 @@ struct Attention {
     static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
     static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
+    // Keys and values are read once each, from memory rather than a cache when the past is long: ask for them
+    // some tokens ahead. Asking beyond the end does nothing.
+    static constexpr int64_t kAhead = 16;
+    template <Number N>
+    static void fetch(const void* numbers, int64_t first, int64_t count) {
+        constexpr int64_t kSize = N == Number::fp32 ? 4 : 2;
+        const char* start = static_cast<const char*>(numbers) + first * kSize;
+        for (int64_t at = 0; at < count * kSize; at += 64) __builtin_prefetch(start + at);
+    }
+
     // Scores of `Rows` rows against keys [0, count) of `keys`, four at a time. Lane l sums channels
     // l, l + 16, ...; the lanes are added by `sum`. Scores behind the last key are meaningless.
     template <Number N, int Rows>
@@ -29,6 +39,7 @@ struct Attention {
             for (int r = 0; r < Rows; ++r)
                 for (int k = 0; k < 4; ++k) sum[r][k] = S::zero();
             for (int k = 0; k < 4; ++k) at[k] = smaller(j + k, count - 1) * stride;
+            for (int k = 0; k < 4; ++k) fetch<N>(keys, (j + kAhead + k) * stride, head_dim);
             int64_t c = 0;
             for (; c + kLanes <= head_dim; c += kLanes) {
                 F key[4];
@@ -61,6 +72,7 @@ struct Attention {
                 for (int k = 0; k < 4; ++k) total[r][k] = S::zero();
             for (int64_t j = first; j < last; ++j) {
                 F v[4];
+                fetch<N>(values, (j + kAhead) * stride + c, 4 * kLanes);
                 for (int k = 0; k < 4; ++k) v[k] = R::load(values, j * stride + c + k * kLanes);
                 for (int r = 0; r < Rows; ++r) {
                     const F w = S::set1(weights[r * kKeyChunk + j]);
