@@ -68,8 +68,8 @@ class Machine:
 
 
 def native_is_on() -> bool:
-    """Whether the native operations are built and switched on with PLAIT_NATIVE=1."""
-    return os.environ.get("PLAIT_NATIVE") == "1" and importlib.util.find_spec("plait._native") is not None
+    """Whether the native operations are built and not switched off with PLAIT_NATIVE=0."""
+    return os.environ.get("PLAIT_NATIVE") != "0" and importlib.util.find_spec("plait._native") is not None
 
 
 def memory_bandwidth() -> float:

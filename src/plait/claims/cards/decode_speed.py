@@ -43,7 +43,8 @@ CLAIM = Claim(
         "1.5 times as fast."
     ),
     scale=(
-        "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised to fp32 on both sides), greedy, 64 new tokens; one prompt of "
+        "SmolLM2-135M-Instruct (GGUF Q4_1; Plait by default, and as plait_torch and Transformers dequantised to fp32), "
+        "greedy, 64 new tokens; one prompt of "
         "150 tokens, and 8 prompts of 8 to 400, which Transformers pads on the left. Each side in its own process "
         "with the same number of threads and its default attention; turns in 5 rounds after a warm-up, medians. "
         "Decode speed is counted from when every prompt was read, total speed from the start. No speed is "
