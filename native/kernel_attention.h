@@ -19,7 +19,7 @@ struct Attention {
 
     // Keys and values are read once each, from memory rather than a cache when the past is long: ask for them
     // some tokens ahead. Asking beyond the end does nothing.
-    static constexpr int64_t kAhead = 16;
+    static constexpr int64_t kAhead = 32;
     template <Number N>
     static void fetch(const void* numbers, int64_t first, int64_t count) {
         constexpr int64_t kSize = N == Number::fp32 ? 4 : 2;
@@ -28,10 +28,11 @@ struct Attention {
     }
 
     // Scores of `Rows` rows against keys [0, count) of `keys`, four at a time. Lane l sums channels
-    // l, l + 16, ...; the lanes are added by `sum`. Scores behind the last key are meaningless.
+    // l, l + 16, ...; the lanes are added by `sum`. Scores behind the last key are meaningless. The values of the
+    // keys, where given, are asked for meanwhile.
     template <Number N, int Rows>
     static void scores(const float* q, int64_t padded_dim, const void* keys, int64_t stride, int64_t head_dim,
-                       int64_t count, float* out) {
+                       int64_t count, const void* values, int64_t value_stride, int64_t value_dim, float* out) {
         using R = Reader<S, N>;
         for (int64_t j = 0; j < count; j += 4) {
             F sum[Rows][4];
@@ -39,7 +40,10 @@ struct Attention {
             for (int r = 0; r < Rows; ++r)
                 for (int k = 0; k < 4; ++k) sum[r][k] = S::zero();
             for (int k = 0; k < 4; ++k) at[k] = smaller(j + k, count - 1) * stride;
-            for (int k = 0; k < 4; ++k) fetch<N>(keys, (j + kAhead + k) * stride, head_dim);
+            for (int k = 0; k < 4; ++k) {
+                fetch<N>(keys, (j + kAhead + k) * stride, head_dim);
+                if (values != nullptr) fetch<N>(values, (j + k) * value_stride, value_dim);
+            }
             int64_t c = 0;
             for (; c + kLanes <= head_dim; c += kLanes) {
                 F key[4];
@@ -72,7 +76,6 @@ struct Attention {
                 for (int k = 0; k < 4; ++k) total[r][k] = S::zero();
             for (int64_t j = first; j < last; ++j) {
                 F v[4];
-                fetch<N>(values, (j + kAhead) * stride + c, 4 * kLanes);
                 for (int k = 0; k < 4; ++k) v[k] = R::load(values, j * stride + c + k * kLanes);
                 for (int r = 0; r < Rows; ++r) {
                     const F w = S::set1(weights[r * kKeyChunk + j]);
@@ -187,7 +190,8 @@ struct Attention {
                 // Four keys at a time from a fixed place; a score depends on its own key only.
                 const int64_t first = low / 4 * 4;
                 scores<N, Rows>(v.q + row * v.padded_dim, v.padded_dim, at<N>(keys, first * key_stride), key_stride,
-                                v.head_dim, high - first, own + first);
+                                v.head_dim, high - first, row == 0 ? value_rows : nullptr, value_stride, v.value_dim,
+                                own + first);
             }
             for (int r = 0; r < Rows; ++r)
                 soften(v, (row + r) / v.group, begin, end, own + r * kKeyChunk, fold.top + row + r, fold.total + row + r);
@@ -259,7 +263,7 @@ struct Attention {
             all_rows<Number::fp32>(v, begin, end, nullptr, 0, wide, v.padded_value, true, weights, fold);
             return;
         }
-        all_rows<N>(v, begin, end, keys, v.key_stride, nullptr, 0, false, weights, fold);
+        all_rows<N>(v, begin, end, keys, v.key_stride, value_rows, v.value_stride, false, weights, fold);
         all_rows<N>(v, begin, end, nullptr, 0, value_rows, v.value_stride, true, weights, fold);
     }
 
