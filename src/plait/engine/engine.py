@@ -38,7 +38,7 @@ class Feed(NamedTuple):
     past: Past
     tokens: list[int]
     tree: Tree | None
-    growth: int
+    growth: int = 0
 
 
 class Engine:
@@ -233,7 +233,7 @@ class Engine:
     def _admit(self) -> None:
         """Give places to waiting sequences for which there is memory."""
         scheduler = self._scheduler
-        while (sequence := scheduler.next_waiting()) is not None and scheduler.can_place(sequence):
+        while (sequence := scheduler.next_waiting()) is not None:
             if sequence.past is None:
                 self._open(sequence)
             if not self._has_memory_for(sequence):
@@ -334,8 +334,7 @@ class Engine:
             tree = self._propose(sequence, room - len(unread))
             tokens = unread[:-1] + tree.tokens
         assert sequence.past is not None
-        growth = 0 if self._budget.limit is None else sequence.past.growth(len(tokens))
-        return Feed(sequence, sequence.past, tokens, tree, growth)
+        return Feed(sequence, sequence.past, tokens, tree)
 
     def _propose(self, sequence: RunningSequence, room: int) -> Tree:
         remaining = sequence.request.max_new_tokens - len(sequence.choices)
@@ -348,6 +347,7 @@ class Engine:
         """The feeds that there is memory for, once others have given back what is needed."""
         if self._budget.limit is None:
             return feeds
+        feeds = [feed._replace(growth=feed.past.growth(len(feed.tokens))) for feed in feeds]
         while feeds and not self._budget.fits(sum(feed.growth for feed in feeds)):
             victim = self._budget.victim(self._scheduler.everyone, self._scheduler.oldest)
             if victim is not None:

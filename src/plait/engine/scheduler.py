@@ -74,16 +74,17 @@ class Scheduler:
             del self._unfinished[tenant], self._served[tenant]
 
     def next_waiting(self) -> RunningSequence | None:
-        """The one that gets the next place; it keeps its turn until it gets one."""
+        """The one that gets the next place; it keeps its turn until it gets one.
+
+        None where nobody waits, or all places are taken and no tenant holds one beyond its share.
+        """
         heads = [queue[0] for queue in self._waiting.values()]
+        if len(self.running) >= self.max_sequences:
+            heads = [head for head in heads if self._beyond_share(head.tenant) is not None]
         return min(heads, key=lambda head: (self._served[head.tenant], head.arrival), default=None)
 
-    def can_place(self, sequence: RunningSequence) -> bool:
-        """Whether there is a place, or one that another tenant holds beyond its share."""
-        return len(self.running) < self.max_sequences or self._beyond_share(sequence.tenant) is not None
-
     def place(self, sequence: RunningSequence) -> None:
-        """Give a waiting sequence a place; where all are taken, one that `can_place` found."""
+        """Give `next_waiting` a place; where all are taken, one that a tenant holds beyond its share."""
         if len(self.running) >= self.max_sequences and (other := self._beyond_share(sequence.tenant)):
             self.set_aside(other)
         self._stop_waiting(sequence)
