@@ -127,7 +127,7 @@ def test_a_prompt_that_breaks_the_forward_pass_fails_alone(make_small: Make) -> 
         with pytest.raises(PlaitError, match="thirteen"):
             engine.step()
         engine.check_integrity()
-        texts = {one: "" for one in good}
+        texts = dict.fromkeys(good, "")
         for sequence, piece in engine.run():
             texts[sequence] += piece.text
         assert isinstance(bad.error, PlaitError)
