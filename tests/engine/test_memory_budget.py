@@ -138,7 +138,7 @@ class EngineMachine(RuleBasedStateMachine):
     lm: LanguageModel
 
     @initialize(
-        rows=st.sampled_from([5, 40, 200]), places=st.sampled_from([1, 3, 8]), tokens=st.integers(170, 260)
+        rows=st.sampled_from([5, 40, 200]), places=st.sampled_from([1, 3, 8]), tokens=st.integers(200, 280)
     )
     def begin(self, rows: int, places: int, tokens: int) -> None:
         self.limit = tokens * ROW
@@ -221,10 +221,10 @@ def test_a_request_that_could_never_fit_is_refused_with_the_numbers(make_small: 
     with pytest.raises(CapacityError, match=r"90 tokens.*10.*51200"):
         engine.submit(ask([1] * 90, 10))
     assert engine.is_idle
-    sequence = engine.submit(ask([1] * 70, 10))
+    sequence = engine.submit(ask([1] * 40, 10))
     for _ in engine.run():
         engine.check_integrity()
-    assert sequence.result().tokens == alone(lm, ask([1] * 70, 10))
+    assert sequence.result().tokens == alone(lm, ask([1] * 40, 10))
 
 
 def test_what_does_not_fit_when_it_grows_fails_alone(make_small: Make) -> None:
@@ -244,7 +244,7 @@ def test_what_does_not_fit_when_it_grows_fails_alone(make_small: Make) -> None:
 
 def test_the_youngest_gives_its_past_back_and_the_oldest_goes_on(make_small: Make) -> None:
     lm = make_small()
-    engine = lm.new_engine(memory_bytes=150 * ROW, rows_per_step=200)
+    engine = lm.new_engine(memory_bytes=160 * ROW, rows_per_step=200)
     first = engine.submit(ask([5] * 60, 40))
     engine.step()
     second = engine.submit(ask([7] * 60, 40))
@@ -269,3 +269,15 @@ def test_cached_beginnings_are_forgotten_before_anyone_is_preempted(make_small: 
 def test_a_budget_without_a_byte_is_refused(make_small: Make, bad: int) -> None:
     with pytest.raises(ConfigError, match="memory_bytes"):
         make_small().new_engine(memory_bytes=bad)
+
+
+def test_what_fits_alone_fits_behind_a_stored_beginning(make_small: Make) -> None:
+    lm = make_small()
+    request = ask([5] * 65, 2)
+    engine = lm.new_engine(memory_bytes=lm.model.new_past(lm.plan).growth(67 + 16) + 32 * ROW)
+    for _ in range(3):
+        sequence = engine.submit(request)
+        for _ in engine.run():
+            engine.check_integrity()
+        assert sequence.result().tokens == alone(lm, request)
+    assert engine.metrics.hits == 2

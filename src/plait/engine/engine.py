@@ -136,8 +136,8 @@ class Engine:
                 "Shorten the prompt."
             )
         length = min(len(request.prompt) + request.max_new_tokens, limit)
-        # Storage grows by a quarter at a time.
-        most = self._empty.growth(length + length // 4) if self._is_plain else 0
+        # Storage grows by a quarter at a time; behind a shared beginning it starts with room for some tokens.
+        most = self._empty.growth(length + length // 4) + self._empty.growth(1) if self._is_plain else 0
         if self._budget.limit is not None and most > self._budget.limit:
             raise CapacityError(
                 f"The prompt of {len(request.prompt)} tokens and an answer of up to {length - len(request.prompt)} "
