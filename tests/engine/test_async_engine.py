@@ -211,7 +211,10 @@ def test_closing_finishes_what_was_begun_and_takes_nothing_new(make_small: Make)
         await asyncio.sleep(0)
         with pytest.raises(CapacityError, match="closed"):
             engine.submit(ask([1]))
+        asked = asyncio.create_task(engine.metrics())
         await closing
+        assert (await asyncio.wait_for(asked, 10)).waiting == 0
+        await engine.close()
         assert [len((await stream.result()).tokens) for stream in streams] == [20] * 5
         assert (await engine.metrics()).running == 0
 

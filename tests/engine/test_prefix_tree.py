@@ -119,6 +119,25 @@ def test_two_that_computed_the_same_keep_one_copy() -> None:
     assert contents(second) == expected([1, 2, 3, 4, 5])
 
 
+def test_the_turns_of_a_conversation_become_few_strands() -> None:
+    tree = PrefixTree(GRAIN)
+    tokens: list[int] = []
+    for turn in range(40):
+        past = Past([Memory(HEADS, PLAN) for _ in range(2)])
+        assert tree.adopt(ANNA, tokens, past) == len(tokens)
+        tokens += [turn, turn, 7, 7]
+        past_of(tokens, past)
+        tree.insert(ANNA, tokens, past)
+        assert contents(past) == expected(tokens)
+        tree.release(past)
+        tree.check_integrity()
+    past = Past([Memory(HEADS, PLAN) for _ in range(2)])
+    assert tree.adopt(ANNA, tokens, past) == 160
+    assert contents(past) == expected(tokens)
+    # Without joining there would be 40 of them.
+    assert len(past.layers[0].all_strands()) <= 7  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 6), (4, 3)])
 def test_a_run_of_tokens_that_are_not_there_is_refused(start: int, stop: int) -> None:
     layer = past_of([1, 2, 3, 4, 5]).layers[0]
@@ -129,7 +148,20 @@ def test_a_run_of_tokens_that_are_not_there_is_refused(start: int, stop: int) ->
     with pytest.raises(ConfigError, match="pending"):
         layer.run(0, 2)
     with pytest.raises(ConfigError, match="pending"):
-        layer.adopt([])
+        layer.adopt(past_of([1, 2]).layers[0].run(0, 2))  # type: ignore[union-attr]
+
+
+def test_readers_follow_a_split_also_while_they_write() -> None:
+    tree = PrefixTree(GRAIN)
+    first = past_of([1, 2, 3, 4])
+    tree.insert(ANNA, [1, 2, 3, 4], first)
+    for layer in first.layers:
+        layer.append(torch.full((1, 1, 2), 9.0), torch.full((1, 1, 2), 9.0))  # type: ignore[union-attr]
+    tree.adopt(ANNA, [1, 2, 8], Past([Memory(HEADS, PLAN) for _ in range(2)]))
+    first.truncate(4)
+    past_of([1, 2, 3, 4, 5], first)
+    assert contents(first) == expected([1, 2, 3, 4, 5])
+    tree.check_integrity()
 
 
 def test_common_prefix_equals_a_loop() -> None:

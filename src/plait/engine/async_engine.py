@@ -199,6 +199,11 @@ class AsyncEngine:
             self._orders.put(self._cancel_all)
             self._orders.put(None)
         await asyncio.to_thread(self._thread.join)
+        # Whoever asked while the thread was ending is answered here.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (order := self._orders.get_nowait()) is not None:
+                    order()
 
     # What follows runs in the worker thread, but for `_cancel`, `_deliver` and `_resolve`.
 

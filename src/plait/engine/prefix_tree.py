@@ -8,7 +8,7 @@ themselves are those of `plait.memory.attend`, which finds shared strands by the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from plait.memory import Memory, MemoryPlan, Past, Strand, allocated_bytes
@@ -119,6 +119,8 @@ class PrefixTree:
         for node in path:
             node.readers.discard(past)
         self._touch(path)
+        if path:
+            self._join_up(path[-1])
 
     def evict(self) -> int:
         """Forget the leaf that nobody has read for longest.
@@ -191,8 +193,8 @@ class PrefixTree:
         for node in path:
             node.readers.add(past)
         self._touch(path)
-        for index, layer in enumerate(_memories(past)):
-            layer.adopt([strand for node in path for strand in node.runs[index]])
+        for index in range(len(past.layers)):
+            self._point([past], index)
 
     def _split(self, node: Node, at: int) -> Node:
         """Put a node for the first `at` tokens above a node, and return it; readers follow."""
@@ -209,13 +211,39 @@ class PrefixTree:
         for index, run in enumerate(node.runs):
             # Layer by layer, so that only one layer is held twice for a moment.
             front.runs[index], node.runs[index] = _split_run(run, at)
-            for past in node.readers:
-                strands = [strand for above in self._paths[past] for strand in above.runs[index]]
-                _memories(past)[index].adopt(strands)
+            self._point(node.readers, index)
         for half in (front, node):
             half.nbytes = allocated_bytes(itertools.chain.from_iterable(half.runs))
             self.nbytes += half.nbytes
         return front
+
+    def _join_up(self, node: Node) -> None:
+        """Join a node with those above it that lead to it alone, as the turns of a conversation do.
+
+        A node that is more than twice as long stays, so that a token is copied a few times at most.
+        """
+        parent = node.parent
+        while parent is not None and parent.parent is not None:
+            is_chain = len(parent.children) == 1 and parent.readers == node.readers
+            if not is_chain or len(parent.tokens) > 2 * len(node.tokens):
+                return
+            parent.parent.children[parent.tokens[: self.grain]] = node
+            node.parent, node.tokens = parent.parent, parent.tokens + node.tokens
+            for past in node.readers:
+                self._paths[past] = [other for other in self._paths[past] if other is not parent]
+            for index, (before, after) in enumerate(zip(parent.runs, node.runs, strict=True)):
+                node.runs[index], parent.runs[index] = _join_runs(before, after), []
+                self._point(node.readers, index)
+            self.nbytes -= parent.nbytes + node.nbytes
+            node.nbytes = allocated_bytes(itertools.chain.from_iterable(node.runs))
+            self.nbytes += node.nbytes
+            parent = node.parent
+
+    def _point(self, pasts: Iterable[Past], layer: int) -> None:
+        """Let pasts read one layer of their paths as it is stored now."""
+        for past in pasts:
+            strands = [strand for node in self._paths[past] for strand in node.runs[layer]]
+            _memories(past)[layer].adopt(strands)
 
     def _remove(self, leaf: Node) -> None:
         assert leaf.parent is not None
@@ -274,3 +302,9 @@ def _split_run(run: Sequence[Strand], at: int) -> tuple[list[Strand], list[Stran
             back.append(second.copied())
         at -= len(strand)
     return front, back
+
+
+def _join_runs(front: Sequence[Strand], back: Sequence[Strand]) -> list[Strand]:
+    """The strands of two runs that follow each other, the last of one and the first of the other as one."""
+    joined = front[-1].joined(back[0])
+    return [*front, *back] if joined is None else [*front[:-1], joined, *back[1:]]

@@ -200,12 +200,12 @@ class Memory:
         continues behind them. Nothing is copied.
 
         Raises:
-            ConfigError: rows are pending.
+            ConfigError: rows are pending, and the strands reach into the tail.
         """
-        if self.pending:
-            raise ConfigError(f"Call commit before adopt: {self.pending} rows are pending.")
         length = sum(map(len, strands))
-        if length >= len(self):
+        if self.pending and length > self.tail.position:
+            raise ConfigError(f"Call commit before adopt: {self.pending} rows are pending.")
+        if length >= len(self) and not self.pending:
             self.strands, self.tail = list(strands), self._new_tail(length)
             return
         self._cut(length)

@@ -108,6 +108,13 @@ class Strand:
         """
         return self
 
+    def joined(self, later: Strand) -> Strand | None:
+        """The tokens of this strand and those right behind it as one strand, in storage of its own.
+
+        None where the two cannot be stored as one.
+        """
+        return None
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that this strand keeps allocated; views stand for the whole of their storage."""
         raise NotImplementedError
@@ -191,6 +198,14 @@ class FrozenStrand(Strand):
         with torch.inference_mode(False):
             twin._keys, twin._values = self.keys.clone(), self.values.clone()
         return twin
+
+    def joined(self, later: Strand) -> FrozenStrand | None:
+        if not isinstance(later, FrozenStrand) or later.offset != self.offset:
+            return None
+        with torch.inference_mode(False):
+            keys = torch.cat([self.keys, later.keys], dim=1)
+            values = torch.cat([self.values, later.values], dim=1)
+        return FrozenStrand(self.heads, keys, values, offset=self.offset, start=self.start)
 
     def tensors(self) -> list[Tensor]:
         return [self._keys, self._values]
