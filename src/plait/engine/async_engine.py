@@ -221,14 +221,13 @@ class AsyncEngine:
 
     def _obey(self) -> bool:
         """Carry out what was ordered, waiting for an order if there is nothing else to do; False to stop."""
-        while True:
-            try:
-                order = self._orders.get(block=self._engine.is_idle)
-            except queue.Empty:
-                return True
+        # Orders that come meanwhile have to wait for a step, so that no flood of them stops the engine.
+        for _ in range(max(self._orders.qsize(), int(self._engine.is_idle))):
+            order = self._orders.get()
             if order is None:
                 return False
             order()
+        return True
 
     def _take(self, answer: _Answer) -> None:
         if answer.is_cancelled:
