@@ -138,7 +138,7 @@ class EngineMachine(RuleBasedStateMachine):
     lm: LanguageModel
 
     @initialize(
-        rows=st.sampled_from([5, 40, 200]), places=st.sampled_from([1, 3, 8]), tokens=st.integers(200, 280)
+        rows=st.sampled_from([5, 40, 200]), places=st.sampled_from([1, 3, 8]), tokens=st.integers(230, 300)
     )
     def begin(self, rows: int, places: int, tokens: int) -> None:
         self.limit = tokens * ROW
@@ -148,16 +148,25 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         beginning=st.sampled_from([*BEGINNINGS, []]),
-        own=st.lists(st.integers(1, 256), min_size=1, max_size=30),
-        count=st.integers(1, 8),
+        own=st.lists(st.integers(1, 256), min_size=1, max_size=20),
+        count=st.integers(1, 40),
+        copies=st.integers(1, 4),
         temperature=st.sampled_from([0.0, 1.0]),
         tenant=st.sampled_from(["anna", "bert"]),
     )
     def submit(
-        self, beginning: list[int], own: list[int], count: int, temperature: float, tenant: str
+        self,
+        beginning: list[int],
+        own: list[int],
+        count: int,
+        copies: int,
+        temperature: float,
+        tenant: str,
     ) -> None:
-        request = ask([*beginning, *own], count, Sampling(temperature=temperature, seed=4), tenant)
-        self.sequences.append(self.engine.submit(request))
+        for copy in range(copies):
+            prompt = [*beginning, *own[copy:], copy + 1]
+            request = ask(prompt, count, Sampling(temperature=temperature, seed=copy), tenant)
+            self.sequences.append(self.engine.submit(request))
 
     @rule(times=st.integers(1, 5))
     def step(self, times: int) -> None:
@@ -191,8 +200,9 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        self.pieces += list(self.engine.run())
-        self.everything_agrees()
+        while not self.engine.is_idle:
+            self.pieces += self.engine.step()
+            self.everything_agrees()
         for sequence in self.sequences:
             answer = sequence.result()
             wanted = alone(self.lm, sequence.request)

@@ -259,16 +259,16 @@ class PrefixTree:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Number of tokens that two sequences of one type begin with in common."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    # The slices are compared in C, so halving is quicker than a loop over tokens.
-    while high - low > 1:
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
+    low, width, end = 0, 1, min(len(a), len(b))
+    # Slices are compared in C, so strides that grow while they agree are quicker than a loop over tokens.
+    while low < end:
+        high = min(low + width, end)
+        if a[low:high] == b[low:high]:
+            low, width = high, 2 * width
+        elif high - low == 1:
+            break
         else:
-            high = middle
+            width = (high - low) // 2
     return low
 
 
