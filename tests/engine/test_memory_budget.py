@@ -220,7 +220,7 @@ def test_a_full_engine_under_any_order_of_events(make_small: Make) -> None:
     class Machine(EngineMachine):
         lm = make_small()
 
-    Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+    Machine.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
     case = Machine.TestCase()
     case.runTest()
 
