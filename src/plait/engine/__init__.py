@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from plait.engine.async_engine import AsyncEngine, Stream
 from plait.engine.engine import Engine
 from plait.engine.language_model import LanguageModel, Message, Score
 from plait.engine.loading import load
+from plait.engine.metrics import Metrics
 from plait.engine.request import FinishReason, Generation, Piece, Request
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
 
 __all__ = [
+    "AsyncEngine",
     "Engine",
     "FinishReason",
     "Generation",
     "LanguageModel",
     "Message",
+    "Metrics",
     "Piece",
     "Request",
     "RunningSequence",
     "Score",
     "Session",
+    "Stream",
     "load",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,11 @@ from torch import Tensor
 
 from plait.decode import Sampler
 from plait.decode.speculate import Context, Speculator, Tree, verify
+from plait.engine.budget import MemoryBudget
+from plait.engine.metrics import Metrics
+from plait.engine.prefix_tree import Namespace, PrefixTree, common_prefix
 from plait.engine.request import Piece, Request
+from plait.engine.scheduler import Scheduler
 from plait.engine.sequence import RunningSequence
 from plait.errors import CapacityError, ConfigError
 from plait.memory import Causal, Mask, MemoryPlan, Past, Rows
@@ -27,19 +30,24 @@ class Feed(NamedTuple):
     """The rows that one sequence contributes to a step.
 
     `tree` is None for a piece of the prompt behind which more of the prompt follows: nothing is
-    chosen. Else its nodes are the last rows; the rows before them are prompt.
+    chosen. Else its nodes are the last rows; the rows before them are prompt. `growth` is what writing
+    them allocates, in bytes.
     """
 
     sequence: RunningSequence
+    past: Past
     tokens: list[int]
     tree: Tree | None
+    growth: int = 0
 
 
 class Engine:
     """Continues many sequences at once.
 
     Every step is one forward pass over packed rows: one row, or a small draft tree, for each sequence
-    that is generating, and as much of the waiting prompts as `rows_per_step` allows.
+    that is generating, and as much of the waiting prompts as `rows_per_step` allows. Tenants get equal
+    shares of rows and places. Sequences of one tenant share what they remember of a common beginning,
+    where the memory allows it. An engine belongs to one thread; `AsyncEngine` is for many.
 
     Args:
         model: the transformer.
@@ -48,6 +56,14 @@ class Engine:
         new_speculator: makes the speculator of a new sequence.
         rows_per_step: most rows of one forward pass.
         max_sequences: most sequences that generate at the same time; others wait in order of arrival.
+        memory_bytes: most bytes of keys, values and states between steps. As long as there is room, what
+            finished requests have read is kept for later ones. When there is none, that is forgotten
+            first; then the youngest sequences give their past back, wait, and read again. None for no
+            limit: then only requests that run at the same time share.
+        share_prefixes: whether sequences share what they remember of a common beginning.
+
+    Raises:
+        ConfigError: a number below 1.
     """
 
     def __init__(
@@ -59,37 +75,56 @@ class Engine:
         new_speculator: Callable[[], Speculator],
         rows_per_step: int = 512,
         max_sequences: int = 64,
+        memory_bytes: int | None = None,
+        share_prefixes: bool = True,
     ) -> None:
         if rows_per_step < 1 or max_sequences < 1:
             raise ConfigError(
                 f"Engine needs rows_per_step and max_sequences of at least 1. Got {rows_per_step} and {max_sequences}."
             )
+        if memory_bytes is not None and memory_bytes < 1:
+            raise ConfigError(f"Engine.memory_bytes must be at least 1, or None. Got {memory_bytes}.")
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan
         self.new_speculator = new_speculator
         self.rows_per_step = rows_per_step
-        self.max_sequences = max_sequences
-        self._waiting: deque[RunningSequence] = deque()
-        self._running: list[RunningSequence] = []
+        self._empty = model.new_past(plan)
+        # A memory that keeps every token as it is: its bytes can be told beforehand.
+        self._is_plain = self._empty.is_shareable
+        self._shares = share_prefixes and self._is_plain
+        self._tree = PrefixTree()
+        self._budget = MemoryBudget(memory_bytes, self._tree)
+        self._scheduler = Scheduler(max_sequences)
         self._speculators: dict[RunningSequence, Speculator] = {}
+        self._unreturned: list[tuple[RunningSequence, Piece]] = []
+        self._counts = Metrics()
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is waiting or running."""
-        return not self._waiting and not self._running
+        return not len(self._scheduler)
 
-    def submit(self, request: Request, past: Past | None = None) -> RunningSequence:
-        """Queue a request.
+    @property
+    def metrics(self) -> Metrics:
+        """What the engine does now, and what it has done since it was made."""
+        if self._budget.limit is None:
+            for sequence in self._scheduler.everyone:
+                self._budget.update(sequence)
+        return self._counts._replace(
+            waiting=self._scheduler.num_waiting,
+            running=len(self._scheduler.running),
+            memory_bytes=self._budget.used,
+            prefix_bytes=self._tree.nbytes,
+        )
 
-        Args:
-            request: what to continue.
-            past: what is remembered of the first tokens of the prompt; it is used in place, and at
-                least the last token of the prompt is read again.
+    def check(self, request: Request) -> None:
+        """Raise what `submit` would raise; may be called from any thread.
 
         Raises:
             ConfigError: a prompt id or a biased id is outside the vocabulary.
-            CapacityError: the prompt fills the model's context.
+            CapacityError: the prompt fills the model's context, or prompt and answer could not be
+                remembered within `memory_bytes`.
         """
         vocab_size, limit = self.model.config.vocab_size, self.model.config.max_positions
         outside = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
@@ -100,13 +135,36 @@ class Engine:
                 f"The prompt has {len(request.prompt)} tokens; the model's context is {limit}, the answer included. "
                 "Shorten the prompt."
             )
-        if past is None:
-            past = self.model.new_past(self.plan)
-        elif len(past) >= len(request.prompt):
+        length = min(len(request.prompt) + request.max_new_tokens, limit)
+        # Storage grows by a quarter at a time; behind a shared beginning it starts with room for some tokens.
+        most = self._empty.growth(length + length // 4) + self._empty.growth(1) if self._is_plain else 0
+        if self._budget.limit is not None and most > self._budget.limit:
+            raise CapacityError(
+                f"The prompt of {len(request.prompt)} tokens and an answer of up to {length - len(request.prompt)} "
+                f"may need {most} bytes of memory; the engine has {self._budget.limit}. "
+                "Shorten the prompt or ask for fewer new tokens."
+            )
+        Sampler(request.sampling, vocab_size)
+
+    def submit(self, request: Request, past: Past | None = None) -> RunningSequence:
+        """Queue a request.
+
+        Args:
+            request: what to continue.
+            past: what is remembered of the first tokens of the prompt; it is used in place, and at
+                least the last token of the prompt is read again. It is neither shared nor dropped.
+
+        Raises:
+            ConfigError, CapacityError: see `check`.
+        """
+        self.check(request)
+        if past is not None and len(past) >= len(request.prompt):
             past.truncate(len(request.prompt) - 1)
-        sampler = Sampler(request.sampling, vocab_size)
+        sampler = Sampler(request.sampling, self.model.config.vocab_size)
+        limit = self.model.config.max_positions
         sequence = RunningSequence(request, past, self.tokenizer, sampler, limit)
-        self._waiting.append(sequence)
+        self._scheduler.add(sequence)
+        self._account(sequence)
         return sequence
 
     @torch.inference_mode()
@@ -119,67 +177,164 @@ class Engine:
             past.commit(is_prompt=len(past) < len(tokens))
 
     def cancel(self, sequence: RunningSequence) -> Piece:
-        """End a sequence now; what it remembered is freed unless the caller holds it."""
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
+        """End a sequence now; what it remembered is freed unless it is shared or the caller holds it."""
         self._retire(sequence)
         return sequence.cancel()
 
     def run(self) -> Iterator[tuple[RunningSequence, Piece]]:
         """Step until every request is finished, yielding what each step added."""
-        while not self.is_idle:
+        while not self.is_idle or self._unreturned:
             yield from self.step()
 
-    @torch.inference_mode()
     def step(self) -> list[tuple[RunningSequence, Piece]]:
         """One forward pass: read, choose, and return what was added to each sequence.
 
-        A sequence whose logits or past fail is cancelled alone, and its error raised after the others
-        have been served.
+        A sequence that fails is cancelled alone, and its error raised; what the others were given is
+        returned by the next call.
         """
-        feeds = self._schedule()
-        if not feeds:
-            return []
-        with _restored_on_failure([feed.sequence.past for feed in feeds]):
-            logits = self._forward(feeds)
-        pieces: list[tuple[RunningSequence, Piece]] = []
-        failure: Exception | None = None
-        start = 0
-        for feed in feeds:
-            stop = start + (len(feed.tree) if feed.tree is not None else 0)
-            try:
-                piece = self._settle(feed, logits[start:stop])
-            except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
-                piece, failure = self.cancel(feed.sequence), error
-            start = stop
-            if piece is not None:
-                pieces.append((feed.sequence, piece))
-                if feed.sequence.is_finished:
-                    self._retire(feed.sequence)
-        if failure is not None:
-            raise failure
+        pieces = [*self._unreturned, *(self.advance() if not self._unreturned else ())]
+        self._unreturned = []
+        for place, (sequence, _) in enumerate(pieces):
+            if sequence.error is not None:
+                self._unreturned = pieces[:place] + pieces[place + 1 :]
+                raise sequence.error
         return pieces
 
-    def _schedule(self) -> list[Feed]:
-        """Rows for this step: generating sequences first, then prompts in order of arrival."""
-        while self._waiting and len(self._running) < self.max_sequences:
-            sequence = self._waiting.popleft()
-            self._running.append(sequence)
-            self._speculators[sequence] = self.new_speculator()
+    @torch.inference_mode()
+    def advance(self) -> list[tuple[RunningSequence, Piece]]:
+        """As `step`, but nothing is raised for a sequence that fails: its `error` says what went wrong."""
+        pieces: list[tuple[RunningSequence, Piece]] = []
+        self._admit()
+        feeds = self._make_room(self._plan_rows(pieces), pieces)
+        if feeds:
+            self._counts = self._counts.after_step(sum(len(feed.tokens) for feed in feeds))
+        for feed, logits in self._compute(feeds):
+            try:
+                if isinstance(logits, Exception):
+                    raise logits
+                piece = self._settle(feed, logits)
+            except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
+                piece = self._fail(feed.sequence, error)
+            if piece is not None:
+                pieces.append((feed.sequence, piece))
+            if feed.sequence.is_finished:
+                self._retire(feed.sequence)
+            elif feed.growth or not self._is_plain:
+                self._account(feed.sequence)
+        return pieces
+
+    def check_integrity(self) -> None:
+        """Assert that queues, shared strands and counted bytes agree with each other; for tests."""
+        self._scheduler.check_integrity()
+        self._tree.check_integrity()
+        if self._budget.limit is not None:
+            self._budget.check_integrity(self._scheduler.everyone)
+
+    def _admit(self) -> None:
+        """Give places to waiting sequences for which there is memory."""
+        scheduler = self._scheduler
+        while (sequence := scheduler.next_waiting()) is not None:
+            if sequence.past is None:
+                self._open(sequence)
+            if not self._has_memory_for(sequence):
+                if not sequence.is_pinned:
+                    self._drop_past(sequence)
+                return
+            scheduler.place(sequence)
+            if sequence not in self._speculators:
+                self._speculators[sequence] = self.new_speculator()
+
+    def _open(self, sequence: RunningSequence) -> None:
+        """Give a sequence a past, which begins with what is stored of its tokens."""
+        sequence.past = self.model.new_past(self.plan)
+        if self._shares:
+            self._begin_with_stored(sequence)
+        self._account(sequence)
+
+    def _begin_with_stored(self, sequence: RunningSequence) -> None:
+        assert sequence.past is not None
+        # The last token is always read again, because the answer begins with what the model says to it.
+        self._tree.adopt(self._namespace(sequence), sequence.tokens[:-1], sequence.past)
+
+    def _has_memory_for(self, sequence: RunningSequence) -> bool:
+        """Whether what all running sequences have still to read fits; one alone gets its try."""
+        if self._budget.limit is None or not self._scheduler.running:
+            return True
+        needed = 0
+        for one in (*self._scheduler.running, sequence):
+            assert one.past is not None
+            rows = len(one.unread)
+            # What a policy or codec will leave of a long prompt is not known beforehand.
+            needed += one.past.growth(rows if self._is_plain else min(rows, self.rows_per_step))
+        return self._budget.fits(needed)
+
+    def _plan_rows(self, pieces: list[tuple[RunningSequence, Piece]]) -> list[Feed]:
+        """Rows for this step: generating sequences first, then prompts, tenant by tenant."""
         feeds: list[Feed] = []
         room = self.rows_per_step
-        # Whoever has the fewest rows to read goes first; Python's sort keeps the order of arrival.
-        for sequence in sorted(self._running, key=lambda s: len(s.unread) > 1):
+        for sequence in self._scheduler.in_order():
             if room == 0:
                 break
-            unread = sequence.unread
-            if len(unread) > room:
-                feeds.append(Feed(sequence, unread[:room], None))
-            else:
-                tree = self._propose(sequence, room - len(unread))
-                feeds.append(Feed(sequence, unread[:-1] + tree.tokens, tree))
-            room -= len(feeds[-1].tokens)
+            try:
+                if not sequence.has_begun and not self._begin(sequence):
+                    continue
+                feed = self._feed(sequence, room)
+            except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
+                pieces.append((sequence, self._fail(sequence, error)))
+                continue
+            feeds.append(feed)
+            room -= len(feed.tokens)
+            self._scheduler.charge(sequence, len(feed.tokens))
         return feeds
+
+    def _begin(self, sequence: RunningSequence) -> bool:
+        """Start from what others have computed; False while another is just computing more of it."""
+        if self._shares and not sequence.is_pinned:
+            if not self._publish_for(sequence):
+                return False
+            # More may be stored than when the sequence got its place.
+            self._begin_with_stored(sequence)
+            self._account(sequence)
+        sequence.has_begun = True
+        if not sequence.choices:
+            sequence.shared_tokens = sequence.held
+        self._counts = self._counts.after_start(len(sequence.tokens), sequence.held)
+        return True
+
+    def _publish_for(self, newcomer: RunningSequence) -> bool:
+        """Store the longest beginning that a running sequence has in common with a newcomer.
+
+        Returns:
+            False if it is not all computed yet, so that waiting is cheaper than computing it twice.
+        """
+        wanted = newcomer.tokens[:-1]
+        ready = coming = newcomer.held
+        source: RunningSequence | None = None
+        for other in self._scheduler.running:
+            if other.tenant != newcomer.tenant or other.is_pinned or not other.has_begun:
+                continue
+            common = self._tree.whole(common_prefix(wanted, other.tokens))
+            if other.is_reading:
+                coming = max(coming, common)
+            computed = min(common, self._tree.whole(other.held))
+            if computed > ready:
+                ready, source = computed, other
+        if coming > ready:
+            return False
+        if source is not None and source.past is not None:
+            self._tree.insert(self._namespace(source), wanted[:ready], source.past)
+            self._account(source)
+        return True
+
+    def _feed(self, sequence: RunningSequence, room: int) -> Feed:
+        unread, tree = sequence.unread, None
+        if len(unread) > room:
+            tokens = unread[:room]
+        else:
+            tree = self._propose(sequence, room - len(unread))
+            tokens = unread[:-1] + tree.tokens
+        assert sequence.past is not None
+        return Feed(sequence, sequence.past, tokens, tree)
 
     def _propose(self, sequence: RunningSequence, room: int) -> Tree:
         remaining = sequence.request.max_new_tokens - len(sequence.choices)
@@ -188,6 +343,50 @@ class Engine:
         tree.check(context, self.model.config.vocab_size)
         return tree
 
+    def _make_room(self, feeds: list[Feed], pieces: list[tuple[RunningSequence, Piece]]) -> list[Feed]:
+        """The feeds that there is memory for, once others have given back what is needed."""
+        if self._budget.limit is None:
+            return feeds
+        feeds = [feed._replace(growth=feed.past.growth(len(feed.tokens))) for feed in feeds]
+        while feeds and not self._budget.fits(sum(feed.growth for feed in feeds)):
+            victim = self._budget.victim(self._scheduler.everyone, self._scheduler.oldest)
+            if victim is not None:
+                self._preempt(victim)
+            else:
+                victim = max((feed.sequence for feed in feeds), key=lambda sequence: sequence.arrival)
+                error = CapacityError(
+                    f"{victim.held} tokens and what follows do not fit in the {self._budget.limit} bytes of memory "
+                    "that the engine has. Shorten the prompt or ask for fewer new tokens."
+                )
+                pieces.append((victim, self._fail(victim, error)))
+            feeds = [feed for feed in feeds if feed.sequence is not victim]
+        return feeds
+
+    def _preempt(self, sequence: RunningSequence) -> None:
+        """Let a sequence give its past back, and wait to read everything again."""
+        self._drop_past(sequence)
+        if sequence in self._scheduler.running:
+            self._scheduler.set_aside(sequence)
+        self._counts = self._counts.after_preemption()
+
+    def _compute(self, feeds: list[Feed]) -> list[tuple[Feed, Tensor | Exception]]:
+        """Logits of every feed; where a forward pass fails, it is made again for each sequence alone."""
+        if not feeds:
+            return []
+        try:
+            with _restored_on_failure([feed.past for feed in feeds]):
+                logits = self._forward(feeds)
+        except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
+            if len(feeds) == 1:
+                return [(feeds[0], error)]
+            return [result for feed in feeds for result in self._compute([feed])]
+        except BaseException:
+            for feed in feeds:
+                self._account(feed.sequence)
+            raise
+        counts = [len(feed.tree) if feed.tree is not None else 0 for feed in feeds]
+        return list(zip(feeds, logits.split(counts), strict=True))
+
     def _forward(self, feeds: Sequence[Feed]) -> Tensor:
         """Logits of the rows at which something is chosen: every node of every tree."""
         segments: list[tuple[int, int, Mask]] = []
@@ -195,36 +394,63 @@ class Engine:
         start = 0
         for feed in feeds:
             count = len(feed.tokens)
-            segments.append((count, len(feed.sequence.past), _mask(feed)))
+            segments.append((count, len(feed.past), _mask(feed)))
             if feed.tree is not None:
                 wanted.extend(range(start + count - len(feed.tree), start + count))
             start += count
         tokens = torch.tensor([token for feed in feeds for token in feed.tokens], dtype=torch.int64)
-        pasts = [feed.sequence.past for feed in feeds]
+        pasts = [feed.past for feed in feeds]
         return self.model.answer(
             tokens, Rows(segments), pasts, wanted=torch.tensor(wanted, dtype=torch.int64)
         )
 
     def _settle(self, feed: Feed, logits: Tensor) -> Piece | None:
-        sequence = feed.sequence
+        sequence, past = feed.sequence, feed.past
         if feed.tree is None:
-            sequence.past.commit(is_prompt=True)
+            past.commit(is_prompt=True)
             return None
         path, choices = verify(feed.tree, logits, sequence.sampler, sequence.history)
         prompt_rows = len(feed.tokens) - len(feed.tree)
         kept = [*range(prompt_rows), *(prompt_rows + node for node in path)]
-        sequence.past.commit(None if len(kept) == len(feed.tokens) else kept)
+        past.commit(None if len(kept) == len(feed.tokens) else kept)
         piece = sequence.accept(choices)
-        if len(sequence.past) >= len(sequence.tokens):
+        if len(past) >= len(sequence.tokens):
             # A stop inside the accepted path left rows of tokens that are not part of the answer.
-            sequence.past.truncate(len(sequence.tokens) - 1)
+            past.truncate(len(sequence.tokens) - 1)
         self._speculators[sequence].observe(sequence.tokens, feed.tree, path, logits)
         return piece
 
+    def _fail(self, sequence: RunningSequence, error: Exception) -> Piece:
+        sequence.error = error
+        return self.cancel(sequence)
+
     def _retire(self, sequence: RunningSequence) -> None:
-        if sequence in self._running:
-            self._running.remove(sequence)
+        """Forget a sequence; what it has read stays for later ones where there is a budget for it."""
+        self._scheduler.remove(sequence)
         self._speculators.pop(sequence, None)
+        is_kept = sequence.is_finished and self._shares and self._budget.limit is not None
+        if is_kept and not sequence.is_pinned and sequence.past is not None:
+            self._tree.insert(self._namespace(sequence), sequence.tokens[: sequence.held], sequence.past)
+        if sequence.is_pinned:
+            self._budget.release(sequence)
+        else:
+            self._drop_past(sequence)
+
+    def _drop_past(self, sequence: RunningSequence) -> None:
+        if sequence.past is not None:
+            self._tree.release(sequence.past)
+        sequence.past, sequence.has_begun = None, False
+        self._budget.release(sequence)
+        while self._budget.limit is None and self._tree.evict():
+            # Without a budget nothing is kept that no sequence reads.
+            pass
+
+    def _account(self, sequence: RunningSequence) -> None:
+        if self._budget.limit is not None:
+            self._budget.update(sequence)
+
+    def _namespace(self, sequence: RunningSequence) -> Namespace:
+        return Namespace(sequence.tenant, self.plan)
 
 
 def _mask(feed: Feed) -> Mask:

@@ -126,8 +126,8 @@ class LanguageModel:
 
         Args:
             prompt: a text, or a sequence of texts of any lengths.
-            options: `max_new_tokens` (256), `stop` (a text or several), `ignore_end`, and the fields of
-                `Sampling`, where `temperature` is 0 (greedy) unless given.
+            options: `max_new_tokens` (256), `stop` (a text or several), `ignore_end`, `tenant`, and the
+                fields of `Sampling`, where `temperature` is 0 (greedy) unless given.
 
         Returns:
             A `Generation`, or one for each prompt in the same order.
@@ -165,6 +165,7 @@ class LanguageModel:
         max_new_tokens: int = 256,
         stop: str | Sequence[str] = (),
         ignore_end: bool = False,
+        tenant: str = "",
         sampling: Sampling | None = None,
         **settings: Any,
     ) -> Request:
@@ -186,6 +187,7 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             ignore_end=ignore_end,
+            tenant=tenant,
         )
 
     @torch.inference_mode()
@@ -245,6 +247,12 @@ class LanguageModel:
 
 
 def _unknown_option(settings: Mapping[str, Any]) -> str:
-    known = ["max_new_tokens", "stop", "ignore_end", *(f.name for f in dataclasses.fields(Sampling))]
+    known = [
+        "max_new_tokens",
+        "stop",
+        "ignore_end",
+        "tenant",
+        *(f.name for f in dataclasses.fields(Sampling)),
+    ]
     name = next((name for name in settings if name not in known), "?")
     return f"generate has no option {name!r}.{suggestion(name, known)} It takes {', '.join(known)}."

@@ -24,6 +24,7 @@ class Request:
         max_new_tokens: most tokens to generate, at least 1.
         stop: texts that end the generation; they are not part of the answer.
         ignore_end: go on after an end-of-sequence token.
+        tenant: on whose behalf: tenants get equal shares of an engine, and never share what is remembered.
 
     Raises:
         ConfigError: an empty prompt or stop text, or `max_new_tokens` below 1.
@@ -34,6 +35,7 @@ class Request:
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
     ignore_end: bool = False
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -72,6 +74,7 @@ class Generation:
         finish_reason: `stop` (end of sequence or a stop text), `length` (`max_new_tokens` or the
             model's context is used up) or `cancelled`.
         prompt_tokens: number of tokens of the prompt.
+        shared_tokens: how many of them were remembered already when the answer began.
         seconds_to_first_token, seconds: wall time from submission.
     """
 
@@ -80,6 +83,7 @@ class Generation:
     choices: tuple[Choice, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    shared_tokens: int
     seconds_to_first_token: float
     seconds: float
 

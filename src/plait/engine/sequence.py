@@ -16,22 +16,34 @@ __all__ = ["RunningSequence"]
 class RunningSequence:
     """A request and everything that changes while it is answered.
 
-    The past holds every token but the last one chosen, whose keys and values are written when it is
-    fed in the next step.
+    While it runs, its past holds every token but the last one chosen, whose keys and values are written
+    when it is fed in the next step. A sequence that waits has no past, unless the caller gave it one.
 
     Args:
         request: what was asked.
-        past: what is remembered already; a prefix of the prompt.
+        past: the caller's own past, which holds a prefix of the prompt and is used in place; None for
+            one that the engine makes, shares and drops as it needs.
         tokenizer: for the text of the answer.
         sampler: bound to the request's sampling and the model's vocabulary.
         max_positions: the model's context in tokens.
+
+    Attributes:
+        arrival: place in the order of submission.
+        error: what went wrong, if that is why it was cancelled.
+        has_begun: whether it has begun to read; what it held then was computed by others.
+        shared_tokens: tokens that did not have to be read when it began.
     """
 
     def __init__(
-        self, request: Request, past: Past, tokenizer: Tokenizer, sampler: Sampler, max_positions: int
+        self, request: Request, past: Past | None, tokenizer: Tokenizer, sampler: Sampler, max_positions: int
     ) -> None:
         self.request = request
         self.past = past
+        self.is_pinned = past is not None
+        self.arrival = 0
+        self.error: Exception | None = None
+        self.has_begun = False
+        self.shared_tokens = held_by(past)
         self.sampler = sampler
         self.max_positions = max_positions
         self.tokens: list[int] = list(request.prompt)
@@ -46,9 +58,24 @@ class RunningSequence:
         self._first_token_at: float | None = None
 
     @property
+    def tenant(self) -> str:
+        """On whose behalf it runs."""
+        return self.request.tenant
+
+    @property
+    def held(self) -> int:
+        """Tokens that the past holds."""
+        return held_by(self.past)
+
+    @property
     def unread(self) -> list[int]:
-        """Tokens that the past does not hold yet."""
-        return self.tokens[len(self.past) :]
+        """Tokens that the past does not hold yet; the last token is always one of them."""
+        return self.tokens[self.held :]
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether more is to be read than the last token."""
+        return len(self.tokens) - self.held > 1
 
     @property
     def is_finished(self) -> bool:
@@ -102,6 +129,7 @@ class RunningSequence:
             choices=tuple(self.choices),
             finish_reason=self.finish_reason or "cancelled",
             prompt_tokens=len(self.request.prompt),
+            shared_tokens=self.shared_tokens,
             seconds_to_first_token=(self._first_token_at or now) - self._started,
             seconds=now - self._started,
         )
@@ -115,3 +143,8 @@ class RunningSequence:
     def _flush(self) -> str:
         """Text held back for a character or a stop text that will not be completed."""
         return self._emit(self._decoder.finish()) + self._stops.finish()
+
+
+def held_by(past: Past | None) -> int:
+    """Tokens that a past holds, if there is one."""
+    return 0 if past is None else len(past)

@@ -175,6 +175,46 @@ class Memory:
         twin.policy_notes = self.policy_notes and self.policy_notes.fork()
         return twin
 
+    def run(self, start: int, stop: int) -> list[Strand]:
+        """The strands of tokens [start, stop), which other memories may then begin with (`adopt`).
+
+        What is remembered stays the same. Borders between strands are put at `start` and `stop`, so later
+        results equal those without them up to rounding.
+
+        Raises:
+            ConfigError: rows are pending, or there are no such tokens.
+        """
+        if self.pending or not 0 <= start <= stop <= len(self):
+            raise ConfigError(
+                f"run takes committed tokens, from 0 to {len(self)}. "
+                f"Got {start} to {stop} with {self.pending} rows pending."
+            )
+        self._cut(start)
+        self._cut(stop)
+        return [strand for strand in self.strands if start <= strand.position < stop]
+
+    def adopt(self, strands: Sequence[Strand]) -> None:
+        """Let shared strands stand for the first tokens, in place of what is held of them.
+
+        They must hold the same tokens, from the first of the sequence on; a memory that is shorter
+        continues behind them. Nothing is copied.
+
+        Raises:
+            ConfigError: rows are pending, and the strands reach into the tail.
+        """
+        length = sum(map(len, strands))
+        if self.pending and length > self.tail.position:
+            raise ConfigError(f"Call commit before adopt: {self.pending} rows are pending.")
+        if length >= len(self) and not self.pending:
+            self.strands, self.tail = list(strands), self._new_tail(length)
+            return
+        self._cut(length)
+        self.strands = [*strands, *(own for own in self.strands if own.position >= length)]
+
+    def growth(self, count: int) -> int:
+        """Bytes that `count` more rows would allocate, before codec and policy store or drop any."""
+        return self.tail.growth(count)
+
     def check_append(self, draft: Tree | None) -> None:
         """Raise what `append` would raise for rows that are, or are not, a draft tree."""
         if self.pending and (self.draft is not None or draft is not None):
@@ -215,6 +255,20 @@ class Memory:
     def nbytes(self) -> int:
         """Bytes allocated for keys, values and whatever codec and policy keep beside them."""
         return allocated_bytes([*self.held(), *self.notes])
+
+    def _cut(self, at: int) -> None:
+        """Put a border between strands at position `at`."""
+        tail = self.tail
+        if at > tail.position:
+            front, rest = tail.split(at - tail.position)
+            # The two go on in storage of their own, so that each can be freed without the other.
+            self.strands.append(front.copied().frozen() if len(rest) else tail.frozen())
+            self.tail = rest.copied() if len(rest) else self._new_tail(at)
+            return
+        for index, strand in enumerate(self.strands):
+            if strand.position < at < strand.position + len(strand):
+                self.strands[index : index + 1] = strand.split(at - strand.position)
+                return
 
     def _new_tail(self, position: int) -> DenseStrand:
         return DenseStrand(

@@ -29,6 +29,11 @@ class Past:
         """Position of the next token."""
         return len(self.layers[0])
 
+    @property
+    def is_shareable(self) -> bool:
+        """Whether other sequences may begin with strands of this one; a recurrent state has none."""
+        return all(isinstance(layer, Memory) and layer.plan.is_shareable for layer in self.layers)
+
     def commit(self, path: Sequence[int] | Tensor | None = None, *, is_prompt: bool = False) -> None:
         """Make the rows of the last forward pass part of the past; see `Memory.commit`."""
         for layer in self.layers:
@@ -46,6 +51,15 @@ class Past:
     def fork(self) -> Past:
         """A second past that shares what is stored; writing to one does not change the other."""
         return Past([layer.fork() for layer in self.layers])
+
+    def growth(self, count: int) -> int:
+        """Bytes that `count` more rows would allocate, before codec and policy store or drop any.
+
+        A state is kept twice while rows are pending, so it grows by itself.
+        """
+        return sum(
+            layer.growth(count) if isinstance(layer, Memory) else layer.nbytes() for layer in self.layers
+        )
 
     def nbytes(self) -> int:
         """Bytes allocated over all layers; strands shared between pasts count in each."""

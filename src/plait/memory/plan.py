@@ -91,6 +91,15 @@ class Codec(Spec, axis=CODECS):
         """Number format of the dense tail, where new and speculative tokens live."""
         return torch.float32
 
+    @property
+    def is_shareable(self) -> bool:
+        """Whether a sequence may begin with the strands of another that has read the same tokens.
+
+        Only a codec can promise it that keeps no notes, and stores a token in the same way whatever came
+        after it and however the tokens came in pieces; `Strand.copied` of its strands must really copy.
+        """
+        return False
+
     def new_notes(self) -> Notes | None:
         """What this codec keeps beside the strands of one memory (`memory.codec_notes`); None for nothing."""
         return None
@@ -126,6 +135,14 @@ class Policy(Spec, axis=POLICIES):
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
         """The strands that the segment's queries see, oldest first; the tail is one of them."""
         return [Visit(strand, memory.window) for strand in memory.all_strands()]
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether a sequence may begin with the strands of another that has read the same tokens.
+
+        Only a policy can promise it that keeps no notes and neither drops nor rearranges strands.
+        """
+        return False
 
     def settle(self, memory: Memory) -> None:
         """Drop or rearrange strands after a commit or a fork.
@@ -188,6 +205,11 @@ class MemoryPlan:
             policy=policy or POLICIES.parse("full"),
             device=torch.device(device),
         )
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether sequences may share what they remember of a common beginning."""
+        return self.codec.is_shareable and self.policy.is_shareable
 
     def __str__(self) -> str:
         return f"{self.policy},{self.codec}"

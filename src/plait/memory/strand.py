@@ -108,6 +108,13 @@ class Strand:
         """
         return self
 
+    def joined(self, later: Strand) -> Strand | None:
+        """The tokens of this strand and those right behind it as one strand, in storage of its own.
+
+        None where the two cannot be stored as one.
+        """
+        return None
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that this strand keeps allocated; views stand for the whole of their storage."""
         raise NotImplementedError
@@ -192,6 +199,14 @@ class FrozenStrand(Strand):
             twin._keys, twin._values = self.keys.clone(), self.values.clone()
         return twin
 
+    def joined(self, later: Strand) -> FrozenStrand | None:
+        if not isinstance(later, FrozenStrand) or later.offset != self.offset:
+            return None
+        with torch.inference_mode(False):
+            keys = torch.cat([self.keys, later.keys], dim=1)
+            values = torch.cat([self.values, later.values], dim=1)
+        return FrozenStrand(self.heads, keys, values, offset=self.offset, start=self.start)
+
     def tensors(self) -> list[Tensor]:
         return [self._keys, self._values]
 
@@ -272,10 +287,21 @@ class DenseStrand(FrozenStrand):
         """The same tokens, in the same storage, as a strand that nothing can be appended to."""
         return FrozenStrand(self.heads, self.keys, self.values, offset=self.offset, start=self.start)
 
+    def growth(self, count: int) -> int:
+        """Bytes of storage that appending `count` tokens would add."""
+        held = self._keys.shape[1]
+        row = self._keys.shape[0] * (self._keys.shape[2] + self._values.shape[2]) * self._keys.element_size()
+        return (self._capacity(self.length + count) - held) * row
+
+    def _capacity(self, length: int) -> int:
+        """Tokens there is room for once `length` of them are held."""
+        held = self._keys.shape[1]
+        return held if length <= held else max(length, held * 5 // 4, 32)
+
     def _reserve(self, length: int) -> None:
-        if length <= self._keys.shape[1]:
+        capacity = self._capacity(length)
+        if capacity == self._keys.shape[1]:
             return
-        capacity = max(length, self._keys.shape[1] * 5 // 4, 32)
         try:
             # Both or neither: a failure must leave keys and values of one capacity.
             self._keys, self._values = self._grown(self._keys, capacity), self._grown(self._values, capacity)

@@ -32,3 +32,7 @@ class Dense(Codec, name="dense"):
     @property
     def tail_dtype(self) -> torch.dtype:
         return _DTYPES[self.dtype]
+
+    @property
+    def is_shareable(self) -> bool:
+        return True
