@@ -17,7 +17,7 @@ from plait import ops
 from plait.errors import CapacityError, ConfigError
 from plait.ops import Mask, Partial, Rope
 
-__all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Strand", "allocated_bytes"]
+__all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Strand", "allocated_bytes", "joined"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +100,17 @@ class Strand:
         twin = copy.copy(self)
         twin.offset += by
         return twin
+
+    def reframed(self, offset: int) -> Self:
+        """The same tokens at the same positions, with keys turned to a frame that starts at `offset`.
+
+        A strand whose keys cannot be turned as they are stored, because they are codes or lack channels,
+        returns itself: queries go on being rotated for its own frame, which is exact.
+        """
+        return self
+
+    def check_split(self, at: int) -> None:
+        """Raise the error that `split(at)` would raise."""
 
     def copied(self) -> Self:
         """The same tokens in storage of their own, so that what this strand was split from can be freed.
@@ -186,6 +197,19 @@ class FrozenStrand(Strand):
             piece._keys, piece._values = self._keys[:, low:high], self._values[:, low:high]
         return front, back
 
+    def reframed(self, offset: int) -> Self:
+        by, rope = self.offset - offset, self.heads.rope
+        if by == 0 or (rope is not None and rope.rule is not None):
+            return self
+        twin = copy.copy(self)
+        twin.offset, twin.start = offset, self.start + by
+        if rope is not None:
+            # The amplitude is in the keys already.
+            angles = Rope(rope.frequencies).angles(torch.tensor([by], device=self._keys.device))
+            with torch.inference_mode(False), torch.no_grad():
+                twin._keys = ops.rotate(self.keys.float(), angles).to(self._keys.dtype)
+        return twin
+
     def copied(self) -> Self:
         twin = copy.copy(self)
         with torch.inference_mode(False):
@@ -194,6 +218,26 @@ class FrozenStrand(Strand):
 
     def tensors(self) -> list[Tensor]:
         return [self._keys, self._values]
+
+
+def joined(first: FrozenStrand, second: FrozenStrand) -> FrozenStrand | None:
+    """One strand with the tokens of two that follow each other; None where that would cost exactness.
+
+    Copies both. Keys in fp32 are turned to one frame, up to rounding; in fewer bits, or where speeds depend
+    on the length of the sequence, only strands of one frame are joined.
+    """
+    is_near = first.position + len(first) == second.position
+    if not is_near or first.keys.dtype != second.keys.dtype or first.heads is not second.heads:
+        return None
+    if first.offset != second.offset:
+        rope = first.heads.rope
+        if first.keys.dtype != torch.float32 or (rope is not None and rope.rule is not None):
+            return None
+        second = second.reframed(first.offset)
+    with torch.inference_mode(False), torch.no_grad():
+        keys = torch.cat([first.keys, second.keys], dim=1)
+        values = torch.cat([first.values, second.values], dim=1)
+    return FrozenStrand(first.heads, keys, values, offset=first.offset, start=first.start)
 
 
 class DenseStrand(FrozenStrand):
