@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plait.decode import Sampling as Sampling
+    from plait.engine import Edit as Edit
+    from plait.engine import EditReport as EditReport
     from plait.engine import Engine as Engine
     from plait.engine import Generation as Generation
     from plait.engine import LanguageModel as LanguageModel
@@ -42,6 +44,8 @@ _HOMES = {
     "CapacityError": "plait.errors",
     "ConfigError": "plait.errors",
     "DownloadError": "plait.errors",
+    "Edit": "plait.engine",
+    "EditReport": "plait.engine",
     "Engine": "plait.engine",
     "Generation": "plait.engine",
     "IncompatibleError": "plait.errors",

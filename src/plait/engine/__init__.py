@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plait.engine.edits import Edit, EditReport, TokenEdit
 from plait.engine.engine import Engine
 from plait.engine.language_model import LanguageModel, Message, Score
 from plait.engine.loading import load
@@ -10,6 +11,8 @@ from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
 
 __all__ = [
+    "Edit",
+    "EditReport",
     "Engine",
     "FinishReason",
     "Generation",
@@ -20,5 +23,6 @@ __all__ = [
     "RunningSequence",
     "Score",
     "Session",
+    "TokenEdit",
     "load",
 ]

@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from plait.engine.edits import (
+    Edit,
+    EditReport,
+    Refresh,
+    TokenEdit,
+    check_token_edits,
+    count_edits,
+    edited,
+    edited_past,
+    refreshed,
+    token_edits,
+)
 from plait.engine.request import Generation, Piece
-from plait.errors import ConfigError
+from plait.errors import CapacityError, ConfigError, IncompatibleError
 
 if TYPE_CHECKING:
     from plait.engine.language_model import LanguageModel, Message
@@ -77,6 +89,50 @@ class Session:
         self._feed()
         return [self._twin() for _ in range(count)]
 
+    @property
+    def text(self) -> str:
+        """What was read and generated so far, without special tokens."""
+        return self.lm.tokenizer.decode(self.tokens)
+
+    def edit(self, start: int, end: int, text: str, *, refresh: Refresh = 0) -> EditReport:
+        """Replace characters [start, end) of `text`, reading only what changed; see `apply`."""
+        return self.apply([Edit(start, end, text)], refresh=refresh)
+
+    def edit_tokens(
+        self, start: int, stop: int, ids: Sequence[int], *, refresh: Refresh = 0, materialise: bool = False
+    ) -> EditReport:
+        """Replace tokens [start, stop) by others, reading only those; see `apply`."""
+        self._check_open()
+        edit = TokenEdit(start, stop, tuple(ids))
+        vocab_size = self.lm.model.config.vocab_size
+        edits = check_token_edits([edit], len(self.tokens), vocab_size)
+        return self._apply(edits, refresh, materialise)
+
+    def apply(self, edits: Sequence[Edit], *, refresh: Refresh = 0, materialise: bool = False) -> EditReport:
+        """Make several edits of `text` at once, all or none.
+
+        Only new tokens, and the few whose spelling an edit changes, are read; what stands behind an edit is
+        moved. Moved tokens keep what they were computed from, so that answers are close to those after
+        reading everything again, but not the same; `refresh` trades time for that. The token after
+        which an answer begins is always read again.
+        Source: He et al. 2024, arXiv:2407.03157.
+
+        Args:
+            edits: in characters of `text` as it is before any of them.
+            refresh: tokens behind each edit that are read again, or `"line"` for the rest of its line.
+            materialise: turn the moved keys once, rather than the queries at every step; see
+                `plait.memory.Memory.splice`.
+
+        Raises:
+            ConfigError: an edit outside the text, two that overlap, one across a special token, or one before
+                what the memory has dropped.
+            CapacityError: the text would exceed the model's context.
+            IncompatibleError: the model has learned positions or recurrent layers, or its memory keeps notes that
+                cannot move.
+        """
+        self._check_open()
+        return self._apply(token_edits(self.lm.tokenizer, self.tokens, edits), refresh, materialise)
+
     def generate(self, text: str = "", **options: Any) -> Generation:
         """Read a text, then continue; the continuation becomes part of the session."""
         for _ in self.stream(text, **options):
@@ -135,6 +191,29 @@ class Session:
                 engine.cancel(sequence)
             self.tokens = sequence.tokens
             self.last = sequence.result()
+
+    def _apply(self, edits: list[TokenEdit], refresh: Refresh, materialise: bool) -> EditReport:
+        edits = refreshed(self.lm.tokenizer, self.tokens, edits, refresh)
+        report = count_edits(edits, len(self.tokens), len(self.past))
+        if not edits:
+            return report
+        tokens = edited(self.tokens, edits)
+        config = self.lm.model.config
+        if len(tokens) >= config.max_positions:
+            raise CapacityError(
+                f"The edited text has {len(tokens)} tokens; the model's context is {config.max_positions}, the answer "
+                "included. Shorten the text."
+            )
+        if report.moved and config.learned_positions:
+            raise IncompatibleError(
+                f"{self.lm.name} has learned positions, which are part of every token, so that tokens cannot be moved. "
+                "Read the edited text in a new session."
+            )
+        # A fork is edited and takes the place of the past at the end, so that a failure changes nothing.
+        engine = self.lm.new_engine()
+        self.past = edited_past(engine, self.past, self.tokens, edits, materialise=materialise)
+        self.tokens = tokens
+        return report
 
     def _feed(self) -> None:
         """Read what has not been read, so that forks share it."""
