@@ -15,7 +15,7 @@ from plait.claims.claim import MeasurementError
 if TYPE_CHECKING:
     from plait.text import Tokenizer
 
-__all__ = ["manual", "source", "token_runs"]
+__all__ = ["manual", "module_source", "source", "token_runs"]
 
 _TOPICS = ("assignment", "class", "typesseq", "compound", "typesmapping", "import", "execmodel", "with")
 
@@ -29,6 +29,11 @@ def manual() -> str:
 def source(module: str, name: str) -> str:
     """The source of a class or function of the standard library, such as `("textwrap", "dedent")`."""
     return inspect.getsource(getattr(importlib.import_module(module), name))
+
+
+def module_source(module: str) -> str:
+    """The source of a module of the standard library, such as `"textwrap"`."""
+    return inspect.getsource(importlib.import_module(module))
 
 
 def token_runs(tokenizer: Tokenizer, lengths: Sequence[int]) -> list[list[int]]:
