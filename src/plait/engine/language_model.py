@@ -8,16 +8,17 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
-from torch import Tensor
 
 from plait.decode import Sampling
 from plait.decode.speculate import SpeculatorConfig
 from plait.engine.engine import Engine
+from plait.engine.prefill import ROWS_PER_PASS, read_packed
 from plait.engine.request import Generation, Piece, Request
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
-from plait.errors import ConfigError, suggestion
+from plait.errors import CapacityError, ConfigError, suggestion
 from plait.memory import MemoryPlan, Rows
+from plait.memory.arrangements import pack
 from plait.nn import Transformer
 from plait.text import ChatTemplate, Tokenizer
 
@@ -188,15 +189,70 @@ class LanguageModel:
             ignore_end=ignore_end,
         )
 
+    def prefill(
+        self, prompts: Sequence[str | Sequence[int]], *, rows_per_pass: int = ROWS_PER_PASS
+    ) -> list[Session]:
+        """Read prompts of any lengths side by side, without padding, each into a session of its own.
+
+        The last token of each is left to its first answer, which begins with what the model says to it.
+        Source: Zhao et al. 2024, arXiv:2404.09529 (prepacking).
+
+        Args:
+            prompts: texts or token ids.
+            rows_per_pass: most tokens of one forward pass; prompts share passes as
+                `plait.memory.arrangements.pack` says, and a longer one takes several.
+
+        Returns:
+            One session for each prompt, in the same order.
+
+        Raises:
+            ConfigError: an empty prompt, an id outside the vocabulary, or `rows_per_pass` below 1.
+            CapacityError: a prompt fills the model's context.
+        """
+        if rows_per_pass < 1:
+            raise ConfigError(f"prefill takes rows_per_pass of at least 1. Got {rows_per_pass}.")
+        sessions = [self.session() for _ in prompts]
+        for index, (prompt, session) in enumerate(zip(prompts, sessions, strict=True)):
+            ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            if not ids:
+                raise ConfigError(f"Prompt {index} is empty. Give each at least one token.")
+            if len(ids) >= self.model.config.max_positions:
+                raise CapacityError(
+                    f"Prompt {index} has {len(ids)} tokens; the model's context is "
+                    f"{self.model.config.max_positions}, the answer included. Shorten it."
+                )
+            session.read_tokens(ids)
+        read_packed(
+            self.model,
+            [session.tokens[:-1] for session in sessions],
+            [session.past for session in sessions],
+            rows_per_pass=rows_per_pass,
+            is_prompt=True,
+        )
+        return sessions
+
+    # A text is a sequence of texts too, which the first form takes precedence over.
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self, text: str, *, context: int | None = None, stride: int | None = None
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self, text: Sequence[str], *, context: int | None = None, stride: int | None = None
+    ) -> list[Score]: ...
+
     @torch.inference_mode()
-    def score(self, text: str, *, context: int | None = None, stride: int | None = None) -> Score:
-        """How well the model predicts a text.
+    def score(
+        self, text: str | Sequence[str], *, context: int | None = None, stride: int | None = None
+    ) -> Score | list[Score]:
+        """How well the model predicts a text, or each of several, read side by side without padding.
 
         A long text is read in windows of `context` tokens that start `stride` tokens apart; a token is
         scored in the first window that holds something before it.
 
         Args:
-            text: at least two tokens long.
+            text: at least two tokens long; or a sequence of such texts.
             context: tokens of a window; the model's context, at most 2,048, when left out.
             stride: tokens between the starts of windows; `context` when left out. A smaller one gives
                 each token more context and takes longer.
@@ -211,30 +267,41 @@ class LanguageModel:
             raise ConfigError(f"context must be from 2 to {limit} tokens. Got {context}.")
         if not 1 <= stride <= context:
             raise ConfigError(f"stride must be from 1 to the context of {context} tokens. Got {stride}.")
-        ids = torch.tensor(self.encode(text), dtype=torch.int64)
-        if len(ids) < 2:
-            raise ConfigError(f"A text of at least 2 tokens is needed. Got {len(ids)}.")
-        nats, predicted, scored = 0.0, 0, 1
-        for start in range(0, len(ids), stride):
-            stop = min(start + context, len(ids))
-            # The row before the first token that no earlier window has scored predicts it; a window
-            # that begins with that token has no such row.
-            first = max(scored - 1, start)
-            nats += self._window_nats(ids[start:stop], first - start)
-            predicted += stop - 1 - first
-            scored = stop
-            if stop == len(ids):
-                break
-        return Score(nats, predicted, len(text.encode()))
+        texts = [text] if isinstance(text, str) else text
+        windows = [
+            window
+            for owner, one in enumerate(texts)
+            for window in _windows(self.encode(one), context, stride, owner)
+        ]
+        nats, predicted = [0.0] * len(texts), [0] * len(texts)
+        for bin in pack([len(window.ids) for window in windows], max(context, ROWS_PER_PASS)):
+            chosen = [windows[index] for index in bin]
+            for window, its_nats in zip(chosen, self._nats_of(chosen), strict=True):
+                nats[window.owner] += its_nats
+                predicted[window.owner] += len(window.ids) - 1 - window.first
+        scores = [
+            Score(its_nats, tokens, len(one.encode()))
+            for its_nats, tokens, one in zip(nats, predicted, texts, strict=True)
+        ]
+        return scores[0] if isinstance(text, str) else scores
 
-    def _window_nats(self, ids: Tensor, first: int) -> float:
-        hidden = self.model(ids, Rows([(len(ids), 0)]))
-        nats = 0.0
-        for low in range(first, len(ids) - 1, _SCORED_AT_ONCE):
-            high = min(low + _SCORED_AT_ONCE, len(ids) - 1)
-            law = self.model.logits(hidden[low:high]).log_softmax(dim=-1)
-            nats -= float(law.gather(1, ids[low + 1 : high + 1, None]).sum(dtype=torch.float64))
-        return nats
+    def _nats_of(self, windows: Sequence[_Window]) -> list[float]:
+        """Negative log-probabilities of the windows' tokens behind `first`, from one forward pass."""
+        ids = torch.tensor([token for window in windows for token in window.ids], dtype=torch.int64)
+        rows = Rows([(len(window.ids), 0) for window in windows])
+        hidden = self.model(ids, rows)
+        wanted = torch.cat(
+            [
+                torch.arange(segment.start + window.first, segment.start + segment.length - 1)
+                for segment, window in zip(rows.segments, windows, strict=True)
+            ]
+        )
+        nats = []
+        for block in wanted.split(_SCORED_AT_ONCE):
+            law = self.model.logits(hidden[block]).log_softmax(dim=-1)
+            nats.append(-law.gather(1, ids[block + 1, None])[:, 0].double())
+        counts = [len(window.ids) - 1 - window.first for window in windows]
+        return [float(part.sum()) for part in torch.cat(nats).split(counts)]
 
     def _finish(self, requests: Sequence[Request]) -> list[Generation]:
         engine = self.new_engine()
@@ -242,6 +309,29 @@ class LanguageModel:
         for _ in engine.run():
             pass
         return [sequence.result() for sequence in sequences]
+
+
+class _Window(NamedTuple):
+    """Part of a text: its tokens, which text it is of, and the row that predicts the first scored token."""
+
+    ids: list[int]
+    owner: int
+    first: int
+
+
+def _windows(ids: list[int], context: int, stride: int, owner: int) -> list[_Window]:
+    if len(ids) < 2:
+        raise ConfigError(f"A text of at least 2 tokens is needed. Got {len(ids)}.")
+    windows, scored = [], 1
+    for start in range(0, len(ids), stride):
+        stop = min(start + context, len(ids))
+        # The row before the first token that no earlier window has scored predicts it; a window
+        # that begins with that token has no such row.
+        windows.append(_Window(ids[start:stop], owner, max(scored - 1, start) - start))
+        scored = stop
+        if stop == len(ids):
+            break
+    return windows
 
 
 def _unknown_option(settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,7 @@
+"""Who shares a strand, and at which positions: packs of sequences and contexts that are read in parallel."""
+
+from __future__ import annotations
+
+from plait.memory.arrangements.packing import PackingMethod, pack
+
+__all__ = ["PackingMethod", "pack"]
