@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from plait.engine.context_store import ContextStore
+from plait.engine.contexts import APE, ContextReport, ParallelExample
 from plait.engine.edits import Edit, EditReport, TokenEdit
 from plait.engine.engine import Engine
-from plait.engine.language_model import LanguageModel, Message, Score
+from plait.engine.language_model import LanguageModel, Message
 from plait.engine.loading import load
 from plait.engine.request import FinishReason, Generation, Piece, Request
+from plait.engine.scoring import Score
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
 
 __all__ = [
+    "APE",
+    "ContextReport",
+    "ContextStore",
     "Edit",
     "EditReport",
     "Engine",
@@ -18,6 +24,7 @@ __all__ = [
     "Generation",
     "LanguageModel",
     "Message",
+    "ParallelExample",
     "Piece",
     "Request",
     "RunningSequence",

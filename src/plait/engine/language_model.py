@@ -3,56 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple, overload
-
-import torch
+from typing import Any, overload
 
 from plait.decode import Sampling
 from plait.decode.speculate import SpeculatorConfig
 from plait.engine.engine import Engine
 from plait.engine.prefill import ROWS_PER_PASS, read_packed
 from plait.engine.request import Generation, Piece, Request
+from plait.engine.scoring import Score, score_windows, windows_of
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
 from plait.errors import CapacityError, ConfigError, suggestion
-from plait.memory import MemoryPlan, Rows
-from plait.memory.arrangements import pack
+from plait.memory import MemoryPlan
 from plait.nn import Transformer
 from plait.text import ChatTemplate, Tokenizer
 
-__all__ = ["LanguageModel", "Message", "Score"]
+__all__ = ["LanguageModel", "Message"]
 
 Message = Mapping[str, Any]
-
-# Rows of logits held at once while a text is scored: 256 rows of a 262,144 word vocabulary are 256 MB.
-_SCORED_AT_ONCE = 256
-
-
-class Score(NamedTuple):
-    """How well a model predicts a text.
-
-    Attributes:
-        nats: sum of the negative log-probabilities of the predicted tokens.
-        tokens: number of predicted tokens; the first of a window is not one, unless an earlier window
-            holds it too.
-        num_bytes: bytes of the whole text in UTF-8.
-    """
-
-    nats: float
-    tokens: int
-    num_bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        """Exponential of the mean over predicted tokens."""
-        return math.exp(self.nats / self.tokens) if self.tokens else math.nan
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits needed for each byte of the text; comparable between tokenizers."""
-        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 
 class LanguageModel:
@@ -242,7 +211,6 @@ class LanguageModel:
         self, text: Sequence[str], *, context: int | None = None, stride: int | None = None
     ) -> list[Score]: ...
 
-    @torch.inference_mode()
     def score(
         self, text: str | Sequence[str], *, context: int | None = None, stride: int | None = None
     ) -> Score | list[Score]:
@@ -268,40 +236,17 @@ class LanguageModel:
         if not 1 <= stride <= context:
             raise ConfigError(f"stride must be from 1 to the context of {context} tokens. Got {stride}.")
         texts = [text] if isinstance(text, str) else text
-        windows = [
-            window
-            for owner, one in enumerate(texts)
-            for window in _windows(self.encode(one), context, stride, owner)
-        ]
-        nats, predicted = [0.0] * len(texts), [0] * len(texts)
-        for bin in pack([len(window.ids) for window in windows], max(context, ROWS_PER_PASS)):
-            chosen = [windows[index] for index in bin]
-            for window, its_nats in zip(chosen, self._nats_of(chosen), strict=True):
-                nats[window.owner] += its_nats
-                predicted[window.owner] += len(window.ids) - 1 - window.first
+        windows = [windows_of(self.encode(one), context, stride) for one in texts]
+        nats = iter(score_windows(self.model, [window for of_text in windows for window in of_text]))
         scores = [
-            Score(its_nats, tokens, len(one.encode()))
-            for its_nats, tokens, one in zip(nats, predicted, texts, strict=True)
+            Score(
+                sum(next(nats) for _ in of_text),
+                sum(len(window.ids) - 1 - window.first for window in of_text),
+                len(one.encode()),
+            )
+            for one, of_text in zip(texts, windows, strict=True)
         ]
         return scores[0] if isinstance(text, str) else scores
-
-    def _nats_of(self, windows: Sequence[_Window]) -> list[float]:
-        """Negative log-probabilities of the windows' tokens behind `first`, from one forward pass."""
-        ids = torch.tensor([token for window in windows for token in window.ids], dtype=torch.int64)
-        rows = Rows([(len(window.ids), 0) for window in windows])
-        hidden = self.model(ids, rows)
-        wanted = torch.cat(
-            [
-                torch.arange(segment.start + window.first, segment.start + segment.length - 1)
-                for segment, window in zip(rows.segments, windows, strict=True)
-            ]
-        )
-        nats = []
-        for block in wanted.split(_SCORED_AT_ONCE):
-            law = self.model.logits(hidden[block]).log_softmax(dim=-1)
-            nats.append(-law.gather(1, ids[block + 1, None])[:, 0].double())
-        counts = [len(window.ids) - 1 - window.first for window in windows]
-        return [float(part.sum()) for part in torch.cat(nats).split(counts)]
 
     def _finish(self, requests: Sequence[Request]) -> list[Generation]:
         engine = self.new_engine()
@@ -309,29 +254,6 @@ class LanguageModel:
         for _ in engine.run():
             pass
         return [sequence.result() for sequence in sequences]
-
-
-class _Window(NamedTuple):
-    """Part of a text: its tokens, which text it is of, and the row that predicts the first scored token."""
-
-    ids: list[int]
-    owner: int
-    first: int
-
-
-def _windows(ids: list[int], context: int, stride: int, owner: int) -> list[_Window]:
-    if len(ids) < 2:
-        raise ConfigError(f"A text of at least 2 tokens is needed. Got {len(ids)}.")
-    windows, scored = [], 1
-    for start in range(0, len(ids), stride):
-        stop = min(start + context, len(ids))
-        # The row before the first token that no earlier window has scored predicts it; a window
-        # that begins with that token has no such row.
-        windows.append(_Window(ids[start:stop], owner, max(scored - 1, start) - start))
-        scored = stop
-        if stop == len(ids):
-            break
-    return windows
 
 
 def _unknown_option(settings: Mapping[str, Any]) -> str:

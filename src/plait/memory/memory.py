@@ -256,8 +256,30 @@ class Memory:
             moved = [piece.reframed(0) for piece in moved]
         for notes, theirs in zip(self.notes, source.notes, strict=True):
             notes.splice(theirs, start, stop, position)
-        self.strands += moved
-        self.tail = self._new_tail(position + stop - start)
+        self._stand_behind(moved)
+
+    def adopt(self, strand: Strand) -> None:
+        """Put a strand behind the last token, at the positions at which it stands.
+
+        Raises:
+            ConfigError: it does not start where the sequence ends, or the policy would cut a strand that cannot
+                be cut; the memory is of no use then.
+            IncompatibleError: codec or policy keep notes that say nothing of its tokens.
+        """
+        if strand.position != len(self):
+            raise ConfigError(
+                f"adopt takes a strand that starts at position {len(self)}. Got one at {strand.position}."
+            )
+        for notes in self.notes:
+            notes.check_splice()
+        self.freeze()
+        self._stand_behind([strand])
+        self.plan.policy.visits(self, Segment(0, 1, len(self), Causal()))
+
+    def _stand_behind(self, strands: list[Strand]) -> None:
+        """Put strands that stand behind the last token to the others. The tail must be empty."""
+        self.strands += strands
+        self.tail = self._new_tail(max((s.position + len(s) for s in strands), default=len(self)))
         self._join_short()
         self.plan.policy.settle(self)
 

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from plait.memory.arrangements.packing import PackingMethod, pack
+from plait.memory.arrangements.parallel import ParallelGroup
 
-__all__ = ["PackingMethod", "pack"]
+__all__ = ["PackingMethod", "ParallelGroup", "pack"]
