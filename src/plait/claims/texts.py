@@ -15,15 +15,21 @@ from plait.claims.claim import MeasurementError
 if TYPE_CHECKING:
     from plait.text import Tokenizer
 
-__all__ = ["manual", "module_source", "source", "token_runs"]
+__all__ = ["chapters", "manual", "module_source", "source", "token_runs"]
 
 _TOPICS = ("assignment", "class", "typesseq", "compound", "typesmapping", "import", "execmodel", "with")
 
 
 def manual() -> str:
     """Chapters of Python's reference manual, about 100,000 characters of English with examples."""
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    topics = chapters()
     return "\n\n".join(topics[name] for name in _TOPICS)
+
+
+def chapters() -> dict[str, str]:
+    """Every chapter of Python's reference manual that comes with it, by name."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return dict(sorted(topics.items()))
 
 
 def source(module: str, name: str) -> str:

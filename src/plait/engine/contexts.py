@@ -66,6 +66,7 @@ class APE(Spec):
         *,
         temperatures: Sequence[float] = (1.0, 0.9, 0.8, 0.7),
         scales: Sequence[float] = (1.0, 0.9, 0.8),
+        store: ContextStore | None = None,
     ) -> APE:
         """The setting of a grid under which right answers are likeliest, as a mean over their tokens.
 
@@ -80,7 +81,9 @@ class APE(Spec):
         nats = [0.0] * len(grid)
         for example in examples:
             with lm.session() as session:
-                session.read_parallel(example.contexts, prefix=example.prefix, temperature=1.0, scale=1.0)
+                session.read_parallel(
+                    example.contexts, prefix=example.prefix, temperature=1.0, scale=1.0, store=store
+                )
                 for place, setting in enumerate(grid):
                     (twin,) = session.fork()
                     twin.weigh_parallel(temperature=setting.temperature, scale=setting.scale)

@@ -95,7 +95,7 @@ def _measure(run: Run) -> Measurements:
     from plait.engine import load
 
     yield "loading SmolLM2"
-    lm = load("smollm2")
+    lm = load("smollm2", weights="fp32")
     pick = random.Random(run.seed)
     length, ahead = run.pick((1500, 64), (500, 16))
     modules = run.pick(_MODULES, _MODULES[:1])
