@@ -139,11 +139,12 @@ def test_only_what_changed_is_read(make_small: Make) -> None:
     fed: list[int] = []
     hook = lm.model.register_forward_pre_hook(lambda _, inputs: fed.append(len(inputs[1])))
     report = session.edit(9, 14, "a wide")
-    assert report == EditReport(encoded=6, moved=len(TEXT) - 14, reused=9)
+    # The last 16 tokens are read with the next answer, because it depends on them most.
+    assert report == EditReport(encoded=6 + 16, moved=len(TEXT) - 14 - 16, reused=9)
     assert fed == [6]
     session.generate(max_new_tokens=2, ignore_end=True)
     hook.remove()
-    assert fed == [6, 1, 1]
+    assert fed == [6, 16, 1]
 
 
 def test_edits_at_once_equal_edits_one_after_the_other(make_small: Make) -> None:
@@ -180,7 +181,7 @@ def test_refresh_reads_to_the_end_of_the_line_and_not_further(make_small: Make) 
     session = read(make_small(), TEXT)
     report = session.edit(9, 14, "a wide", refresh="line")
     line = TEXT.index("\n") + 1 - 14
-    assert report == EditReport(encoded=6 + line, moved=len(TEXT) - 14 - line, reused=9)
+    assert report == EditReport(encoded=6 + line + 16, moved=len(TEXT) - 14 - line - 16, reused=9)
 
 
 def test_an_edit_at_the_end_is_a_rewind_and_a_read(make_small: Make) -> None:
@@ -333,6 +334,7 @@ def test_learned_positions_and_recurrent_states_refuse_by_name(byte_tokenizer: T
         learned.edit(5, 5, "x")
     # A replacement by as many tokens moves nothing.
     assert learned.edit(5, 6, "x").moved == 0
+    assert len(learned.past) == len(TEXT) - 16
     block = BlockConfig(
         mixer=LinearAttentionConfig(num_heads=2, head_dim=16), feed_forward=FeedForwardConfig(size=32)
     )

@@ -142,8 +142,9 @@ def test_an_edit_in_front_moves_contexts_and_one_inside_is_refused(make_small: M
     session.fork()
     longest = max(map(len, NOTES))
     report = session.edit(5, 10, "all of the")
-    assert report.encoded == 10
-    assert report.moved == len(session) - 15
+    # The question, which stands behind the contexts, is read again.
+    assert report.encoded == 10 + len(QUESTION)
+    assert report.moved == len(session) - 15 - len(QUESTION)
     assert session.generate(max_new_tokens=3, ignore_end=True).tokens
     start = len(PREFIX) + 5
     for place in (start + 1, start + longest - 1):

@@ -21,7 +21,7 @@ def laws(lm: LanguageModel, past: Past, tokens: Sequence[int], continuation: Seq
     """Natural log-probabilities (N, V) of every word at each place of a continuation.
 
     Args:
-        past: of the tokens, the last of which is read again; it is left as it is.
+        past: of the tokens, or of the first of them; the last is read again. It is left as it is.
         tokens: what was read.
         continuation: N ids, each predicted with those before it in view.
     """
@@ -30,11 +30,11 @@ def laws(lm: LanguageModel, past: Past, tokens: Sequence[int], continuation: Seq
     from plait.memory import Rows
 
     twin = past.fork()
-    twin.truncate(len(tokens) - 1)
-    ids = torch.tensor([tokens[-1], *continuation[:-1]], dtype=torch.int64)
+    twin.truncate(min(len(twin), len(tokens) - 1))
+    ids = torch.tensor([*tokens[len(twin) :], *continuation[:-1]], dtype=torch.int64)
     with torch.inference_mode():
         hidden = lm.model(ids, Rows([(len(ids), len(twin))]), [twin])
-        return lm.model.logits(hidden).log_softmax(dim=-1)
+        return lm.model.logits(hidden[-len(continuation) :]).log_softmax(dim=-1)
 
 
 def agreement(given: Tensor, wanted: Tensor) -> float:

@@ -29,11 +29,16 @@ __all__ = [
     "edited_past",
     "refreshed",
     "token_edits",
+    "with_the_end",
 ]
 
 # Tokens around an edit that are tokenised again at first, and how many of them must come out as they
 # were before the rest is taken to be unchanged.
 _AROUND, _AGREEING = 16, 4
+
+# Tokens at the end that are read again after every edit. What comes next depends on them most: with only the
+# very last one read again, a new name is often not found that is found with four.
+_LAST = 16
 
 Refresh = int | Literal["line"]
 E = TypeVar("E", "Edit", "TokenEdit")
@@ -133,6 +138,20 @@ def refreshed(
             stop = min(edit.stop + refresh, limit)
         longer.append(TokenEdit(edit.start, stop, (*edit.ids, *tokens[edit.stop : stop])))
     return longer
+
+
+def with_the_end(tokens: Sequence[int], edits: Sequence[TokenEdit], first: int = 0) -> list[TokenEdit]:
+    """The edits, and the last few tokens replaced by themselves, so that they are read again.
+
+    Args:
+        first: no token before this one is read again.
+    """
+    if not edits:
+        return []
+    start = max(edits[-1].stop, len(tokens) - _LAST, first)
+    return (
+        [*edits, TokenEdit(start, len(tokens), tuple(tokens[start:]))] if start < len(tokens) else list(edits)
+    )
 
 
 def edited(tokens: Sequence[int], edits: Sequence[TokenEdit]) -> list[int]:

@@ -97,7 +97,7 @@ def _measure(run: Run) -> Measurements:
     yield "loading SmolLM2"
     lm = load("smollm2", weights="fp32")
     pick = random.Random(run.seed)
-    length, ahead = run.pick((1500, 64), (500, 16))
+    length, ahead = run.pick((1200, 64), (500, 16))
     modules = run.pick(_MODULES, _MODULES[:1])
     shares: dict[str, list[float]] = {}
 
@@ -190,7 +190,7 @@ CLAIM = Claim(
     ),
     source="He et al. 2024, Let the Code LLM Edit Itself When You Edit the Code, arXiv:2407.03157 (PIE)",
     scale=(
-        "SmolLM2-135M-Instruct in fp32 on 8 modules of Python's standard library, 1,500 tokens each; an insertion at one "
+        "SmolLM2-135M-Instruct in fp32 on 8 modules of Python's standard library, 1,200 tokens each; an insertion at one "
         "quarter, a deletion and edits at three places, of 3 to 8 lines, against reading the new text again: likeliest "
         "word and divergence on the next 64 tokens, and the time until the next word is known. Conflict is the "
         "same without new positions for what stands behind the edit. Names: in 20 texts of 400 tokens a definition with "
