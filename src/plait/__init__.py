@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plait.decode import Sampling as Sampling
+    from plait.engine import APE as APE
     from plait.engine import AsyncEngine as AsyncEngine
+    from plait.engine import ContextStore as ContextStore
+    from plait.engine import Edit as Edit
+    from plait.engine import EditReport as EditReport
     from plait.engine import Engine as Engine
     from plait.engine import Generation as Generation
     from plait.engine import LanguageModel as LanguageModel
+    from plait.engine import ParallelExample as ParallelExample
     from plait.engine import Piece as Piece
     from plait.engine import Request as Request
     from plait.engine import Score as Score
@@ -40,10 +45,14 @@ __version__ = "0.1.0"
 # Where each public name lives; it is imported when it is first used, so that `import plait` is quick.
 _HOMES = {
     "AsyncEngine": "plait.engine",
+    "APE": "plait.engine",
     "CancelledError": "plait.errors",
     "CapacityError": "plait.errors",
     "ConfigError": "plait.errors",
+    "ContextStore": "plait.engine",
     "DownloadError": "plait.errors",
+    "Edit": "plait.engine",
+    "EditReport": "plait.engine",
     "Engine": "plait.engine",
     "Generation": "plait.engine",
     "IncompatibleError": "plait.errors",
@@ -51,6 +60,7 @@ _HOMES = {
     "MemoryPlan": "plait.memory",
     "MissingExtraError": "plait.errors",
     "ModelFileError": "plait.errors",
+    "ParallelExample": "plait.engine",
     "Piece": "plait.engine",
     "PlaitError": "plait.errors",
     "Request": "plait.engine",

@@ -18,6 +18,7 @@ from plait.nn import (
     Transformer,
     TransformerConfig,
 )
+from plait.nn.checkpoints.gguf import GGUFCheckpoint
 from plait.nn.mixers import AttentionConfig
 from plait.nn.rotary import RopeConfig
 from plait.text import Tokenizer
@@ -86,3 +87,16 @@ def make_small(small_model: Transformer, byte_tokenizer: Tokenizer) -> Callable[
 def smollm2(smollm2_gguf: Path) -> LanguageModel:
     """The real SmolLM2-135M-Instruct."""
     return load(smollm2_gguf, weights="fp32")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer_of_engine(smollm2: LanguageModel) -> Tokenizer:
+    """The tokenizer of SmolLM2, byte-level BPE."""
+    return smollm2.tokenizer
+
+
+@pytest.fixture(scope="session")
+def gemma3_tokenizer_of_engine(gemma3_gguf: Path) -> Tokenizer:
+    """The tokenizer of Gemma 3, SentencePiece BPE."""
+    with GGUFCheckpoint(gemma3_gguf) as checkpoint:
+        return Tokenizer.from_gguf(checkpoint.metadata)

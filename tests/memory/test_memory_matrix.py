@@ -16,7 +16,9 @@ from memory_oracle import (
     within,
 )
 
-from plait.memory import Memory, MemoryPlan, Rows, attend
+from plait.errors import IncompatibleError
+from plait.memory import Memory, MemoryPlan, Notes, Rows, attend
+from plait.memory.arrangements import ParallelGroup
 from plait.memory.policies import window as window_policy
 
 pytestmark = [
@@ -108,6 +110,40 @@ def test_packed_forks_equal_lone_ones(case: Case) -> None:
     out = attend(twins, *TABLE.rows([i for new in news for i in new]), rows)
     for segment, past, new in zip(rows.segments, pasts, news, strict=True):
         case.check(out[segment.rows], past, new)
+
+
+def refuses_moved_tokens(memory: Memory) -> bool:
+    """Whether codec or policy keep notes that cannot take over moved tokens."""
+    return any(type(notes).check_splice is Notes.check_splice for notes in memory.notes)
+
+
+def test_moved_tokens_answer_from_their_new_places(case: Case) -> None:
+    TABLE.write(case.memory, PAST, range(1, 48))
+    twin = case.memory.fork()
+    twin.truncate(44)
+    TABLE.write(twin, [1, 2])
+    if refuses_moved_tokens(twin):
+        with pytest.raises(IncompatibleError, match="cannot take over moved"):
+            twin.splice(case.memory, 45, 48)
+        return
+    twin.splice(case.memory, 45, 48)
+    new = ids_of(5, seed=1)
+    case.check(TABLE.write(twin, new, [1]), [*PAST[:44], 1, 2, *PAST[45:]], new)
+
+
+def test_one_parallel_context_is_ordinary_reading(case: Case) -> None:
+    TABLE.write(case.memory, PAST[:42], range(1, 42))
+    reader = case.memory.fork()
+    TABLE.write(reader, PAST[42:])
+    reader.freeze()
+    group = ParallelGroup([reader.pieces(42, 48)])
+    if refuses_moved_tokens(case.memory):
+        with pytest.raises(IncompatibleError, match="parallel contexts"):
+            case.memory.append_strand(group)
+        return
+    case.memory.append_strand(group)
+    new = ids_of(5, seed=1)
+    case.check(TABLE.write(case.memory, new, [1]), PAST, new)
 
 
 def test_a_plan_is_read_back_from_its_text(case: Case) -> None:

@@ -15,20 +15,31 @@ from plait.claims.claim import MeasurementError
 if TYPE_CHECKING:
     from plait.text import Tokenizer
 
-__all__ = ["manual", "source", "token_runs"]
+__all__ = ["chapters", "manual", "module_source", "source", "token_runs"]
 
 _TOPICS = ("assignment", "class", "typesseq", "compound", "typesmapping", "import", "execmodel", "with")
 
 
 def manual() -> str:
     """Chapters of Python's reference manual, about 100,000 characters of English with examples."""
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    topics = chapters()
     return "\n\n".join(topics[name] for name in _TOPICS)
+
+
+def chapters() -> dict[str, str]:
+    """Every chapter of Python's reference manual that comes with it, by name."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return dict(sorted(topics.items()))
 
 
 def source(module: str, name: str) -> str:
     """The source of a class or function of the standard library, such as `("textwrap", "dedent")`."""
     return inspect.getsource(getattr(importlib.import_module(module), name))
+
+
+def module_source(module: str) -> str:
+    """The source of a module of the standard library, such as `"textwrap"`."""
+    return inspect.getsource(importlib.import_module(module))
 
 
 def token_runs(tokenizer: Tokenizer, lengths: Sequence[int]) -> list[list[int]]:

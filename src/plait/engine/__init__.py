@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from plait.engine.async_engine import AsyncEngine, Stream
+from plait.engine.context_store import ContextStore
+from plait.engine.contexts import APE, ContextReport, ParallelExample
+from plait.engine.edits import Edit, EditReport, TokenEdit
 from plait.engine.engine import Engine
-from plait.engine.language_model import LanguageModel, Message, Score
+from plait.engine.language_model import LanguageModel, Message
 from plait.engine.loading import load
 from plait.engine.metrics import Metrics
 from plait.engine.request import FinishReason, Generation, Piece, Request
+from plait.engine.scoring import Score
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
 
 __all__ = [
     "AsyncEngine",
+    "APE",
+    "ContextReport",
+    "ContextStore",
+    "Edit",
+    "EditReport",
     "Engine",
     "FinishReason",
     "Generation",
     "LanguageModel",
     "Message",
     "Metrics",
+    "ParallelExample",
     "Piece",
     "Request",
     "RunningSequence",
     "Score",
     "Session",
     "Stream",
+    "TokenEdit",
     "load",
 ]

@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple, overload
-
-import torch
-from torch import Tensor
+from typing import Any, overload
 
 from plait.decode import Sampling
 from plait.decode.speculate import SpeculatorConfig
 from plait.engine.engine import Engine
+from plait.engine.prefill import ROWS_PER_PASS, read_packed
 from plait.engine.request import Generation, Piece, Request
+from plait.engine.scoring import Score, score_windows, windows_of
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
-from plait.errors import ConfigError, suggestion
-from plait.memory import MemoryPlan, Rows
+from plait.errors import CapacityError, ConfigError, suggestion
+from plait.memory import MemoryPlan
 from plait.nn import Transformer
 from plait.text import ChatTemplate, Tokenizer
 
-__all__ = ["LanguageModel", "Message", "Score"]
+__all__ = ["LanguageModel", "Message"]
 
 Message = Mapping[str, Any]
-
-# Rows of logits held at once while a text is scored: 256 rows of a 262,144 word vocabulary are 256 MB.
-_SCORED_AT_ONCE = 256
-
-
-class Score(NamedTuple):
-    """How well a model predicts a text.
-
-    Attributes:
-        nats: sum of the negative log-probabilities of the predicted tokens.
-        tokens: number of predicted tokens; the first of a window is not one, unless an earlier window
-            holds it too.
-        num_bytes: bytes of the whole text in UTF-8.
-    """
-
-    nats: float
-    tokens: int
-    num_bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        """Exponential of the mean over predicted tokens."""
-        return math.exp(self.nats / self.tokens) if self.tokens else math.nan
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits needed for each byte of the text; comparable between tokenizers."""
-        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 
 class LanguageModel:
@@ -190,15 +160,69 @@ class LanguageModel:
             tenant=tenant,
         )
 
-    @torch.inference_mode()
-    def score(self, text: str, *, context: int | None = None, stride: int | None = None) -> Score:
-        """How well the model predicts a text.
+    def prefill(
+        self, prompts: Sequence[str | Sequence[int]], *, rows_per_pass: int = ROWS_PER_PASS
+    ) -> list[Session]:
+        """Read prompts of any lengths side by side, without padding, each into a session of its own.
+
+        The last token of each is left to its first answer, which begins with what the model says to it.
+        Source: Zhao et al. 2024, arXiv:2404.09529 (prepacking).
+
+        Args:
+            prompts: texts or token ids.
+            rows_per_pass: most tokens of one forward pass; prompts share passes as
+                `plait.memory.arrangements.pack` says, and a longer one takes several.
+
+        Returns:
+            One session for each prompt, in the same order.
+
+        Raises:
+            ConfigError: an empty prompt, an id outside the vocabulary, or `rows_per_pass` below 1.
+            CapacityError: a prompt fills the model's context.
+        """
+        if rows_per_pass < 1:
+            raise ConfigError(f"prefill takes rows_per_pass of at least 1. Got {rows_per_pass}.")
+        sessions = [self.session() for _ in prompts]
+        for index, (prompt, session) in enumerate(zip(prompts, sessions, strict=True)):
+            ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            if not ids:
+                raise ConfigError(f"Prompt {index} is empty. Give each at least one token.")
+            if len(ids) >= self.model.config.max_positions:
+                raise CapacityError(
+                    f"Prompt {index} has {len(ids)} tokens; the model's context is "
+                    f"{self.model.config.max_positions}, the answer included. Shorten it."
+                )
+            session.read_tokens(ids)
+        read_packed(
+            self.model,
+            [session.tokens[:-1] for session in sessions],
+            [session.past for session in sessions],
+            rows_per_pass=rows_per_pass,
+            is_prompt=True,
+        )
+        return sessions
+
+    # A text is a sequence of texts too, which the first form takes precedence over.
+    @overload
+    def score(  # type: ignore[overload-overlap]
+        self, text: str, *, context: int | None = None, stride: int | None = None
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self, text: Sequence[str], *, context: int | None = None, stride: int | None = None
+    ) -> list[Score]: ...
+
+    def score(
+        self, text: str | Sequence[str], *, context: int | None = None, stride: int | None = None
+    ) -> Score | list[Score]:
+        """How well the model predicts a text, or each of several, read side by side without padding.
 
         A long text is read in windows of `context` tokens that start `stride` tokens apart; a token is
         scored in the first window that holds something before it.
 
         Args:
-            text: at least two tokens long.
+            text: at least two tokens long; or a sequence of such texts.
             context: tokens of a window; the model's context, at most 2,048, when left out.
             stride: tokens between the starts of windows; `context` when left out. A smaller one gives
                 each token more context and takes longer.
@@ -213,30 +237,18 @@ class LanguageModel:
             raise ConfigError(f"context must be from 2 to {limit} tokens. Got {context}.")
         if not 1 <= stride <= context:
             raise ConfigError(f"stride must be from 1 to the context of {context} tokens. Got {stride}.")
-        ids = torch.tensor(self.encode(text), dtype=torch.int64)
-        if len(ids) < 2:
-            raise ConfigError(f"A text of at least 2 tokens is needed. Got {len(ids)}.")
-        nats, predicted, scored = 0.0, 0, 1
-        for start in range(0, len(ids), stride):
-            stop = min(start + context, len(ids))
-            # The row before the first token that no earlier window has scored predicts it; a window
-            # that begins with that token has no such row.
-            first = max(scored - 1, start)
-            nats += self._window_nats(ids[start:stop], first - start)
-            predicted += stop - 1 - first
-            scored = stop
-            if stop == len(ids):
-                break
-        return Score(nats, predicted, len(text.encode()))
-
-    def _window_nats(self, ids: Tensor, first: int) -> float:
-        hidden = self.model(ids, Rows([(len(ids), 0)]))
-        nats = 0.0
-        for low in range(first, len(ids) - 1, _SCORED_AT_ONCE):
-            high = min(low + _SCORED_AT_ONCE, len(ids) - 1)
-            law = self.model.logits(hidden[low:high]).log_softmax(dim=-1)
-            nats -= float(law.gather(1, ids[low + 1 : high + 1, None]).sum(dtype=torch.float64))
-        return nats
+        texts = [text] if isinstance(text, str) else text
+        windows = [windows_of(self.encode(one), context, stride) for one in texts]
+        nats = iter(score_windows(self.model, [window for of_text in windows for window in of_text]))
+        scores = [
+            Score(
+                sum(next(nats) for _ in of_text),
+                sum(len(window.ids) - 1 - window.first for window in of_text),
+                len(one.encode()),
+            )
+            for one, of_text in zip(texts, windows, strict=True)
+        ]
+        return scores[0] if isinstance(text, str) else scores
 
     def _finish(self, requests: Sequence[Request]) -> list[Generation]:
         engine = self.new_engine()

@@ -5,8 +5,28 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
+
+from plait.engine.context_store import ContextStore
+from plait.engine.contexts import APE, ContextReport, read_contexts
+from plait.engine.edits import (
+    Edit,
+    EditReport,
+    Refresh,
+    TokenEdit,
+    check_token_edits,
+    count_edits,
+    edited,
+    edited_past,
+    refreshed,
+    token_edits,
+    with_the_end,
+)
 from plait.engine.request import Generation, Piece
-from plait.errors import ConfigError
+from plait.engine.scoring import Score, nats_of_rows
+from plait.errors import CapacityError, ConfigError, IncompatibleError
+from plait.memory import Memory, Rows
+from plait.memory.arrangements import ParallelGroup
 
 if TYPE_CHECKING:
     from plait.engine.language_model import LanguageModel, Message
@@ -33,6 +53,8 @@ class Session:
         self.tokens: list[int] = []
         self.last: Generation | None = None
         self._closed = False
+        # Whether keys and values are those of reading the tokens from the start.
+        self._is_plain = True
 
     def __enter__(self) -> Self:
         return self
@@ -62,8 +84,8 @@ class Session:
         self._check_open()
         if not 0 <= length <= len(self.tokens):
             raise ConfigError(f"rewind takes a length from 0 to {len(self.tokens)}. Got {length}.")
-        del self.tokens[length:]
         self._go_back(length)
+        del self.tokens[length:]
 
     def fork(self, count: int = 1) -> list[Session]:
         """New sessions with the same beginning; they share what is stored.
@@ -76,6 +98,155 @@ class Session:
             raise ConfigError(f"fork takes a count of at least 1. Got {count}.")
         self._feed()
         return [self._twin() for _ in range(count)]
+
+    def read_parallel(
+        self,
+        texts: Sequence[str],
+        *,
+        prefix: str = "",
+        temperature: float = 0.9,
+        scale: float = 0.9,
+        store: ContextStore | None = None,
+        allow_empty_prefix: bool = False,
+    ) -> ContextReport:
+        """Read texts apart from each other, all at the positions behind what was read, to be used together.
+
+        None sees another, so that each is read once and kept for any later use, their order does not matter,
+        and only the longest counts against the model's context. Read a question behind them next.
+        `tokens` and `text` hold the longest, in the place that all share.
+        Source: Yang, Chen, Chen 2025, arXiv:2502.05431 (APE).
+
+        Args:
+            texts: the contexts; empty ones are left out.
+            prefix: read first, with everything that was read before it. It should be what starts a prompt,
+                such as the head of a chat: without it every context attracts the weight that models park on
+                first tokens.
+            temperature: of attention within the contexts; 1 leaves it as it is. See `APE`, also to fit it.
+            scale: on the contexts' share of attention; 1 leaves it as it is.
+            store: where contexts are found and kept. It is used while the session holds plain text only:
+                behind an edit or other contexts, keys and values depend on more than tokens.
+            allow_empty_prefix: read contexts at the very beginning.
+
+        Raises:
+            ConfigError: nothing stands before the contexts, a setting is not above 0, or the policy of the memory
+                would cut them.
+            CapacityError: prefix and longest context fill the model's context.
+            IncompatibleError: the model has recurrent layers, or its memory keeps notes.
+        """
+        self._check_open()
+        APE(temperature=temperature, scale=scale)
+        encode = self.lm.tokenizer.encode
+        before = [*self.tokens, *(encode(prefix, add_special=not self.tokens) if prefix else [])]
+        contexts = [ids for text in texts if (ids := encode(text))]
+        if contexts and not before and not allow_empty_prefix:
+            raise ConfigError(
+                "read_parallel needs something before the contexts. Give a prefix, such as the system message, or "
+                "allow_empty_prefix=True."
+            )
+        longest: list[int] = max(contexts, key=len, default=[])
+        limit = self.lm.model.config.max_positions
+        if len(before) + len(longest) >= limit:
+            raise CapacityError(
+                f"The prefix of {len(before)} tokens and the longest context of {len(longest)} leave no room for a "
+                f"question in the model's context of {limit}. Split that context."
+            )
+        past = self.past.fork()
+        self.lm.new_engine().read(before, past)
+        report = ContextReport(0, 0)
+        if contexts:
+            usable = store if self._is_plain else None
+            found, report = read_contexts(self.lm, before, past, contexts, usable)
+            for index, memory in enumerate(past.memories("read in parallel")):
+                strands = [context.layers[index] for context in found]
+                memory.append_strand(ParallelGroup(strands, temperature=temperature, scale=scale))
+        self.past, self.tokens = past, [*before, *longest]
+        self._is_plain = self._is_plain and not contexts
+        return report
+
+    def weigh_parallel(self, *, temperature: float, scale: float) -> None:
+        """Change how the parallel contexts of this session are weighted; see `read_parallel`.
+
+        Raises:
+            ConfigError: a setting is not above 0.
+        """
+        self._check_open()
+        APE(temperature=temperature, scale=scale)
+        for memory in self.past.memories("weighted"):
+            memory.strands = [
+                strand.weighted(temperature=temperature, scale=scale)
+                if isinstance(strand, ParallelGroup)
+                else strand
+                for strand in memory.strands
+            ]
+
+    def score(self, text: str) -> Score:
+        """How well the model predicts a text that would come next; the session stays as it is.
+
+        Raises:
+            ConfigError: nothing was read, the text is empty, or parallel contexts were read last.
+            CapacityError: the text would exceed the model's context.
+        """
+        self._check_open()
+        ids = self.lm.tokenizer.encode(text)
+        if not self.tokens or not ids:
+            raise ConfigError("score takes a text of at least one token, behind at least one that was read.")
+        if len(self.tokens) + len(ids) > self.lm.model.config.max_positions:
+            raise CapacityError(
+                f"{len(self.tokens)} tokens were read and {len(ids)} would come; the model's context is "
+                f"{self.lm.model.config.max_positions}. Shorten the text."
+            )
+        self._feed()
+        past = self.past.fork()
+        past.truncate(len(self.tokens) - 1)
+        with torch.inference_mode():
+            fed = torch.tensor([self.tokens[-1], *ids[:-1]], dtype=torch.int64)
+            hidden = self.lm.model(fed, Rows([(len(fed), len(past))]), [past])
+            nats = nats_of_rows(self.lm.model, hidden, torch.tensor(ids, dtype=torch.int64))
+        return Score(float(nats.sum()), len(ids), len(text.encode()))
+
+    @property
+    def text(self) -> str:
+        """What was read and generated so far, without special tokens."""
+        return self.lm.tokenizer.decode(self.tokens)
+
+    def edit(self, start: int, end: int, text: str, *, refresh: Refresh = 0) -> EditReport:
+        """Replace characters [start, end) of `text`, reading only what changed; see `apply`."""
+        return self.apply([Edit(start, end, text)], refresh=refresh)
+
+    def edit_tokens(
+        self, start: int, stop: int, ids: Sequence[int], *, refresh: Refresh = 0, materialise: bool = False
+    ) -> EditReport:
+        """Replace tokens [start, stop) by others, reading only those; see `apply`."""
+        self._check_open()
+        edit = TokenEdit(start, stop, tuple(ids))
+        vocab_size = self.lm.model.config.vocab_size
+        edits = check_token_edits([edit], len(self.tokens), vocab_size)
+        return self._apply(edits, refresh, materialise)
+
+    def apply(self, edits: Sequence[Edit], *, refresh: Refresh = 0, materialise: bool = False) -> EditReport:
+        """Make several edits of `text` at once, all or none.
+
+        Only new tokens, and the few whose spelling an edit changes, are read; what stands behind an edit is
+        moved. Moved tokens keep what they were computed from, so that answers are close to those after
+        reading everything again, but not the same; `refresh` trades time for that. The last 16 tokens are
+        always read again, with the next answer.
+        Source: He et al. 2024, arXiv:2407.03157.
+
+        Args:
+            edits: in characters of `text` as it is before any of them.
+            refresh: tokens behind each edit that are read again, or `"line"` for the rest of its line.
+            materialise: turn the moved keys once, rather than the queries at every step; see
+                `plait.memory.Memory.splice`.
+
+        Raises:
+            ConfigError: an edit outside the text, two that overlap, one across a special token, or one before
+                what the memory has dropped.
+            CapacityError: the text would exceed the model's context.
+            IncompatibleError: the model has learned positions or recurrent layers, or its memory keeps notes that
+                cannot move.
+        """
+        self._check_open()
+        return self._apply(token_edits(self.lm.tokenizer, self.tokens, edits), refresh, materialise)
 
     def generate(self, text: str = "", **options: Any) -> Generation:
         """Read a text, then continue; the continuation becomes part of the session."""
@@ -136,6 +307,38 @@ class Session:
             self.tokens = sequence.tokens
             self.last = sequence.result()
 
+    def _apply(self, edits: list[TokenEdit], refresh: Refresh, materialise: bool) -> EditReport:
+        edits = refreshed(self.lm.tokenizer, self.tokens, edits, refresh)
+        for group in self._parallel_groups():
+            if any(edit.start < group.position + len(group) and edit.stop > group.position for edit in edits):
+                raise ConfigError(
+                    f"Tokens {group.position} to {group.position + len(group) - 1} are parallel contexts, which an "
+                    "edit cannot change. Rewind to before them and read others."
+                )
+        behind = max((group.position + len(group) for group in self._parallel_groups()), default=0)
+        edits = with_the_end(self.tokens, edits, behind)
+        report = count_edits(edits, len(self.tokens), len(self.past))
+        if not edits:
+            return report
+        tokens = edited(self.tokens, edits)
+        config = self.lm.model.config
+        if len(tokens) >= config.max_positions:
+            raise CapacityError(
+                f"The edited text has {len(tokens)} tokens; the model's context is {config.max_positions}, the answer "
+                "included. Shorten the text."
+            )
+        if report.moved and config.learned_positions:
+            raise IncompatibleError(
+                f"{self.lm.name} has learned positions, which are part of every token, so that tokens cannot be moved. "
+                "Read the edited text in a new session."
+            )
+        # A fork is edited and takes the place of the past at the end, so that a failure changes nothing.
+        engine = self.lm.new_engine()
+        self.past = edited_past(engine, self.past, self.tokens, edits, materialise=materialise)
+        self.tokens = tokens
+        self._is_plain = self._is_plain and not report.moved
+        return report
+
     def _feed(self) -> None:
         """Read what has not been read, so that forks share it."""
         self.lm.new_engine().read(self.tokens, self.past)
@@ -147,14 +350,25 @@ class Session:
         try:
             self.past.truncate(length)
         except ConfigError:
+            if any(group.position < length for group in self._parallel_groups()):
+                # They are not in the tokens, so that they cannot be read anew.
+                raise
             # A window has dropped what is needed again, or a state cannot forget: read it all anew.
             self.past = self.lm.model.new_past(self.lm.plan)
+            self._is_plain = True
 
     def _twin(self) -> Session:
         twin = Session(self.lm)
         twin.tokens = list(self.tokens)
         twin.past = self.past.fork()
+        twin._is_plain = self._is_plain
         return twin
+
+    def _parallel_groups(self) -> list[ParallelGroup]:
+        """The parallel contexts of the first layer; the others have the same positions."""
+        first = self.past.layers[0]
+        strands = first.strands if isinstance(first, Memory) else []
+        return [strand for strand in strands if isinstance(strand, ParallelGroup)]
 
     def _check_open(self) -> None:
         if self._closed:

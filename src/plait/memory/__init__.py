@@ -11,7 +11,7 @@ from plait.memory.strand import DenseStrand, FrozenStrand, Heads, Strand, alloca
 from plait.ops import Causal, Everything, Mask, Partial, Tree, empty_partial, merge, merge_all
 
 # The methods register themselves; they import the base classes above.
-from plait.memory import codecs, policies  # isort: skip
+from plait.memory import arrangements, codecs, policies  # isort: skip
 
 __all__ = [
     "CODECS",
@@ -38,6 +38,7 @@ __all__ = [
     "Tree",
     "Visit",
     "allocated_bytes",
+    "arrangements",
     "attend",
     "check_pasts",
     "codecs",

@@ -12,13 +12,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from plait.errors import ConfigError
+from plait.errors import ConfigError, IncompatibleError
 from plait.memory.plan import MemoryPlan, Notes, Seen, Visit
 from plait.memory.rows import Rows, Segment, check_pasts
 from plait.memory.strand import DenseStrand, Heads, Strand, allocated_bytes
-from plait.ops import Causal, Everything, Mask, Partial, SomeQueries, Tree, empty_partial, merge_all, rotate
+from plait.ops import (
+    Causal,
+    Everything,
+    Mask,
+    Partial,
+    Rope,
+    SomeQueries,
+    Tree,
+    empty_partial,
+    merge_all,
+    rotate,
+)
 
 __all__ = ["Memory", "attend"]
+
+# Visiting a strand costs as much as reading some tens of its tokens, so shorter neighbours are joined.
+_SHORT = 64
 
 
 class Memory:
@@ -154,11 +168,11 @@ class Memory:
         self.strands = kept
         self.tail = self._new_tail(length)
 
-    def fork(self) -> Memory:
-        """A second memory with the same past. Both share what is stored; each writes to a tail of its own.
+    def freeze(self) -> None:
+        """Make the tail a strand that other memories can share. Pending rows are committed.
 
-        Pending rows are committed. The tail of this memory becomes a shared strand, so later results of
-        both equal those of an unforked memory up to rounding.
+        Later results equal those of before up to rounding, because the past is cut differently. Strands
+        of a few tokens are joined, so that a memory that is forked at every token does not become a chain.
 
         Raises:
             ConfigError: a draft tree is pending.
@@ -167,7 +181,18 @@ class Memory:
         if len(self.tail):
             self.strands.append(self.tail.frozen())
             self.tail = self._new_tail(len(self))
+            self._join_short()
             self.plan.policy.settle(self)
+
+    def fork(self) -> Memory:
+        """A second memory with the same past. Both share what is stored; each writes to a tail of its own.
+
+        The tail of this memory becomes a shared strand; see `freeze`.
+
+        Raises:
+            ConfigError: a draft tree is pending.
+        """
+        self.freeze()
         twin = Memory(self.heads, self.plan, self.window)
         twin.strands = list(self.strands)
         twin.tail = self._new_tail(len(self))
@@ -215,6 +240,106 @@ class Memory:
         """Bytes that `count` more rows would allocate, before codec and policy store or drop any."""
         return self.tail.growth(count)
 
+    def pieces(self, start: int, stop: int) -> list[Strand]:
+        """Strands that hold exactly the tokens at positions [start, stop), and share storage with this memory.
+
+        Raises:
+            ConfigError: not all of those tokens are held, or a strand cannot be cut there.
+        """
+        found: list[Strand] = []
+        reached = start
+        for strand in self.strands:
+            low = max(start - strand.position, 0)
+            high = min(stop - strand.position, len(strand))
+            if low >= high or strand.position + low != reached:
+                continue
+            reached = strand.position + high
+            for at in (high, low):
+                if 0 < at < len(strand):
+                    strand.check_split(at)
+                    parts = strand.split(at)
+                    strand = parts[0] if at == high else parts[1]
+            found.append(strand)
+        if reached != stop:
+            raise ConfigError(
+                f"Tokens {start} to {stop - 1} are wanted, but token {reached} is not held: {self.plan} has "
+                "dropped it, or it was never read. Read the text again from there."
+            )
+        return found
+
+    def splice(self, source: Memory, start: int, stop: int, *, materialise: bool = False) -> None:
+        """Append tokens that another memory of this layer remembers, at the positions behind the last one.
+
+        No key is touched: the strands are shared, and their frames start elsewhere, so that queries are
+        rotated accordingly when they visit. Values, and the layers above the first, stay as they were
+        computed in the old place.
+        Source: He et al. 2024, arXiv:2407.03157, whose form turns the stored keys instead (`materialise`).
+
+        Args:
+            source: what the tokens are taken from. Its tail becomes a shared strand; see `freeze`.
+            start, stop: positions of the tokens in `source`.
+            materialise: turn plain keys to the frame of this sequence, once, so that queries need no
+                rotation of their own for them. Costs a copy of the keys; keys in fewer bits than 32 are
+                rounded again. Strands that cannot be turned are moved as without it.
+
+        Raises:
+            ConfigError: `source` does not hold those tokens.
+            IncompatibleError: the speed of rotation depends on the sequence's length, or codec or policy
+                keep notes that cannot be moved.
+        """
+        self.check_splice(source, start, stop)
+        source.freeze()
+        self.freeze()
+        position = len(self)
+        moved = [piece.moved(position - start) for piece in source.pieces(start, stop)]
+        if materialise:
+            moved = [piece.reframed(0) for piece in moved]
+        for notes, theirs in zip(self.notes, source.notes, strict=True):
+            notes.splice(theirs, start, stop, position)
+        self._stand_behind(moved)
+
+    def append_strand(self, strand: Strand) -> None:
+        """Put a strand behind the last token, at the positions at which it stands.
+
+        Raises:
+            ConfigError: it does not start where the sequence ends, or the policy would cut a strand that cannot
+                be cut; the memory is of no use then.
+            IncompatibleError: codec or policy keep notes that say nothing of its tokens.
+        """
+        if strand.position != len(self):
+            raise ConfigError(
+                f"append_strand takes a strand that starts at position {len(self)}. Got one at {strand.position}."
+            )
+        for notes in self.notes:
+            notes.check_splice()
+        self.freeze()
+        self._stand_behind([strand])
+        self.plan.policy.visits(self, Segment(0, 1, len(self), Causal()))
+
+    def _stand_behind(self, strands: list[Strand]) -> None:
+        """Put strands that stand behind the last token to the others. The tail must be empty."""
+        self.strands += strands
+        self.tail = self._new_tail(max((s.position + len(s) for s in strands), default=len(self)))
+        self._join_short()
+        self.plan.policy.settle(self)
+
+    def check_splice(self, source: Memory, start: int, stop: int) -> None:
+        """Raise what `splice` would raise. Both tails become shared strands; see `freeze`."""
+        if not 0 <= start <= stop <= len(source):
+            raise ConfigError(f"splice takes tokens from 0 to {len(source)}. Got {start} to {stop}.")
+        source.freeze()
+        self.freeze()
+        source.pieces(start, stop)
+        reach = max(len(source), len(self) + stop - start)
+        rope = self.heads.rope
+        if rope is not None and len(self) != start and not _turns_alike(rope, reach):
+            raise IncompatibleError(
+                "The rotary scaling of this model turns keys by speeds that depend on the length of the sequence, "
+                f"so that tokens of a sequence of {reach} cannot be moved. Read the text again instead."
+            )
+        for notes in self.notes:
+            notes.check_splice()
+
     def check_append(self, draft: Tree | None) -> None:
         """Raise what `append` would raise for rows that are, or are not, a draft tree."""
         if self.pending and (self.draft is not None or draft is not None):
@@ -245,6 +370,9 @@ class Memory:
             raise ConfigError(
                 f"Cannot cut a draft tree at {length} tokens. Call commit with a path, or truncate to {committed}."
             )
+        for strand in self.strands:
+            if 0 < length - strand.position < len(strand):
+                strand.check_split(length - strand.position)
         self.plan.policy.check_truncate(self, length)
 
     def observe(self, seen: Seen) -> None:
@@ -269,6 +397,21 @@ class Memory:
             if strand.position < at < strand.position + len(strand):
                 self.strands[index : index + 1] = strand.split(at - strand.position)
                 return
+
+    def _join_short(self) -> None:
+        """Join neighbours that are both short, unless somebody has noted where strands begin and end."""
+        if self.notes:
+            return
+        kept: list[Strand] = []
+        for strand in self.strands:
+            last = kept[-1] if kept else None
+            if last is not None and max(len(last), len(strand)) < _SHORT:
+                both = last.joined(strand)
+                if both is not None:
+                    kept[-1] = both
+                    continue
+            kept.append(strand)
+        self.strands = kept
 
     def _new_tail(self, position: int) -> DenseStrand:
         return DenseStrand(
@@ -400,6 +543,12 @@ class _Frames:
             angles = self.rows.angles(self.heads.rope, [offset] * len(self.rows.segments))
             self.rotated[offset] = rotate(self.q, angles)
         return self.rotated[offset]
+
+
+def _turns_alike(rope: Rope, length: int) -> bool:
+    """Whether sequences of every length up to this one turn keys by the same speeds."""
+    first, last = rope.for_length(1), rope.for_length(length)
+    return first.amplitude == last.amplitude and torch.equal(first.frequencies, last.frequencies)
 
 
 def _check_shapes(heads: Heads, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> None:

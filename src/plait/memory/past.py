@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from plait.errors import ConfigError, IncompatibleError
 from plait.memory.memory import Memory
 from plait.memory.state import State
 from plait.memory.strand import HoldsTensors, allocated_bytes
@@ -60,6 +61,39 @@ class Past:
         return sum(
             layer.growth(count) if isinstance(layer, Memory) else layer.nbytes() for layer in self.layers
         )
+
+    def splice(self, source: Past, start: int, stop: int, *, materialise: bool = False) -> None:
+        """Append tokens [start, stop) of another past, moved behind the last one; see `Memory.splice`.
+
+        Raises:
+            ConfigError: `source` is of another model, or does not hold those tokens.
+            IncompatibleError: a layer keeps a recurrent state, which holds no tokens to be moved.
+        """
+        if len(self.layers) != len(source.layers):
+            raise ConfigError(
+                f"splice takes a past of the same model. Got {len(source.layers)} layers for {len(self.layers)}."
+            )
+        pairs = list(zip(self.memories("moved"), source.memories("moved"), strict=True))
+        for ours, theirs in pairs:
+            ours.check_splice(theirs, start, stop)
+        for ours, theirs in pairs:
+            ours.splice(theirs, start, stop, materialise=materialise)
+
+    def memories(self, what: str) -> list[Memory]:
+        """The memory of every layer, for a use in which tokens are `what`, such as "moved".
+
+        Raises:
+            IncompatibleError: a layer keeps a recurrent state instead.
+        """
+        found = []
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, Memory):
+                raise IncompatibleError(
+                    f"Layer {index} keeps a recurrent state ({type(layer).__name__}), from which no token can be "
+                    f"{what}. Read the text again instead."
+                )
+            found.append(layer)
+        return found
 
     def nbytes(self) -> int:
         """Bytes allocated over all layers; strands shared between pasts count in each."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from plait.errors import ConfigError, UnknownNameError, suggestion
+from plait.errors import ConfigError, IncompatibleError, UnknownNameError, suggestion
 from plait.memory.rows import Segment
 from plait.memory.strand import Strand
 from plait.ops import Mask, Partial
@@ -59,6 +59,20 @@ class Notes:
     def truncate(self, length: int) -> None:
         """Forget what was noted of tokens from position `length` on."""
         raise NotImplementedError
+
+    def check_splice(self) -> None:
+        """Raise `IncompatibleError` where `splice` is not implemented."""
+        raise IncompatibleError(
+            f"{type(self).__name__} notes where tokens stand and cannot take over moved ones, as edits and parallel "
+            "contexts need. Use memory='full', or read the text again."
+        )
+
+    def splice(self, source: Notes, start: int, stop: int, position: int) -> None:
+        """Take over what another memory's notes say of tokens [start, stop), which now stand from `position` on.
+
+        To support it, override this and `check_splice`.
+        """
+        self.check_splice()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is kept, so that it can be counted."""

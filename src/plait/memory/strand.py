@@ -101,6 +101,17 @@ class Strand:
         twin.offset += by
         return twin
 
+    def reframed(self, offset: int) -> Self:
+        """The same tokens at the same positions, with keys turned to a frame that starts at `offset`.
+
+        A strand whose keys cannot be turned as they are stored, because they are codes or lack channels,
+        returns itself: queries go on being rotated for its own frame, which is exact.
+        """
+        return self
+
+    def check_split(self, at: int) -> None:
+        """Raise the error that `split(at)` would raise."""
+
     def copied(self) -> Self:
         """The same tokens in storage of their own, so that what this strand was split from can be freed.
 
@@ -193,6 +204,19 @@ class FrozenStrand(Strand):
             piece._keys, piece._values = self._keys[:, low:high], self._values[:, low:high]
         return front, back
 
+    def reframed(self, offset: int) -> Self:
+        by, rope = self.offset - offset, self.heads.rope
+        if by == 0 or (rope is not None and rope.rule is not None):
+            return self
+        twin = copy.copy(self)
+        twin.offset, twin.start = offset, self.start + by
+        if rope is not None:
+            # The amplitude is in the keys already.
+            angles = Rope(rope.frequencies).angles(torch.tensor([by], device=self._keys.device))
+            with torch.inference_mode(False), torch.no_grad():
+                twin._keys = ops.rotate(self.keys.float(), angles).to(self._keys.dtype)
+        return twin
+
     def copied(self) -> Self:
         twin = copy.copy(self)
         with torch.inference_mode(False):
@@ -200,9 +224,18 @@ class FrozenStrand(Strand):
         return twin
 
     def joined(self, later: Strand) -> FrozenStrand | None:
-        if not isinstance(later, FrozenStrand) or later.offset != self.offset:
+        # Keys in fp32 are turned to one frame, up to rounding; in fewer bits, or where speeds depend on the
+        # length of the sequence, only strands of one frame are joined.
+        if not isinstance(later, FrozenStrand) or self.position + len(self) != later.position:
             return None
-        with torch.inference_mode(False):
+        if self.keys.dtype != later.keys.dtype or self.heads is not later.heads:
+            return None
+        if self.offset != later.offset:
+            rope = self.heads.rope
+            if self.keys.dtype != torch.float32 or (rope is not None and rope.rule is not None):
+                return None
+            later = later.reframed(self.offset)
+        with torch.inference_mode(False), torch.no_grad():
             keys = torch.cat([self.keys, later.keys], dim=1)
             values = torch.cat([self.values, later.values], dim=1)
         return FrozenStrand(self.heads, keys, values, offset=self.offset, start=self.start)
