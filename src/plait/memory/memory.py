@@ -31,9 +31,13 @@ class Memory:
         heads: the layer's geometry.
         plan: codec, policy and device.
         window: the model's own sliding window in positions, or None.
+
+    Raises:
+        IncompatibleError: the policy cannot serve a layer of that geometry.
     """
 
     def __init__(self, heads: Heads, plan: MemoryPlan, window: int | None = None) -> None:
+        plan.policy.check_layer(heads)
         self.heads = heads
         self.plan = plan
         self.window = window
@@ -127,7 +131,10 @@ class Memory:
         if kept != list(range(self.pending)):
             index = torch.tensor(kept, dtype=torch.int64, device=self.tail.keys.device)
             self.tail.keep(index, len(self.tail) - self.pending)
+        for notes in self.notes:
+            notes.commit(kept)
         self.pending, self.draft = 0, None
+        self.plan.policy.gather(self)
         self.plan.codec.seal(self, is_prompt=is_prompt)
         self.plan.policy.settle(self)
 
@@ -351,12 +358,14 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
 
 def _visit(visit: Visit, segment: Segment, queries: Tensor) -> Partial:
     """The part that a segment's visiting queries (n, H, D) see of a strand."""
-    mask = visit.mask or segment.mask
-    if visit.queries is None:
-        return visit.strand.attend(queries, segment.position, mask, visit.window)
-    return visit.strand.attend(
-        queries, segment.position, SomeQueries(mask, visit.queries, segment.length), visit.window
-    )
+    mask, first_query = visit.mask or segment.mask, segment.position
+    if visit.queries is not None:
+        if type(mask) in (Causal, Everything):
+            # These know nothing but where the first query stands.
+            first_query += visit.queries.start
+        else:
+            mask = SomeQueries(mask, visit.queries, segment.length)
+    return visit.strand.attend(queries, first_query, mask, visit.window)
 
 
 def _finished(part: Partial, visit: Visit, segment: Segment) -> Partial:
@@ -372,11 +381,12 @@ def _finished(part: Partial, visit: Visit, segment: Segment) -> Partial:
 
 
 class _Frames:
-    """The queries of one layer, rotated once for each frame that is visited."""
+    """The queries of one layer, rotated once for each frame, and each pinned position, that is visited."""
 
     def __init__(self, heads: Heads, q: Tensor, rows: Rows) -> None:
         self.heads, self.q, self.rows = heads, q, rows
         self.rotated: dict[int, Tensor] = {}
+        self.pinned: dict[int, Tensor] = {}
 
     def of_segment(self, segment: Segment, offset: int) -> Tensor:
         """The queries of a segment, (n, H, D), at their positions in a frame that starts at `offset`."""
@@ -387,8 +397,10 @@ class _Frames:
         if visit.turned_at is None or self.heads.rope is None:
             turned = self.of_segment(segment, visit.strand.offset)
         else:
-            angles = self.heads.rope.angles(torch.tensor([visit.turned_at], device=self.q.device))
-            turned = rotate(self.q[segment.rows], angles)
+            if visit.turned_at not in self.pinned:
+                angles = self.rows.angles_at(self.heads.rope, visit.turned_at)
+                self.pinned[visit.turned_at] = rotate(self.q, angles)
+            turned = self.pinned[visit.turned_at][segment.rows]
         if visit.queries is None:
             return turned
         return turned[visit.queries.start : visit.queries.stop]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from plait.errors import ConfigError, UnknownNameError, suggestion
+from plait.errors import ConfigError, IncompatibleError, UnknownNameError, suggestion
 from plait.memory.rows import Segment
-from plait.memory.strand import Strand
+from plait.memory.strand import Heads, Strand
 from plait.ops import Mask, Partial
 from plait.spec import Axis, Spec, split_specs
 
@@ -59,6 +59,9 @@ class Notes:
     def truncate(self, length: int) -> None:
         """Forget what was noted of tokens from position `length` on."""
         raise NotImplementedError
+
+    def commit(self, kept: Sequence[int]) -> None:
+        """Of what was noted of the pending rows, keep that of these rows only; they are committed now."""
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is kept, so that it can be counted."""
@@ -125,6 +128,22 @@ class Policy(Spec, axis=POLICIES):
     class, and one import in that folder's `__init__.py`.
     """
 
+    @property
+    def max_distance(self) -> int | None:
+        """The largest distance at which a query sees a token; None where it grows with the sequence.
+
+        Where there is one, a sequence may be longer than those that a model was trained on.
+        """
+        return None
+
+    def check_layer(self, heads: Heads) -> None:
+        """Raise `IncompatibleError` if this policy cannot serve a layer of that geometry."""
+        if self.max_distance is not None and heads.rope is not None and heads.rope.rule is not None:
+            raise IncompatibleError(
+                f"{self} limits distances, but this model turns keys at speeds that depend on the length of the "
+                "sequence. Choose memory='window', or another model."
+            )
+
     def new_notes(self) -> Notes | None:
         """What this policy keeps beside the strands of one memory (`memory.policy_notes`); None for nothing."""
         return None
@@ -143,6 +162,9 @@ class Policy(Spec, axis=POLICIES):
         Only a policy can promise it that keeps no notes and neither drops nor rearranges strands.
         """
         return False
+
+    def gather(self, memory: Memory) -> None:
+        """Take what is needed of tokens just committed, before the codec stores them; called by every commit."""
 
     def settle(self, memory: Memory) -> None:
         """Drop or rearrange strands after a commit or a fork.

@@ -6,7 +6,7 @@ Shapes: Q queries, H query heads, G key/value heads, T tokens of the strand, D h
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plait import ops
 from plait.errors import CapacityError, ConfigError
-from plait.ops import Mask, Partial, Rope
+from plait.ops import Angles, Mask, Partial, Rope, rotate
 
 __all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Strand", "allocated_bytes"]
 
@@ -160,6 +160,15 @@ class FrozenStrand(Strand):
         self.length = keys.shape[1]
         self._keys, self._values = keys, values
 
+    @classmethod
+    def joined(cls, strands: Sequence[FrozenStrand]) -> FrozenStrand:
+        """The tokens of one or more strands in storage of their own, as one strand that starts where the first does."""
+        first = strands[0]
+        with torch.inference_mode(False):
+            keys = torch.cat([strand.keys for strand in strands], dim=1)
+            values = torch.cat([strand.values for strand in strands], dim=1)
+        return FrozenStrand(first.heads, keys, values, offset=first.offset, start=first.start)
+
     def __len__(self) -> int:
         return self.length
 
@@ -185,6 +194,22 @@ class FrozenStrand(Strand):
             window=window,
             softcap=self.heads.softcap,
         )
+
+    def turned_back(self, positions: Tensor | None = None) -> FrozenStrand:
+        """The same tokens with keys that are not rotated, for queries that a visit pins to one position.
+
+        Args:
+            positions: (T,) sequence positions of the tokens; one after the other when left out.
+        """
+        rope, keys = self.heads.rope, self.keys
+        if rope is not None:
+            if positions is None:
+                positions = torch.arange(self.position, self.position + len(self), device=keys.device)
+            angles = rope.angles(positions - self.offset)
+            # The amplitude stays on the keys: only their angle is taken back.
+            back = Angles(angles.cos / rope.amplitude, -angles.sin / rope.amplitude)
+            keys = rotate(keys.transpose(0, 1).float(), back).to(keys.dtype).transpose(0, 1)
+        return FrozenStrand(self.heads, keys, self.values, start=self.position)
 
     def split(self, at: int) -> tuple[Self, Self]:
         front, back = copy.copy(self), copy.copy(self)
