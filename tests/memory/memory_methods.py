@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memory_oracle import TOLERANCE, Sees, TokenTable, everything, storage_bound
+from memory_oracle import TOLERANCE, Distance, Sees, TokenTable, everything, storage_bound
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,27 @@ class CodecEntry:
 
 @dataclass(frozen=True)
 class PolicyEntry:
-    """A policy and which keys a query sees under it."""
+    """A policy, which keys a query sees under it, and at which distance; None for the true one."""
 
     spec: str
     sees: Sees
+    distance: Distance | None = None
 
 
 def first_and_last(size: int, sinks: int) -> Sees:
     """What the window policy promises."""
     return lambda query, key: key < sinks or query - key < size
+
+
+def at_most(limit: int) -> Distance:
+    """The true distance up to a limit."""
+    return lambda query, key: min(query - key, limit)
+
+
+def in_the_cache(local: int, initial: int) -> Distance:
+    """What the streaming style promises: a query stands at the end of a full cache."""
+    last = local + initial - 1
+    return lambda query, key: query - key if key >= initial else min(query, last) - key
 
 
 def both(one: Sees, other: Sees) -> Sees:
@@ -49,5 +61,8 @@ POLICY_ENTRIES = [
     PolicyEntry("full", everything),
     PolicyEntry("window:size=7,sinks=3", first_and_last(7, 3)),
     PolicyEntry("window:size=1,sinks=0", first_and_last(1, 0)),
+    PolicyEntry("lm-infinite:local=7,initial=3", first_and_last(7, 3), at_most(7)),
+    PolicyEntry("lm-infinite:local=4,initial=0", first_and_last(4, 0)),
+    PolicyEntry("lm-infinite:local=6,initial=2,style=streaming", first_and_last(6, 2), in_the_cache(6, 2)),
 ]
 MODEL_WINDOWS = [None, 5]

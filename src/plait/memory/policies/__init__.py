@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from plait.memory.policies.full import Full
+from plait.memory.policies.lm_infinite import LMInfinite
 from plait.memory.policies.window import Window
 
-__all__ = ["Full", "Window"]
+__all__ = ["Full", "LMInfinite", "Window"]
