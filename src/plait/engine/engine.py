@@ -126,7 +126,8 @@ class Engine:
             CapacityError: the prompt fills the model's context, or prompt and answer could not be
                 remembered within `memory_bytes`.
         """
-        vocab_size, limit = self.model.config.vocab_size, self.model.config.max_positions
+        vocab_size = self.model.config.vocab_size
+        limit = self.plan.longest(self.model.config.max_positions)
         outside = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise ConfigError(f"Token ids must be in [0, {vocab_size}). Got {outside}.")

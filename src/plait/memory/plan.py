@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -232,6 +233,14 @@ class MemoryPlan:
     def is_shareable(self) -> bool:
         """Whether sequences may share what they remember of a common beginning."""
         return self.codec.is_shareable and self.policy.is_shareable
+
+    def longest(self, trained: int) -> int:
+        """Tokens that a sequence may have under this plan, of a model trained on sequences of `trained` tokens.
+
+        Without end where the policy keeps every distance within what was trained.
+        """
+        limit = self.policy.max_distance
+        return trained if limit is None or limit > trained else sys.maxsize
 
     def __str__(self) -> str:
         return f"{self.policy},{self.codec}"
