@@ -65,4 +65,13 @@ POLICY_ENTRIES = [
     PolicyEntry("lm-infinite:local=4,initial=0", first_and_last(4, 0)),
     PolicyEntry("lm-infinite:local=6,initial=2,style=streaming", first_and_last(6, 2), in_the_cache(6, 2)),
 ]
+POLICY_ENTRIES += [
+    # Every block is retrieved, so that nothing is forgotten.
+    PolicyEntry("infllm:local=7,initial=3,block=4,topk=99,cached=99,execution=5", everything, at_most(6)),
+    PolicyEntry(
+        "infllm:local=6,initial=0,block=3,topk=99,cached=99,execution=6,representatives=2,cold=file",
+        everything,
+        at_most(5),
+    ),
+]
 MODEL_WINDOWS = [None, 5]

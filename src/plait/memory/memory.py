@@ -135,7 +135,8 @@ class Memory:
             notes.commit(kept)
         self.pending, self.draft = 0, None
         self.plan.policy.gather(self)
-        self.plan.codec.seal(self, is_prompt=is_prompt)
+        if not self.plan.policy.stores:
+            self.plan.codec.seal(self, is_prompt=is_prompt)
         self.plan.policy.settle(self)
 
     def truncate(self, length: int) -> None:
@@ -311,6 +312,9 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     drafts = [segment.mask if isinstance(segment.mask, Tree) else None for segment in rows.segments]
     for memory, draft in zip(memories, drafts, strict=True):
         memory.check_append(draft)
+    runs = [m.plan.policy.runs(segment) for m, segment in zip(memories, rows.segments, strict=True)]
+    if any(len(of_segment) > 1 for of_segment in runs):
+        return _attend_in_turns(memories, q, k, v, rows, runs)
     in_frame = _Frames(heads, q, rows)
     offsets = [memory.tail.offset for memory in memories]
     keys = k if heads.rope is None else rotate(k, rows.angles(heads.rope, offsets))
@@ -321,6 +325,7 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     parts: list[list[Partial | None]] = []
     shared: dict[tuple[int, int | None], list[tuple[int, int, Visit]]] = {}
     for index, (memory, segment) in enumerate(zip(memories, rows.segments, strict=True)):
+        memory.plan.policy.look_up(memory, segment, partial(in_frame.at, segment))
         visits = memory.plan.policy.visits(memory, segment)
         parts.append([None] * len(visits))
         for place, visit in enumerate(visits):
@@ -354,6 +359,26 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
         memory.observe(Seen(segment, partial(in_frame.of_segment, segment), merged))
         outs.append(merged.out)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _attend_in_turns(
+    memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Rows, runs: Sequence[Sequence[range]]
+) -> Tensor:
+    """`attend`, the first run of every segment first, then the second one, and so on."""
+    outs: list[Tensor] = []
+    order: list[Tensor] = []
+    for turn in range(max(map(len, runs))):
+        in_turn = [index for index, of_segment in enumerate(runs) if turn < len(of_segment)]
+        pieces: list[tuple[int, int, Mask]] = []
+        taken: list[Tensor] = []
+        for index in in_turn:
+            segment, run = rows.segments[index], runs[index][turn]
+            pieces.append((len(run), segment.position + run.start, segment.mask))
+            taken.append(torch.arange(segment.start + run.start, segment.start + run.stop, device=q.device))
+        order.append(torch.cat(taken))
+        picked = (tensor[order[-1]] for tensor in (q, k, v))
+        outs.append(attend([memories[index] for index in in_turn], *picked, Rows(pieces, q.device)))
+    return torch.cat(outs)[torch.cat(order).argsort()]
 
 
 def _visit(visit: Visit, segment: Segment, queries: Tensor) -> Partial:
@@ -394,16 +419,21 @@ class _Frames:
 
     def of_visit(self, visit: Visit, segment: Segment) -> Tensor:
         """The queries of a segment that make a visit, rotated for it."""
-        if visit.turned_at is None or self.heads.rope is None:
+        if visit.turned_at is None:
             turned = self.of_segment(segment, visit.strand.offset)
         else:
-            if visit.turned_at not in self.pinned:
-                angles = self.rows.angles_at(self.heads.rope, visit.turned_at)
-                self.pinned[visit.turned_at] = rotate(self.q, angles)
-            turned = self.pinned[visit.turned_at][segment.rows]
+            turned = self.at(segment, visit.turned_at)
         if visit.queries is None:
             return turned
         return turned[visit.queries.start : visit.queries.stop]
+
+    def at(self, segment: Segment, position: int) -> Tensor:
+        """The queries of a segment, (n, H, D), as if all of them stood at one frame position."""
+        if self.heads.rope is None:
+            return self.q[segment.rows]
+        if position not in self.pinned:
+            self.pinned[position] = rotate(self.q, self.rows.angles_at(self.heads.rope, position))
+        return self.pinned[position][segment.rows]
 
     def __call__(self, offset: int) -> Tensor:
         if self.heads.rope is None:

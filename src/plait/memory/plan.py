@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError, UnknownNameError, suggestion
 from plait.memory.rows import Segment
-from plait.memory.strand import Heads, Strand
+from plait.memory.strand import FrozenStrand, Heads, Strand
 from plait.ops import Mask, Partial
 from plait.spec import Axis, Spec, split_specs
 
@@ -111,6 +111,17 @@ class Codec(Spec, axis=CODECS):
     def observe(self, memory: Memory, seen: Seen) -> None:
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
 
+    def encode(self, strand: FrozenStrand, notes: Notes | None) -> Strand:
+        """The same tokens in this codec's form. The strand stays as it is.
+
+        Args:
+            notes: what this codec keeps beside the strands.
+
+        Raises:
+            ConfigError: numbers that the form cannot hold, such as NaN.
+        """
+        raise NotImplementedError
+
     def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
         """Store committed tokens of the tail; called after every commit.
 
@@ -137,6 +148,11 @@ class Policy(Spec, axis=POLICIES):
         """
         return None
 
+    @property
+    def stores(self) -> bool:
+        """Whether this policy has tokens stored itself (`Codec.encode`); the codec seals none then."""
+        return False
+
     def check_layer(self, heads: Heads) -> None:
         """Raise `IncompatibleError` if this policy cannot serve a layer of that geometry."""
         if self.max_distance is not None and heads.rope is not None and heads.rope.rule is not None:
@@ -151,6 +167,17 @@ class Policy(Spec, axis=POLICIES):
 
     def observe(self, memory: Memory, seen: Seen) -> None:
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
+
+    def runs(self, segment: Segment) -> list[range]:
+        """The segment's queries in runs that are attended one after the other; all at once by default."""
+        return [range(segment.length)]
+
+    def look_up(self, memory: Memory, segment: Segment, queries: Callable[[int], Tensor]) -> None:
+        """Choose what the segment's queries will see; called before `visits`, when their rows are written.
+
+        Args:
+            queries: the queries (n, H, D) as if all of them stood at the given frame position.
+        """
 
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
         """The strands that the segment's queries see, oldest first; the tail is one of them."""

@@ -6,9 +6,9 @@ Shapes: Q queries, H query heads, G key/value heads, T tokens of the strand, D h
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, Self
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -115,6 +115,14 @@ class Strand:
         """
         return None
 
+    def relocated(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same tokens with every stored tensor replaced by what `move` makes of it, in a fixed order."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if name != "heads":
+                setattr(twin, name, _relocated(value, move))
+        return twin
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that this strand keeps allocated; views stand for the whole of their storage."""
         raise NotImplementedError
@@ -122,6 +130,18 @@ class Strand:
     def nbytes(self) -> int:
         """Bytes this strand keeps allocated, those of tokens that were split off included."""
         return allocated_bytes([self])
+
+
+def _relocated(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """A value with the tensors in it replaced: one tensor, or several in sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_relocated(item, move) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {field.name: _relocated(getattr(value, field.name), move) for field in fields(value)}
+        return replace(value, **changed)
+    return value
 
 
 class HoldsTensors(Protocol):

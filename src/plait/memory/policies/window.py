@@ -54,7 +54,7 @@ class FirstAndLast(Policy):
     def settle(self, memory: Memory) -> None:
         # Split once here rather than at every visit, so that forks visit the same strands.
         memory.strands = [part for strand in memory.strands for part, _ in self._split_at_first(strand)]
-        keep_from = len(memory) - self.window(memory) - _SLACK
+        keep_from = self.keep_from(memory, max(len(memory) - _SLACK, 0))
         tail, num_first = memory.tail, self.num_first
         old = [s for s in memory.strands if s.position >= num_first and s.position + len(s) <= keep_from]
         old_in_tail = keep_from - max(tail.position, num_first)
@@ -77,6 +77,10 @@ class FirstAndLast(Policy):
                 f"{dropped.stop - 1}, which the next one would see. Go back to at least "
                 f"{dropped.stop + window - 1}, or to at most {dropped.start}."
             )
+
+    def keep_from(self, memory: Memory, length: int) -> int:
+        """Position before which no token is read again by a memory of at least `length` tokens."""
+        return length - self.window(memory)
 
     def window(self, memory: Memory) -> int:
         """Visible positions of a layer, which may have a narrower window of its own."""
