@@ -376,8 +376,10 @@ def _attend_in_turns(
             pieces.append((len(run), segment.position + run.start, segment.mask))
             taken.append(torch.arange(segment.start + run.start, segment.start + run.stop, device=q.device))
         order.append(torch.cat(taken))
-        picked = (tensor[order[-1]] for tensor in (q, k, v))
-        outs.append(attend([memories[index] for index in in_turn], *picked, Rows(pieces, q.device)))
+        own = order[-1]
+        outs.append(
+            attend([memories[index] for index in in_turn], q[own], k[own], v[own], Rows(pieces, q.device))
+        )
     return torch.cat(outs)[torch.cat(order).argsort()]
 
 

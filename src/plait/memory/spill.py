@@ -76,7 +76,7 @@ class SpillFile:
             numbers = tensor.detach().cpu().contiguous().reshape(-1)
             places.append(_Place(self._end, tuple(tensor.shape), tensor.dtype))
             if numbers.numel():
-                self._append(memoryview(numbers.view(torch.uint8).numpy()))
+                self._append(numbers.view(torch.uint8).numpy().data)
             return torch.empty(0, dtype=tensor.dtype)
 
         outline = strand.relocated(write)

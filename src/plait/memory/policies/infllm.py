@@ -20,7 +20,7 @@ from plait.memory.memory import Memory
 from plait.memory.plan import Notes, Seen, Visit
 from plait.memory.policies.window import FirstAndLast
 from plait.memory.rows import Segment
-from plait.memory.spill import SpillFile, Spilled
+from plait.memory.spill import Spilled, SpillFile
 from plait.memory.strand import FrozenStrand, Heads, Strand
 from plait.ops import Causal, Everything, Far
 
@@ -228,7 +228,9 @@ class InfLLM(FirstAndLast, name="infllm"):
                         scores = heads.softcap * torch.tanh(scores / heads.softcap)
                     scores = scores.unflatten(1, (group, -1)).flatten(0, 1)  # (H, Q, T)
                     shares = (scores - asked.lse[rows].T[..., None]).exp()
-                    distance = positions[:, None] - torch.arange(strand.position, strand.position + len(strand))
+                    distance = positions[:, None] - torch.arange(
+                        strand.position, strand.position + len(strand)
+                    )
                     shares = shares.masked_fill((distance < 0) | (distance >= self.local), 0.0)
                     notes.mass.add(strand.position, shares.sum(dim=1))
             if not notes.learned and len(asked.positions):
