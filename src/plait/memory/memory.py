@@ -5,7 +5,7 @@ Shapes: N packed rows, Q queries, H query heads, G key/value heads, D head size,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ from plait.errors import ConfigError
 from plait.memory.plan import MemoryPlan, Notes, Seen, Visit
 from plait.memory.rows import Rows, Segment, check_pasts
 from plait.memory.strand import DenseStrand, Heads, Strand, allocated_bytes
-from plait.ops import Causal, Everything, Mask, Partial, SomeQueries, Tree, empty_partial, merge_all, rotate
+from plait.ops import Causal, Everything, Mask, Partial, SomeQueries, Tree, empty_partial, merge, rotate
 
 __all__ = ["Memory", "attend"]
 
@@ -32,6 +32,9 @@ class Memory:
         plan: codec, policy and device.
         window: the model's own sliding window in positions, or None.
 
+    Attributes:
+        layer: number of the layer within its model; a `Past` sets it.
+
     Raises:
         IncompatibleError: the policy cannot serve a layer of that geometry.
     """
@@ -41,6 +44,7 @@ class Memory:
         self.heads = heads
         self.plan = plan
         self.window = window
+        self.layer = 0
         self.strands: list[Strand] = []
         self.tail = self._new_tail(0)
         self.pending = 0
@@ -177,6 +181,7 @@ class Memory:
             self.tail = self._new_tail(len(self))
             self.plan.policy.settle(self)
         twin = Memory(self.heads, self.plan, self.window)
+        twin.layer = self.layer
         twin.strands = list(self.strands)
         twin.tail = self._new_tail(len(self))
         twin.codec_notes = self.codec_notes and self.codec_notes.fork()
@@ -323,11 +328,13 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
 
     # parts[s] holds segment s's partials in the order of its visits, whatever else is in the batch.
     parts: list[list[Partial | None]] = []
+    visits_of: list[list[Visit]] = []
     shared: dict[tuple[int, int | None], list[tuple[int, int, Visit]]] = {}
     for index, (memory, segment) in enumerate(zip(memories, rows.segments, strict=True)):
         memory.plan.policy.look_up(memory, segment, partial(in_frame.at, segment))
         visits = memory.plan.policy.visits(memory, segment)
         parts.append([None] * len(visits))
+        visits_of.append(visits)
         for place, visit in enumerate(visits):
             shared.setdefault((id(visit.strand), visit.turned_at), []).append((index, place, visit))
 
@@ -338,24 +345,21 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
             queries = [in_frame.of_visit(visit, rows.segments[index]) for index, _, visit in whole]
             stacked = visit.strand.attend(torch.cat(queries), 0, Everything())
             start = 0
-            for (index, place, visit), own in zip(whole, queries, strict=True):
+            for (index, place, _), own in zip(whole, queries, strict=True):
                 stop = start + len(own)
                 part = Partial(stacked.out[start:stop], stacked.lse[start:stop])
-                parts[index][place] = _finished(part, visit, rows.segments[index])
+                parts[index][place] = part
                 start = stop
         for index, place, visit in visitors:
             if parts[index][place] is None:
                 segment = rows.segments[index]
-                part = _visit(visit, segment, in_frame.of_visit(visit, segment))
-                parts[index][place] = _finished(part, visit, segment)
+                parts[index][place] = _visit(visit, segment, in_frame.of_visit(visit, segment))
 
     value_dim = v.shape[-1]
     outs = []
-    for memory, of_segment, segment in zip(memories, parts, rows.segments, strict=True):
-        merged = merge_all(
-            [part for part in of_segment if part is not None]
-            or [empty_partial(segment.length, heads.num_heads, value_dim, q.device)]
-        )
+    for memory, segment, of_segment, visits in zip(memories, rows.segments, parts, visits_of, strict=True):
+        new_empty = partial(empty_partial, segment.length, heads.num_heads, value_dim, q.device)
+        merged = _merged(of_segment, visits, new_empty)
         memory.observe(Seen(segment, partial(in_frame.of_segment, segment), merged))
         outs.append(merged.out)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -395,16 +399,29 @@ def _visit(visit: Visit, segment: Segment, queries: Tensor) -> Partial:
     return visit.strand.attend(queries, first_query, mask, visit.window)
 
 
-def _finished(part: Partial, visit: Visit, segment: Segment) -> Partial:
-    """The part weighted, and with the empty part for queries of the segment that did not visit."""
-    if visit.log_weight:
-        part = Partial(part.out, part.lse + visit.log_weight)
-    if visit.queries is None:
-        return part
-    whole = empty_partial(segment.length, part.out.shape[1], part.out.shape[2], part.out.device)
-    chosen = slice(visit.queries.start, visit.queries.stop)
-    whole.out[chosen], whole.lse[chosen] = part.out, part.lse
-    return whole
+def _merged(
+    parts: Sequence[Partial | None], visits: Sequence[Visit], new_empty: Callable[[], Partial]
+) -> Partial:
+    """Merge the parts of a segment in the order of its visits; some are of a run of its queries only."""
+    merged: Partial | None = None
+    is_own = False
+    for part, visit in zip(parts, visits, strict=True):
+        assert part is not None
+        if visit.log_weight:
+            part = Partial(part.out, part.lse + visit.log_weight)
+        if visit.queries is None:
+            merged = part if merged is None else merge(merged, part)
+            is_own = False
+            continue
+        if merged is None:
+            merged = new_empty()
+        elif not is_own:
+            # What is written to below may be seen by others.
+            merged = Partial(merged.out.clone(), merged.lse.clone())
+        is_own = True
+        run = slice(visit.queries.start, visit.queries.stop)
+        merged.out[run], merged.lse[run] = merge(Partial(merged.out[run], merged.lse[run]), part)
+    return new_empty() if merged is None else merged
 
 
 class _Frames:
