@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from memory_oracle import TOLERANCE, Distance, Sees, TokenTable, everything, storage_bound
 
+from plait.memory import MemoryPlan
+from plait.memory.policies import PrFlash
+
 
 @dataclass(frozen=True)
 class CodecEntry:
@@ -47,6 +50,14 @@ def in_the_cache(local: int, initial: int) -> Distance:
     return lambda query, key: query - key if key >= initial else min(query, last) - key
 
 
+def drawn(spec: str) -> Sees:
+    """The blocks that a policy says it keeps."""
+    policy = MemoryPlan.parse(spec).policy
+    assert isinstance(policy, PrFlash)
+    size = policy.block
+    return lambda query, key: key // size in policy.kept(0, query // size)
+
+
 def both(one: Sees, other: Sees) -> Sees:
     """A key that both let through."""
     return lambda query, key: one(query, key) and other(query, key)
@@ -73,5 +84,9 @@ POLICY_ENTRIES += [
         everything,
         at_most(5),
     ),
+]
+POLICY_ENTRIES += [
+    PolicyEntry(spec, drawn(spec))
+    for spec in ("prflash:block=4", "prflash:block=3,p=floor,rate=0.3,near=2,mode=bernoulli,sink_blocks=0")
 ]
 MODEL_WINDOWS = [None, 5]

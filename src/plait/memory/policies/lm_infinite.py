@@ -94,7 +94,8 @@ class LMInfinite(FirstAndLast, name="lm-infinite"):
         for is_late, run in groupby(depths, key=lambda depth: segment.position + depth > self.max_distance):
             stop = start + len(list(run))
             pinned = self.max_distance if is_late else None
-            seen.append(Visit(strand, memory.window, turned_at=pinned, queries=range(start, stop)))
+            queries = range(start, stop) if stop - start < segment.length else None
+            seen.append(Visit(strand, memory.window, turned_at=pinned, queries=queries))
             start = stop
         return seen
 
