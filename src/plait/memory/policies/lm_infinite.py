@@ -77,13 +77,16 @@ class LMInfinite(FirstAndLast, name="lm-infinite"):
             notes.add(_unrotated(memory, notes.length, self.initial))
 
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
-        notes, mask = memory.policy_notes, Far(segment.mask, self.local, segment.length)
+        notes = memory.policy_notes
         # A layer whose own window is no wider than `local` sees no further.
         if not isinstance(notes, _First) or not self._reaches(memory, segment):
             return super().visits(memory, segment)
         first = [] if notes.strand is None else [notes.strand]
         if notes.length < self.initial:
             first += self._pending_first(memory, segment, notes.length)
+        # Once the window has left the first tokens, the segment's own mask shows all of them to every query.
+        is_past = notes.length == self.initial and segment.position >= self.initial - 1 + self.local
+        mask = None if is_past else Far(segment.mask, self.local, segment.length)
         far = [Visit(strand, memory.window, mask, turned_at=self.local) for strand in first]
         return far + super().visits(memory, segment)
 
