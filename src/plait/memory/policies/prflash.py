@@ -89,8 +89,9 @@ class PrFlash(Policy, name="prflash"):
         seen: list[Visit] = []
         start = 0
         for row, run in groupby(blocks):
-            queries = range(start, start + len(list(run)))
-            start = queries.stop
+            first, start = start, start + len(list(run))
+            # A run that is the whole segment needs no cut, as in decoding.
+            queries = range(first, start) if start - first < segment.length else None
             for low, high, weight in self._spans(memory.layer, row):
                 # Only in a plain run of tokens are the segment's own keys in the order of positions.
                 stop = high if type(segment.mask) is Causal else min(high, segment.position)
@@ -111,7 +112,7 @@ class PrFlash(Policy, name="prflash"):
             yield run[0] * self.block, (run[-1] + 1) * self.block, weight
 
     def _own(
-        self, memory: Memory, segment: Segment, row: int, queries: range, blocks: list[int]
+        self, memory: Memory, segment: Segment, row: int, queries: range | None, blocks: list[int]
     ) -> Iterator[Visit]:
         """Visits to the segment's own keys where they are not a plain run: the nodes of a tree, block by block."""
         law = self.probabilities(row)
@@ -126,7 +127,7 @@ class PrFlash(Policy, name="prflash"):
             start = stop
 
 
-def _between(memory: Memory, start: int, stop: int, queries: range, weight: float) -> Iterator[Visit]:
+def _between(memory: Memory, start: int, stop: int, queries: range | None, weight: float) -> Iterator[Visit]:
     """Visits to the keys that are held in the place of positions [start, stop)."""
     for strand in memory.all_strands():
         low, high = max(start - strand.position, 0), min(stop - strand.position, len(strand))
