@@ -162,7 +162,7 @@ class Engine:
         if past is not None and len(past) >= len(request.prompt):
             past.truncate(len(request.prompt) - 1)
         sampler = Sampler(request.sampling, self.model.config.vocab_size)
-        limit = self.model.config.max_positions
+        limit = self.plan.longest(self.model.config.max_positions)
         sequence = RunningSequence(request, past, self.tokenizer, sampler, limit)
         self._scheduler.add(sequence)
         self._account(sequence)

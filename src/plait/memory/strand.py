@@ -181,7 +181,7 @@ class FrozenStrand(Strand):
         self._keys, self._values = keys, values
 
     @classmethod
-    def joined(cls, strands: Sequence[FrozenStrand]) -> FrozenStrand:
+    def gathered(cls, strands: Sequence[FrozenStrand]) -> FrozenStrand:
         """The tokens of one or more strands in storage of their own, as one strand that starts where the first does."""
         first = strands[0]
         with torch.inference_mode(False):

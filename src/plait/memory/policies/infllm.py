@@ -194,11 +194,11 @@ class InfLLM(FirstAndLast, name="infllm"):
         have = 0 if notes.first is None else len(notes.first)
         if have < self.num_first_behind(position):
             new = [strand.turned_back() for strand in _held(memory, have, self.num_first_behind(position))]
-            notes.first = FrozenStrand.joined([*([] if notes.first is None else [notes.first]), *new])
+            notes.first = FrozenStrand.gathered([*([] if notes.first is None else [notes.first]), *new])
         for number in range(len(notes.blocks), self.num_blocks(position)):
             start = self.initial + number * self.block
             strands = [strand.turned_back() for strand in _held(memory, start, start + self.block)]
-            block = FrozenStrand.joined(strands)
+            block = FrozenStrand.gathered(strands)
             notes.index.append(self._representative(memory.heads, block, notes.mass.of(start, self.block)))
             stored = memory.plan.codec.encode(block, memory.codec_notes)
             notes.add(stored, range(start, start + self.block), to_file=self.cold == "file")
@@ -390,7 +390,7 @@ class _Blocks(Notes):
             plain = [strand for strand in strands if type(strand) is FrozenStrand]
             coded = [strand for strand in strands if type(strand) is not FrozenStrand]
             # All stand at one distance, and all are seen, so that gaps between them do not matter.
-            self.together = (key, [*([FrozenStrand.joined(plain)] if plain else []), *coded])
+            self.together = (key, [*([FrozenStrand.gathered(plain)] if plain else []), *coded])
         return self.together[1]
 
     def _load(self, number: int) -> Strand:

@@ -135,7 +135,7 @@ class _First(Notes):
         return 0 if self.strand is None else len(self.strand)
 
     def add(self, strand: FrozenStrand) -> None:
-        self.strand = FrozenStrand.joined([strand] if self.strand is None else [self.strand, strand])
+        self.strand = FrozenStrand.gathered([strand] if self.strand is None else [self.strand, strand])
 
     def fork(self) -> _First:
         return _First(self.strand)
