@@ -92,7 +92,7 @@ def test_a_python_block_that_is_wrong_is_found(source: str, output: str | None) 
         ("$ plait run --modle smollm2 hi\n", "--modle"),
         ("$ plait rum hi\n", "rum"),
         ("$ plait run -n 0 hi\n", "greater than or equal to 1"),
-        ("$ plait run --memory infllm hi\n", "infllm"),
+        ("$ plait run --memory everything hi\n", "everything"),
         ("$ plait run --memory window:width=4 hi\n", "width"),
         ("$ plait run --draft medusa hi\n", "medusa"),
         ("$ plait run --weights q1_0 hi\n", "q1_0"),

@@ -19,7 +19,7 @@ from plait.memory import MemoryPlan, Rows
 Make = Callable[..., LanguageModel]
 
 PROMPTS = [[5, 6, 7], list(range(1, 80)), [9], [3, 1, 4, 1, 5, 9, 2, 6] * 5]
-MEMORIES = ["full", "dense:dtype=bf16", "window:size=40,sinks=2"]
+MEMORIES = ["full", "dense:dtype=bf16", "window:size=40,sinks=2", "lm-infinite:local=40,initial=2"]
 
 
 def greedy_by_hand(lm: LanguageModel, prompt: list[int], count: int) -> list[int]:
@@ -204,6 +204,34 @@ def test_generation_ends_at_the_context_with_length(make_small: Make) -> None:
         pass
     assert sequence.result().finish_reason == "length"
     assert len(sequence.tokens) == 512
+
+
+@pytest.mark.parametrize("draft", ["none", "prompt-lookup"])
+def test_a_policy_that_limits_distances_reads_and_writes_past_the_context(
+    make_small: Make, draft: str
+) -> None:
+    lm = make_small("lm-infinite:local=64,initial=4", draft)
+    engine = lm.new_engine(rows_per_step=100)
+    prompt = [token % 50 + 100 for token in range(900)]
+    first, second = (engine.submit(request(ids, max_new_tokens=30)) for ids in (prompt, prompt[:505]))
+    for _ in engine.run():
+        pass
+    assert first.result().finish_reason == second.result().finish_reason == "length"
+    assert (len(first.tokens), len(second.tokens)) == (930, 535)
+    past = lm.model.new_past(lm.plan)
+    tokens = list(prompt)
+    for _ in range(30):
+        fed = torch.tensor(tokens[len(past) :])
+        hidden = lm.model(fed, Rows([(len(fed), len(past))]), [past])
+        past.commit()
+        tokens.append(int(lm.model.logits(hidden[-1:]).argmax()))
+    assert tokens == first.tokens
+
+
+def test_distances_beyond_what_was_trained_do_not_lengthen_the_context(make_small: Make) -> None:
+    with pytest.raises(CapacityError, match=r"600 tokens.*512"):
+        make_small("lm-infinite:local=513").new_engine().submit(request([1] * 600))
+    make_small("lm-infinite:local=512").new_engine().submit(request([1] * 600))
 
 
 @pytest.mark.parametrize("bad", [-1, 257, 10**12])

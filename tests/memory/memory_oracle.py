@@ -18,6 +18,8 @@ TOLERANCE = 1e-5
 
 # Which keys a query sees, from their positions; the order of time is added by the oracle.
 Sees = Callable[[int, int], bool]
+# At which distance a query sees a key, from their positions.
+Distance = Callable[[int, int], int]
 
 
 def frequencies(dim: int) -> Tensor:
@@ -81,6 +83,7 @@ class TokenTable:
         *,
         parents: Sequence[int] | None = None,
         sees: Sees = everything,
+        distance: Distance | None = None,
     ) -> Tensor:
         """Outputs (Q, H, V), float64, of new tokens behind a past: a run, or a tree with these parents."""
         parents = list(range(-1, len(new) - 1)) if parents is None else list(parents)
@@ -94,15 +97,34 @@ class TokenTable:
         for row, line in enumerate(lines):
             for column in [*range(len(past)), *(len(past) + node for node in line)]:
                 visible[row, column] = sees(len(past) + depths[row], positions[column])
-        return self._attention(list(new), [*past, *new], positions, visible)
+        return self._attention(list(new), [*past, *new], positions, visible, distance)
 
-    def _attention(self, new: list[int], ids: list[int], positions: list[int], visible: Tensor) -> Tensor:
+    def _attention(
+        self,
+        new: list[int],
+        ids: list[int],
+        positions: list[int],
+        visible: Tensor,
+        distance: Distance | None,
+    ) -> Tensor:
         heads = self.heads
         group = heads.num_heads // heads.num_kv_heads
-        q = turned(self.q[new], positions[len(ids) - len(new) :], heads)
-        k = turned(self.k[ids], positions, heads).repeat_interleave(group, dim=1)
         v = self.v[ids].double().repeat_interleave(group, dim=1)
-        scores = torch.einsum("qhd,thd->hqt", q, k) * heads.scale
+        queries = positions[len(ids) - len(new) :]
+        if distance is None:
+            q = turned(self.q[new], queries, heads)
+            k = turned(self.k[ids], positions, heads).repeat_interleave(group, dim=1)
+            scores = torch.einsum("qhd,thd->hqt", q, k) * heads.scale
+        else:
+            # Each query is turned anew for each key, which is not turned.
+            k = self.k[ids].double().repeat_interleave(group, dim=1)
+            rows = [
+                turned(
+                    self.q[[row]].expand(len(ids), -1, -1), [distance(at, key) for key in positions], heads
+                )
+                for row, at in zip(new, queries, strict=True)
+            ]
+            scores = torch.einsum("qthd,thd->hqt", torch.stack(rows), k) * heads.scale
         if heads.softcap is not None:
             scores = heads.softcap * torch.tanh(scores / heads.softcap)
         weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from memory_methods import both, first_and_last
+from memory_methods import at_most, both, first_and_last, in_the_cache
 from memory_oracle import (
     GROUPED,
+    Distance,
     Sees,
     TokenTable,
     assert_equal_to,
@@ -50,6 +52,7 @@ class Machine(RuleBasedStateMachine):
     spec = "full"
     window: int | None = None
     sees: Sees = staticmethod(everything)
+    distance: Distance | None = None
     sinks = 10**9
 
     @initialize()
@@ -59,6 +62,9 @@ class Machine(RuleBasedStateMachine):
 
     def pick(self, index: int) -> Twin:
         return self.twins[index % len(self.twins)]
+
+    def answer(self, past: list[int], new: list[int], parents: Sequence[int] | None = None) -> torch.Tensor:
+        return TABLE.answer(past, new, parents=parents, sees=self.sees, distance=self.distance)
 
     def new_ids(self, length: int) -> list[int]:
         self.seed += 1
@@ -74,7 +80,7 @@ class Machine(RuleBasedStateMachine):
             return
         given = twin.memory.attend(*TABLE.rows(new))
         if new:
-            assert_equal_to(given, TABLE.answer(twin.tokens, new, sees=self.sees))
+            assert_equal_to(given, self.answer(twin.tokens, new))
         twin.tokens += new
         twin.pending += length
 
@@ -88,7 +94,7 @@ class Machine(RuleBasedStateMachine):
                 twin.memory.attend(*TABLE.rows(new), mask=tree)
             return
         given = twin.memory.attend(*TABLE.rows(new), mask=tree)
-        assert_equal_to(given, TABLE.answer(twin.tokens, new, parents=tree.parents, sees=self.sees))
+        assert_equal_to(given, self.answer(twin.tokens, new, tree.parents))
         twin.tokens += new
         twin.pending, twin.tree = size, tree
 
@@ -156,7 +162,7 @@ class Machine(RuleBasedStateMachine):
             assert twin.memory.pending == twin.pending
             if twin.tree is None:
                 probe = TABLE.rows([3])
-                assert_equal_to(twin.memory.attend(*probe), TABLE.answer(twin.tokens, [3], sees=self.sees))
+                assert_equal_to(twin.memory.attend(*probe), self.answer(twin.tokens, [3]))
                 twin.memory.truncate(len(twin.tokens))
 
     @invariant()
@@ -185,7 +191,25 @@ class NarrowMachine(WindowedMachine):
     sees = staticmethod(both(first_and_last(9, 3), within(6)))
 
 
-@pytest.mark.parametrize("machine", [Machine, WindowedMachine, NarrowMachine])
+class LimitedMachine(Machine):
+    """The same under a policy that drops tokens and limits distances."""
+
+    spec = "lm-infinite:local=9,initial=3"
+    sees = staticmethod(first_and_last(9, 3))
+    distance = staticmethod(at_most(9))
+    sinks = 0
+
+
+class StreamingMachine(WindowedMachine):
+    """The same with positions inside the cache."""
+
+    spec = "lm-infinite:local=9,initial=3,style=streaming"
+    distance = staticmethod(in_the_cache(9, 3))
+
+
+@pytest.mark.parametrize(
+    "machine", [Machine, WindowedMachine, NarrowMachine, LimitedMachine, StreamingMachine]
+)
 def test_any_sequence_of_calls(machine: type[Machine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window_policy, "_SLACK", SLACK)
     run_state_machine_as_test(  # type: ignore[no-untyped-call]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from memory_methods import CODEC_ENTRIES, MODEL_WINDOWS, POLICY_ENTRIES, CodecEntry, PolicyEntry, both
@@ -43,10 +45,14 @@ class Case:
     def __init__(self, codec: CodecEntry, policy: PolicyEntry, window: int | None) -> None:
         self.memory = Memory(GROUPED, MemoryPlan.parse(f"{policy.spec},{codec.spec}"), window)
         self.sees: Sees = both(policy.sees, within(window))
+        self.distance = policy.distance
         self.tolerance = codec.tolerance(TABLE)
 
+    def answer(self, past: list[int], new: list[int], parents: Sequence[int] | None = None) -> torch.Tensor:
+        return TABLE.answer(past, new, parents=parents, sees=self.sees, distance=self.distance)
+
     def check(self, given: torch.Tensor, past: list[int], new: list[int]) -> None:
-        assert_equal_to(given, TABLE.answer(past, new, sees=self.sees), self.tolerance)
+        assert_equal_to(given, self.answer(past, new), self.tolerance)
 
 
 @pytest.fixture
@@ -92,8 +98,7 @@ def test_draft_trees_equal_plain_decoding(case: Case) -> None:
         tree = random_tree(6, generator)
         draft = ids_of(6, seed)
         given = case.memory.attend(*TABLE.rows(draft), mask=tree)
-        wanted = TABLE.answer(accepted, draft, parents=tree.parents, sees=case.sees)
-        assert_equal_to(given, wanted, case.tolerance)
+        assert_equal_to(given, case.answer(accepted, draft, tree.parents), case.tolerance)
         path = paths_of(tree)[-1]
         case.memory.commit(path)
         accepted += [draft[i] for i in path]

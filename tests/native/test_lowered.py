@@ -147,6 +147,25 @@ def test_branches_of_a_tree_have_the_bits_of_plain_decoding() -> None:
     torch.testing.assert_close(logits[3], after(b)[1], atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+@torch.inference_mode()
+def test_first_tokens_at_a_pinned_distance_equal_the_modules(kind: str) -> None:
+    plain = model(kind)
+    lowered = Lowered(model(kind))
+    tokens = torch.randint(0, 101, (40,))
+    mine, theirs = (new_past(plain, "lm-infinite:local=8,initial=3") for _ in range(2))
+    for past in (mine, theirs):
+        plain(tokens[:11], Rows([(11, 0)]), [past])
+        past.commit()
+    for start, stop in [(11, 12), (12, 20), (20, 40)]:
+        rows = Rows([(stop - start, start)])
+        answer = lowered(tokens[start:stop], rows, [mine])
+        assert answer is not None
+        assert distance(answer[0], plain(tokens[start:stop], rows, [theirs])) <= TOLERANCE
+        mine.commit()
+        theirs.commit()
+
+
 @pytest.mark.parametrize("memory", ["full", "window:size=4,sinks=3"])
 @torch.inference_mode()
 def test_trees_under_windows_equal_the_modules(memory: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import at_once, random_ids, through_memory
 
-from plait.errors import CapacityError, ConfigError
+from plait.errors import CapacityError, ConfigError, IncompatibleError
 from plait.memory import MemoryPlan, Rows
 from plait.nn import (
     BlockConfig,
@@ -107,6 +107,14 @@ def small(**changes: object) -> TransformerConfig:
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_learned_positions_refuse_a_limit_of_distances() -> None:
+    model = Transformer(small(learned_positions=POSITIONS), RandomParameters(0))
+    with pytest.raises(
+        IncompatibleError, match=r"lm-infinite limits distances .* a row for each of \d+ positions"
+    ):
+        model.new_past(MemoryPlan.parse("lm-infinite"))
 
 
 @given(configs(), st.lists(st.integers(1, 11), min_size=1, max_size=4), st.integers(0, 99))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plait.errors import ConfigError
-from plait.ops import Causal, Everything, Mask, Tree
+from plait.ops import Causal, Everything, Far, Mask, SomeQueries, Tree
 
 EXAMPLES = settings(deadline=None, max_examples=1000, derandomize=True)
 
@@ -123,6 +123,79 @@ def test_tree_views_equal_the_table(
     rows = [[sees(node, column) for column in range(num_keys)] for node in range(num_nodes)]
     table = torch.tensor(rows, dtype=torch.bool).view(num_nodes, num_keys)
     assert_views_equal(tree, table, root, first_key, window, blocks_of(num_nodes, block))
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> tuple[Mask, int]:
+    """A mask and the number of queries that it is for."""
+    kind = draw(st.sampled_from([Causal, Everything, Tree]))
+    if kind is Tree:
+        tree = draw(trees())
+        return tree, len(tree.parents)
+    return kind(), draw(st.integers(1, 12))
+
+
+@EXAMPLES
+@given(
+    segment=segments(),
+    first_query=st.integers(0, 20),
+    before=st.integers(0, 25),
+    window=st.none() | st.integers(1, 30),
+    distance=st.integers(1, 30),
+    block=st.integers(1, 12),
+    holds_own=st.booleans(),
+)
+def test_far_views_equal_the_table(
+    segment: tuple[Mask, int],
+    first_query: int,
+    before: int,
+    window: int | None,
+    distance: int,
+    block: int,
+    holds_own: bool,
+) -> None:
+    base, count = segment
+    first_key = max(first_query - before, 0)
+    # A strand of the past, or the tail, which ends with the segment's own rows.
+    num_keys = first_query - first_key + (count if holds_own else 0)
+    depths = base.depths(count).tolist()
+    positions = [*range(first_key, first_query), *(first_query + depth for depth in depths)]
+    table = seen_by(base, count, first_query, first_key, num_keys, window)
+    for row in range(count):
+        for column in range(num_keys):
+            table[row, column] &= first_query + depths[row] - positions[column] >= distance
+    mask = Far(base, distance, count)
+    assert_views_equal(mask, table, first_query, first_key, window, blocks_of(count, block))
+    assert torch.equal(mask.depths(count), base.depths(count))
+
+
+@EXAMPLES
+@given(segment=segments(), cut=st.tuples(st.integers(0, 12), st.integers(0, 12)), block=st.integers(1, 12))
+def test_some_queries_see_what_they_see_among_all(
+    segment: tuple[Mask, int], cut: tuple[int, int], block: int
+) -> None:
+    base, count = segment
+    low, high = sorted(min(end, count) for end in cut)
+    table = seen_by(base, count, 7, 2, 5 + count, 9)[low:high]
+    mask = SomeQueries(base, range(low, high), count)
+    assert_views_equal(mask, table, 7, 2, 9, blocks_of(high - low, block))
+    assert torch.equal(mask.depths(high - low), base.depths(count)[low:high])
+
+
+def seen_by(
+    mask: Mask, count: int, first_query: int, first_key: int, num_keys: int, window: int | None
+) -> Tensor:
+    """What one query after the other sees, as a table."""
+    table = torch.zeros(count, num_keys, dtype=torch.bool)
+    for row in range(count):
+        view = mask.view(first_query, range(row, row + 1), first_key, num_keys, window)
+        table[row, view.low : view.high] = True if view.visible is None else view.visible[0]
+    return table
+
+
+def test_what_is_far_enough_for_all_needs_no_table() -> None:
+    assert Far(Causal(), 4, 3).view(10, range(3), 0, 7) == (0, 7, None)
+    assert Far(Causal(), 4, 3).view(10, range(3), 9, 7)[:2] == (0, 0)
 
 
 @EXAMPLES

@@ -126,7 +126,8 @@ class Engine:
             CapacityError: the prompt fills the model's context, or prompt and answer could not be
                 remembered within `memory_bytes`.
         """
-        vocab_size, limit = self.model.config.vocab_size, self.model.config.max_positions
+        vocab_size = self.model.config.vocab_size
+        limit = self.plan.longest(self.model.config.max_positions)
         outside = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise ConfigError(f"Token ids must be in [0, {vocab_size}). Got {outside}.")
@@ -161,7 +162,7 @@ class Engine:
         if past is not None and len(past) >= len(request.prompt):
             past.truncate(len(request.prompt) - 1)
         sampler = Sampler(request.sampling, self.model.config.vocab_size)
-        limit = self.model.config.max_positions
+        limit = self.plan.longest(self.model.config.max_positions)
         sequence = RunningSequence(request, past, self.tokenizer, sampler, limit)
         self._scheduler.add(sequence)
         self._account(sequence)

@@ -5,7 +5,7 @@ Shapes: N packed rows, Q queries, H query heads, G key/value heads, D head size,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ from plait.ops import (
     SomeQueries,
     Tree,
     empty_partial,
-    merge_all,
+    merge,
     rotate,
 )
 
@@ -45,12 +45,20 @@ class Memory:
         heads: the layer's geometry.
         plan: codec, policy and device.
         window: the model's own sliding window in positions, or None.
+
+    Attributes:
+        layer: number of the layer within its model; a `Past` sets it.
+
+    Raises:
+        IncompatibleError: the policy cannot serve a layer of that geometry.
     """
 
     def __init__(self, heads: Heads, plan: MemoryPlan, window: int | None = None) -> None:
+        plan.policy.check_layer(heads)
         self.heads = heads
         self.plan = plan
         self.window = window
+        self.layer = 0
         self.strands: list[Strand] = []
         self.tail = self._new_tail(0)
         self.pending = 0
@@ -141,8 +149,12 @@ class Memory:
         if kept != list(range(self.pending)):
             index = torch.tensor(kept, dtype=torch.int64, device=self.tail.keys.device)
             self.tail.keep(index, len(self.tail) - self.pending)
+        for notes in self.notes:
+            notes.commit(kept)
         self.pending, self.draft = 0, None
-        self.plan.codec.seal(self, is_prompt=is_prompt)
+        self.plan.policy.gather(self)
+        if not self.plan.policy.stores:
+            self.plan.codec.seal(self, is_prompt=is_prompt)
         self.plan.policy.settle(self)
 
     def truncate(self, length: int) -> None:
@@ -194,6 +206,7 @@ class Memory:
         """
         self.freeze()
         twin = Memory(self.heads, self.plan, self.window)
+        twin.layer = self.layer
         twin.strands = list(self.strands)
         twin.tail = self._new_tail(len(self))
         twin.codec_notes = self.codec_notes and self.codec_notes.fork()
@@ -447,6 +460,9 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     drafts = [segment.mask if isinstance(segment.mask, Tree) else None for segment in rows.segments]
     for memory, draft in zip(memories, drafts, strict=True):
         memory.check_append(draft)
+    runs = [m.plan.policy.runs(segment) for m, segment in zip(memories, rows.segments, strict=True)]
+    if any(len(of_segment) > 1 for of_segment in runs):
+        return _attend_in_turns(memories, q, k, v, rows, runs)
     in_frame = _Frames(heads, q, rows)
     offsets = [memory.tail.offset for memory in memories]
     keys = k if heads.rope is None else rotate(k, rows.angles(heads.rope, offsets))
@@ -455,10 +471,13 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
 
     # parts[s] holds segment s's partials in the order of its visits, whatever else is in the batch.
     parts: list[list[Partial | None]] = []
+    visits_of: list[list[Visit]] = []
     shared: dict[tuple[int, int | None], list[tuple[int, int, Visit]]] = {}
     for index, (memory, segment) in enumerate(zip(memories, rows.segments, strict=True)):
+        memory.plan.policy.look_up(memory, segment, partial(in_frame.at, segment))
         visits = memory.plan.policy.visits(memory, segment)
         parts.append([None] * len(visits))
+        visits_of.append(visits)
         for place, visit in enumerate(visits):
             shared.setdefault((id(visit.strand), visit.turned_at), []).append((index, place, visit))
 
@@ -469,57 +488,92 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
             queries = [in_frame.of_visit(visit, rows.segments[index]) for index, _, visit in whole]
             stacked = visit.strand.attend(torch.cat(queries), 0, Everything())
             start = 0
-            for (index, place, visit), own in zip(whole, queries, strict=True):
+            for (index, place, _), own in zip(whole, queries, strict=True):
                 stop = start + len(own)
                 part = Partial(stacked.out[start:stop], stacked.lse[start:stop])
-                parts[index][place] = _finished(part, visit, rows.segments[index])
+                parts[index][place] = part
                 start = stop
         for index, place, visit in visitors:
             if parts[index][place] is None:
                 segment = rows.segments[index]
-                part = _visit(visit, segment, in_frame.of_visit(visit, segment))
-                parts[index][place] = _finished(part, visit, segment)
+                parts[index][place] = _visit(visit, segment, in_frame.of_visit(visit, segment))
 
     value_dim = v.shape[-1]
     outs = []
-    for memory, of_segment, segment in zip(memories, parts, rows.segments, strict=True):
-        merged = merge_all(
-            [part for part in of_segment if part is not None]
-            or [empty_partial(segment.length, heads.num_heads, value_dim, q.device)]
-        )
+    for memory, segment, of_segment, visits in zip(memories, rows.segments, parts, visits_of, strict=True):
+        new_empty = partial(empty_partial, segment.length, heads.num_heads, value_dim, q.device)
+        merged = _merged(of_segment, visits, new_empty)
         memory.observe(Seen(segment, partial(in_frame.of_segment, segment), merged))
         outs.append(merged.out)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
+def _attend_in_turns(
+    memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Rows, runs: Sequence[Sequence[range]]
+) -> Tensor:
+    """`attend`, the first run of every segment first, then the second one, and so on."""
+    outs: list[Tensor] = []
+    order: list[Tensor] = []
+    for turn in range(max(map(len, runs))):
+        in_turn = [index for index, of_segment in enumerate(runs) if turn < len(of_segment)]
+        pieces: list[tuple[int, int, Mask]] = []
+        taken: list[Tensor] = []
+        for index in in_turn:
+            segment, run = rows.segments[index], runs[index][turn]
+            pieces.append((len(run), segment.position + run.start, segment.mask))
+            taken.append(torch.arange(segment.start + run.start, segment.start + run.stop, device=q.device))
+        order.append(torch.cat(taken))
+        own = order[-1]
+        outs.append(
+            attend([memories[index] for index in in_turn], q[own], k[own], v[own], Rows(pieces, q.device))
+        )
+    return torch.cat(outs)[torch.cat(order).argsort()]
+
+
 def _visit(visit: Visit, segment: Segment, queries: Tensor) -> Partial:
     """The part that a segment's visiting queries (n, H, D) see of a strand."""
-    mask = visit.mask or segment.mask
-    if visit.queries is None:
-        return visit.strand.attend(queries, segment.position, mask, visit.window)
-    return visit.strand.attend(
-        queries, segment.position, SomeQueries(mask, visit.queries, segment.length), visit.window
-    )
+    mask, first_query = visit.mask or segment.mask, segment.position
+    if visit.queries is not None:
+        if type(mask) in (Causal, Everything):
+            # These know nothing but where the first query stands.
+            first_query += visit.queries.start
+        else:
+            mask = SomeQueries(mask, visit.queries, segment.length)
+    return visit.strand.attend(queries, first_query, mask, visit.window)
 
 
-def _finished(part: Partial, visit: Visit, segment: Segment) -> Partial:
-    """The part weighted, and with the empty part for queries of the segment that did not visit."""
-    if visit.log_weight:
-        part = Partial(part.out, part.lse + visit.log_weight)
-    if visit.queries is None:
-        return part
-    whole = empty_partial(segment.length, part.out.shape[1], part.out.shape[2], part.out.device)
-    chosen = slice(visit.queries.start, visit.queries.stop)
-    whole.out[chosen], whole.lse[chosen] = part.out, part.lse
-    return whole
+def _merged(
+    parts: Sequence[Partial | None], visits: Sequence[Visit], new_empty: Callable[[], Partial]
+) -> Partial:
+    """Merge the parts of a segment in the order of its visits; some are of a run of its queries only."""
+    merged: Partial | None = None
+    is_own = False
+    for part, visit in zip(parts, visits, strict=True):
+        assert part is not None
+        if visit.log_weight:
+            part = Partial(part.out, part.lse + visit.log_weight)
+        if visit.queries is None:
+            merged = part if merged is None else merge(merged, part)
+            is_own = False
+            continue
+        if merged is None:
+            merged = new_empty()
+        elif not is_own:
+            # What is written to below may be seen by others.
+            merged = Partial(merged.out.clone(), merged.lse.clone())
+        is_own = True
+        run = slice(visit.queries.start, visit.queries.stop)
+        merged.out[run], merged.lse[run] = merge(Partial(merged.out[run], merged.lse[run]), part)
+    return new_empty() if merged is None else merged
 
 
 class _Frames:
-    """The queries of one layer, rotated once for each frame that is visited."""
+    """The queries of one layer, rotated once for each frame, and each pinned position, that is visited."""
 
     def __init__(self, heads: Heads, q: Tensor, rows: Rows) -> None:
         self.heads, self.q, self.rows = heads, q, rows
         self.rotated: dict[int, Tensor] = {}
+        self.pinned: dict[int, Tensor] = {}
 
     def of_segment(self, segment: Segment, offset: int) -> Tensor:
         """The queries of a segment, (n, H, D), at their positions in a frame that starts at `offset`."""
@@ -527,14 +581,21 @@ class _Frames:
 
     def of_visit(self, visit: Visit, segment: Segment) -> Tensor:
         """The queries of a segment that make a visit, rotated for it."""
-        if visit.turned_at is None or self.heads.rope is None:
+        if visit.turned_at is None:
             turned = self.of_segment(segment, visit.strand.offset)
         else:
-            angles = self.heads.rope.angles(torch.tensor([visit.turned_at], device=self.q.device))
-            turned = rotate(self.q[segment.rows], angles)
+            turned = self.at(segment, visit.turned_at)
         if visit.queries is None:
             return turned
         return turned[visit.queries.start : visit.queries.stop]
+
+    def at(self, segment: Segment, position: int) -> Tensor:
+        """The queries of a segment, (n, H, D), as if all of them stood at one frame position."""
+        if self.heads.rope is None:
+            return self.q[segment.rows]
+        if position not in self.pinned:
+            self.pinned[position] = rotate(self.q, self.rows.angles_at(self.heads.rope, position))
+        return self.pinned[position][segment.rows]
 
     def __call__(self, offset: int) -> Tensor:
         if self.heads.rope is None:

@@ -25,6 +25,9 @@ class Past:
 
     def __init__(self, layers: Sequence[Memory | State]) -> None:
         self.layers = list(layers)
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, Memory):
+                layer.layer = number
 
     def __len__(self) -> int:
         """Position of the next token."""

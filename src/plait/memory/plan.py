@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError, UnknownNameError, suggestion
 from plait.memory.rows import Segment
-from plait.memory.strand import Strand
+from plait.memory.strand import FrozenStrand, Heads, Strand
 from plait.ops import Mask, Partial
 from plait.spec import Axis, Spec, split_specs
 
@@ -59,6 +60,9 @@ class Notes:
     def truncate(self, length: int) -> None:
         """Forget what was noted of tokens from position `length` on."""
         raise NotImplementedError
+
+    def commit(self, kept: Sequence[int]) -> None:
+        """Of what was noted of the pending rows, keep that of these rows only; they are committed now."""
 
     def check_splice(self) -> None:
         """Raise `IncompatibleError` where `splice` is not implemented."""
@@ -121,6 +125,17 @@ class Codec(Spec, axis=CODECS):
     def observe(self, memory: Memory, seen: Seen) -> None:
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
 
+    def encode(self, strand: FrozenStrand, notes: Notes | None) -> Strand:
+        """The same tokens in this codec's form. The strand stays as it is.
+
+        Args:
+            notes: what this codec keeps beside the strands.
+
+        Raises:
+            ConfigError: numbers that the form cannot hold, such as NaN.
+        """
+        raise NotImplementedError
+
     def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
         """Store committed tokens of the tail; called after every commit.
 
@@ -139,12 +154,44 @@ class Policy(Spec, axis=POLICIES):
     class, and one import in that folder's `__init__.py`.
     """
 
+    @property
+    def max_distance(self) -> int | None:
+        """The largest distance at which a query sees a token; None where it grows with the sequence.
+
+        Where there is one, a sequence may be longer than those that a model was trained on.
+        """
+        return None
+
+    @property
+    def stores(self) -> bool:
+        """Whether this policy has tokens stored itself (`Codec.encode`); the codec seals none then."""
+        return False
+
+    def check_layer(self, heads: Heads) -> None:
+        """Raise `IncompatibleError` if this policy cannot serve a layer of that geometry."""
+        if self.max_distance is not None and heads.rope is not None and heads.rope.rule is not None:
+            raise IncompatibleError(
+                f"{self} limits distances, but this model turns keys at speeds that depend on the length of the "
+                "sequence. Choose memory='window', or another model."
+            )
+
     def new_notes(self) -> Notes | None:
         """What this policy keeps beside the strands of one memory (`memory.policy_notes`); None for nothing."""
         return None
 
     def observe(self, memory: Memory, seen: Seen) -> None:
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
+
+    def runs(self, segment: Segment) -> list[range]:
+        """The segment's queries in runs that are attended one after the other; all at once by default."""
+        return [range(segment.length)]
+
+    def look_up(self, memory: Memory, segment: Segment, queries: Callable[[int], Tensor]) -> None:
+        """Choose what the segment's queries will see; called before `visits`, when their rows are written.
+
+        Args:
+            queries: the queries (n, H, D) as if all of them stood at the given frame position.
+        """
 
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
         """The strands that the segment's queries see, oldest first; the tail is one of them."""
@@ -157,6 +204,9 @@ class Policy(Spec, axis=POLICIES):
         Only a policy can promise it that keeps no notes and neither drops nor rearranges strands.
         """
         return False
+
+    def gather(self, memory: Memory) -> None:
+        """Take what is needed of tokens just committed, before the codec stores them; called by every commit."""
 
     def settle(self, memory: Memory) -> None:
         """Drop or rearrange strands after a commit or a fork.
@@ -224,6 +274,14 @@ class MemoryPlan:
     def is_shareable(self) -> bool:
         """Whether sequences may share what they remember of a common beginning."""
         return self.codec.is_shareable and self.policy.is_shareable
+
+    def longest(self, trained: int) -> int:
+        """Tokens that a sequence may have under this plan, of a model trained on sequences of `trained` tokens.
+
+        Without end where the policy keeps every distance within what was trained.
+        """
+        limit = self.policy.max_distance
+        return trained if limit is None or limit > trained else sys.maxsize
 
     def __str__(self) -> str:
         return f"{self.policy},{self.codec}"

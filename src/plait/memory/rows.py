@@ -67,6 +67,7 @@ class Rows:
             torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64)
         ).to(self.device)
         self._angles: dict[tuple[Rope, tuple[int, ...]], Angles] = {}
+        self._pinned: dict[tuple[Rope, int], Angles] = {}
 
     def __len__(self) -> int:
         return self.count
@@ -96,6 +97,14 @@ class Rows:
             ] or [rope.angles(self.positions)]
             self._angles[key] = Angles(torch.cat([a.cos for a in parts]), torch.cat([a.sin for a in parts]))
         return self._angles[key]
+
+    def angles_at(self, rope: Rope, position: int) -> Angles:
+        """Rotary angles of every row as if all of them stood at one frame position; shared by layers."""
+        key = (rope, position)
+        if key not in self._pinned:
+            at = rope.angles(torch.tensor([position], device=self.device))
+            self._pinned[key] = Angles(at.cos.expand(len(self), -1), at.sin.expand(len(self), -1))
+        return self._pinned[key]
 
     def _angles_of(self, segment: Segment, rope: Rope, offset: int) -> Angles:
         positions = self.positions[segment.rows]

@@ -6,16 +6,16 @@ Shapes: Q queries, H query heads, G key/value heads, T tokens of the strand, D h
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol, Self
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from plait import ops
 from plait.errors import CapacityError, ConfigError
-from plait.ops import Mask, Partial, Rope
+from plait.ops import Angles, Mask, Partial, Rope, rotate
 
 __all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Strand", "allocated_bytes"]
 
@@ -126,6 +126,14 @@ class Strand:
         """
         return None
 
+    def relocated(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same tokens with every stored tensor replaced by what `move` makes of it, in a fixed order."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if name != "heads":
+                setattr(twin, name, _relocated(value, move))
+        return twin
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that this strand keeps allocated; views stand for the whole of their storage."""
         raise NotImplementedError
@@ -133,6 +141,18 @@ class Strand:
     def nbytes(self) -> int:
         """Bytes this strand keeps allocated, those of tokens that were split off included."""
         return allocated_bytes([self])
+
+
+def _relocated(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """A value with the tensors in it replaced: one tensor, or several in sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_relocated(item, move) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {field.name: _relocated(getattr(value, field.name), move) for field in fields(value)}
+        return replace(value, **changed)
+    return value
 
 
 class HoldsTensors(Protocol):
@@ -171,6 +191,15 @@ class FrozenStrand(Strand):
         self.length = keys.shape[1]
         self._keys, self._values = keys, values
 
+    @classmethod
+    def gathered(cls, strands: Sequence[FrozenStrand]) -> FrozenStrand:
+        """The tokens of one or more strands in storage of their own, as one strand that starts where the first does."""
+        first = strands[0]
+        with torch.inference_mode(False):
+            keys = torch.cat([strand.keys for strand in strands], dim=1)
+            values = torch.cat([strand.values for strand in strands], dim=1)
+        return FrozenStrand(first.heads, keys, values, offset=first.offset, start=first.start)
+
     def __len__(self) -> int:
         return self.length
 
@@ -196,6 +225,22 @@ class FrozenStrand(Strand):
             window=window,
             softcap=self.heads.softcap,
         )
+
+    def turned_back(self, positions: Tensor | None = None) -> FrozenStrand:
+        """The same tokens with keys that are not rotated, for queries that a visit pins to one position.
+
+        Args:
+            positions: (T,) sequence positions of the tokens; one after the other when left out.
+        """
+        rope, keys = self.heads.rope, self.keys
+        if rope is not None:
+            if positions is None:
+                positions = torch.arange(self.position, self.position + len(self), device=keys.device)
+            angles = rope.angles(positions - self.offset)
+            # The amplitude stays on the keys: only their angle is taken back.
+            back = Angles(angles.cos / rope.amplitude, -angles.sin / rope.amplitude)
+            keys = rotate(keys.transpose(0, 1).float(), back).to(keys.dtype).transpose(0, 1)
+        return FrozenStrand(self.heads, keys, self.values, start=self.position)
 
     def split(self, at: int) -> tuple[Self, Self]:
         front, back = copy.copy(self), copy.copy(self)

@@ -5,7 +5,7 @@ Shapes: N packed rows, W width, V vocabulary, S segments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from plait.memory import FrozenStrand, Memory, Past, Rows, Visit, check_pasts
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.mixers.attention import Attention
 from plait.nn.transformer import Block, Transformer
-from plait.ops import Causal, Everything, Mask, Rope, Tree, native
+from plait.ops import Angles, Causal, Everything, Mask, Rope, Tree, native
 from plait.ops.native import ACTIVATIONS, NUMBERS, Projection, tree_bits
 from plait.weights import Linear
 
@@ -105,7 +105,7 @@ class Lowered:
         """Hidden rows, normalised for the head, and their logits; None where the program does not apply.
 
         It applies to causal, full and tree masks, and to memories of dense strands on the CPU in which
-        each query is seen at its own position and nobody observes. Nothing is written where it does not.
+        nobody observes and every query of a segment sees what the segment's mask and a window show. Nothing is written where it does not.
 
         Args:
             tokens: (N,) int64 ids; None when `embeddings` (N, W) is given.
@@ -167,9 +167,15 @@ class Lowered:
                 targets += (*_layout(keys, values), keys.shape[1], first, NUMBERS[keys.dtype], key_table)
                 for visit in memory.plan.policy.visits(memory, segment):
                     strand = visit.strand
-                    if not isinstance(strand, FrozenStrand) or visit != Visit(strand, visit.window):
+                    if not isinstance(strand, FrozenStrand) or visit != Visit(
+                        strand, visit.window, turned_at=visit.turned_at
+                    ):
                         return None
-                    table = tables.index(rope, [strand.offset] * len(memories))
+                    if visit.turned_at is None:
+                        table = tables.index(rope, [strand.offset] * len(memories))
+                    else:
+                        table = tables.pinned(rope, visit.turned_at)
+                    tables.strands.append(strand)
                     visits += (layer, index, *_layout(strand.keys, strand.values), len(strand))
                     visits += (NUMBERS[strand.keys.dtype], strand.position, visit.window or 0, table)
         return tables, targets, visits
@@ -203,20 +209,30 @@ class Lowered:
 
 
 class _Tables:
-    """The tables of angles of one call, each made once."""
+    """The tables of angles of one call, each made once, and the strands that it visits."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
         self.angles: list[tuple[Tensor, Tensor]] = []
-        self.known: dict[tuple[Rope, tuple[int, ...]], int] = {}
+        # Visited by address, so they must live as long as the call.
+        self.strands: list[FrozenStrand] = []
+        self.known: dict[tuple[Rope, tuple[int, ...] | int], int] = {}
 
     def index(self, rope: Rope | None, offsets: list[int]) -> int:
         if rope is None:
             return -1
-        key = (rope, tuple(offsets))
+        return self._table((rope, tuple(offsets)), lambda: self.rows.angles(rope, offsets))
+
+    def pinned(self, rope: Rope | None, position: int) -> int:
+        """The table in which every row stands at one position."""
+        if rope is None:
+            return -1
+        return self._table((rope, position), lambda: self.rows.angles_at(rope, position))
+
+    def _table(self, key: tuple[Rope, tuple[int, ...] | int], make: Callable[[], Angles]) -> int:
         if key not in self.known:
             self.known[key] = len(self.angles)
-            angles = self.rows.angles(rope, offsets)
+            angles = make()
             self.angles.append((angles.cos.contiguous(), angles.sin.contiguous()))
         return self.known[key]
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from plait.errors import CapacityError, ConfigError
+from plait.errors import CapacityError, ConfigError, IncompatibleError
 from plait.memory import Memory, MemoryPlan, Past, Rows, State
 from plait.nn.config import BlockConfig, NormConfig, TransformerConfig
 from plait.nn.layers import FeedForward, Norm
@@ -110,7 +110,16 @@ class Transformer(nn.Module):
         self.program: Program | None = None
 
     def new_past(self, plan: MemoryPlan) -> Past:
-        """An empty past for one sequence."""
+        """An empty past for one sequence.
+
+        Raises:
+            IncompatibleError: the plan's policy limits distances, which this model does not use.
+        """
+        if self.positions is not None and plan.policy.max_distance is not None:
+            raise IncompatibleError(
+                f"{plan.policy} limits distances between tokens, but this model learned a row for each of "
+                f"{self.config.learned_positions} positions. Choose memory='full' or 'window'."
+            )
         return Past([block.mixer.new_memory(plan) for block in self._blocks()])
 
     def embed(self, tokens: Tensor) -> Tensor:

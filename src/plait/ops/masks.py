@@ -180,7 +180,7 @@ class Tree(Mask):
 
 @dataclass(frozen=True)
 class Far(Mask):
-    """A query sees the keys that stand at least `distance` positions before it.
+    """A query sees, of what it sees under another mask, the keys at least `distance` positions before it.
 
     Args:
         base: the segment's own mask, which knows where each query stands.
@@ -204,15 +204,20 @@ class Far(Mask):
         window: int | None = None,
         device: torch.device | None = None,
     ) -> View:
-        depths = self.base.depths(self.num_queries)[queries.start : queries.stop]
-        positions = first_query + depths - first_key
-        high = min(max(int(positions.max()) - self.distance + 1, 0), num_keys)
-        low = 0 if window is None else min(max(int(positions.min()) - window + 1, 0), high)
-        distance = positions[:, None] - torch.arange(low, high)
-        visible = distance >= self.distance
-        if window is not None:
-            visible &= distance < window
-        return View(low, high, None if bool(visible.all()) else visible.to(device))
+        depths = self.base.depths(self.num_queries)
+        positions = first_query + depths[queries.start : queries.stop]
+        nearest = int(positions.max()) - self.distance
+        if nearest < first_query:
+            # Only the past is far enough, so that later keys need not be looked at.
+            num_keys = min(num_keys, max(nearest - first_key + 1, 0))
+        low, high, visible = self.base.view(first_query, queries, first_key, num_keys, window)
+        rows = torch.arange(first_key + low, first_key + high)
+        own = (rows - first_query).clamp(0, self.num_queries - 1)
+        keys = torch.where(rows < first_query, rows, first_query + depths[own])
+        seen = positions[:, None] - keys >= self.distance
+        if visible is not None:
+            seen &= visible
+        return View(low, high, None if bool(seen.all()) else seen.to(device))
 
 
 @dataclass(frozen=True)

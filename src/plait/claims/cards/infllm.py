@@ -1,0 +1,160 @@
+"""A number that was read long ago is found again, although each query attends to little."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
+from plait.claims.reading import decode_times, filled_past, token_nats
+
+if TYPE_CHECKING:
+    from plait.engine import LanguageModel
+
+__all__ = ["CLAIM"]
+
+_BEGIN = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and remember it.\n"
+_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+_QUESTION = "\nWhat is the pass key? The pass key is"
+
+
+def _found(lm: LanguageModel, memory: str, length: int, keys: list[str]) -> list[bool]:
+    """For each pass key, at an own depth, whether the answer is it. The text before a key is read once."""
+    import copy
+
+    from plait.memory import MemoryPlan
+
+    lm = copy.copy(lm)
+    lm.plan = MemoryPlan.parse(memory)
+    filler = lm.tokenizer.encode(_FILLER)
+    question = lm.tokenizer.encode(_QUESTION)
+    found = []
+    with lm.session() as trunk:
+        trunk.read(_BEGIN)
+        for number, key in enumerate(keys):
+            depth = length * (2 * number + 1) // (2 * len(keys) + 2)
+            trunk.read_tokens(filler * max((depth - len(trunk)) // len(filler), 0))
+            (branch,) = trunk.fork()
+            with branch:
+                branch.read(f"The pass key is {key}. Remember it. {key} is the pass key. ")
+                rest = max((length - len(branch) - len(question)) // len(filler), 0)
+                branch.read_tokens(filler * rest)
+                # Read apart from the text before it, as the question of a conversation would be.
+                branch.fork()
+                branch.read_tokens(question)
+                answer = branch.generate(max_new_tokens=8)
+            found.append(key in answer.text)
+    return found
+
+
+def _measure(run: Run) -> Measurements:
+    from plait.claims.texts import token_runs
+    from plait.engine import load
+
+    length, count = run.pick((5000, 4), (700, 1))
+    local, blocks = run.pick(512, 128), run.pick("initial=64,block=64,topk=10", "initial=16,block=32,topk=4")
+    lm = load("smollm2")
+    ours = f"infllm:local={local},{blocks},execution={min(256, local)}"
+    equal = f"lm-infinite:local={run.pick(1206, 256)},initial=10"
+    keys = [str(random.Random(run.seed + number).randrange(10_000, 100_000)) for number in range(count)]
+    found: dict[str, Quantity] = {}
+    for name, memory, some in (
+        ("infllm", ours, keys),
+        ("lm_infinite", equal, keys),
+        ("full", "full", keys[-1:]),
+    ):
+        yield f"looking for {len(some)} pass keys in {length} tokens with {name.replace('_', '-')}"
+        hits = _found(lm, memory, length, some)
+        found[f"found_{name}"] = Quantity(sum(hits) / len(hits), "of keys", samples=len(hits))
+
+    tokens = run.pick(4096, 384)
+    (ids,) = token_runs(lm.tokenizer, [tokens])
+    yield f"reading {tokens} tokens of a text"
+    nats = {
+        "infllm": token_nats(lm, ours, ids),
+        "lm_infinite": token_nats(lm, f"lm-infinite:local={local},initial=10", ids),
+    }
+    found |= {f"nats_{name}": Quantity(sum(n) / len(n), "nats", samples=len(n)) for name, n in nats.items()}
+    found["nats_against_lm_infinite"] = Quantity(
+        found["nats_infllm"].value - found["nats_lm_infinite"].value, "nats"
+    )
+
+    short, long = run.pick((8192, 32_768), (700, 900))
+    yield f"filling pasts of {short} and {long} tokens"
+    pasts = {
+        "full": filled_past(lm, "full", long),
+        "infllm_short": filled_past(lm, ours, short),
+        "infllm": filled_past(lm, ours, long),
+        "infllm_file": filled_past(lm, f"{ours},cold=file", long),
+    }
+    times = yield from decode_times(lm, pasts, steps=run.pick(12, 2), rounds=run.pick(5, 1))
+    found |= {f"decode_{name}": Quantity.median(values, "s") for name, values in times.items()}
+    for name in ("full", "infllm_short"):
+        ratios = [a / b for a, b in zip(times["infllm"], times[name], strict=True)]
+        found[f"decode_time_against_{name}"] = Quantity.median(ratios, "x")
+    found |= {f"held_{name}": Quantity(past.nbytes() / 1e6, "MB") for name, past in pasts.items()}
+    found["held_in_memory_of_a_file"] = Quantity(
+        pasts["infllm_file"].nbytes() / pasts["infllm"].nbytes(), "x"
+    )
+    return found
+
+
+CLAIM = Claim(
+    name="infllm",
+    title="Far blocks are looked up",
+    headline=(
+        "A model that attends to a window and to a few blocks it looks up finds what was said far outside the window, "
+        "without training (Mistral-7B: pass keys in texts of up to 1,024K tokens)."
+    ),
+    source="Xiao et al. 2024, InfLLM, arXiv:2402.04617",
+    scale=(
+        "SmolLM2-135M-Instruct, 4 pass keys at four depths of 5,000 tokens of filler, greedy; at most 1,280 tokens attended "
+        "to (local 512, initial 64, 10 blocks of 64 and the remainder), beside lm-infinite of 1,216 and, for the last key, full attention. 4,096 tokens of "
+        "Python's manual. Decoding behind 32,768 and 8,192 tokens of random keys and values, with blocks in memory and in a file."
+    ),
+    bars=(
+        Bar(
+            quantity="found_infllm",
+            relation=">=",
+            value=0.6,
+            unit="of keys",
+            why="A small model misses some even where it sees the block.",
+        ),
+        Bar(
+            quantity="found_lm_infinite",
+            relation="<=",
+            value=0.1,
+            unit="of keys",
+            why="All keys lie outside its window, so that a hit would be luck, or a leak.",
+        ),
+        Bar(
+            quantity="nats_against_lm_infinite",
+            relation="<=",
+            value=0.02,
+            unit="nats",
+            why="What is looked up must not disturb the reading of ordinary text.",
+        ),
+        Bar(
+            quantity="decode_time_against_full",
+            relation="<=",
+            value=0.35,
+            unit="x",
+            why="The paper's ratio; a small model has little attention to save beside its weights.",
+        ),
+        Bar(
+            quantity="decode_time_against_infllm_short",
+            relation="<=",
+            value=1.3,
+            unit="x",
+            why="Only the index grows: one product of 576 numbers for each block of 64 tokens.",
+        ),
+        Bar(
+            quantity="held_in_memory_of_a_file",
+            relation="<=",
+            value=0.3,
+            unit="x",
+            why="Of 32,768 tokens, the window, the index and at most 32 blocks of a layer stay in memory.",
+        ),
+    ),
+    measure=_measure,
+)

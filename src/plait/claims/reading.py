@@ -1,0 +1,81 @@
+"""Reading a text through a memory, and memories that are filled without a model, for claims about memories."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plait.engine import LanguageModel
+    from plait.memory import Memory, Past
+
+__all__ = ["decode_times", "fill", "filled_past", "token_nats"]
+
+
+def token_nats(lm: LanguageModel, memory: str, ids: Sequence[int], chunk: int = 256) -> list[float]:
+    """Negative log-probability of each token but the first, in nats, read in chunks through a memory."""
+    import torch
+
+    from plait.memory import MemoryPlan, Rows
+
+    past = lm.model.new_past(MemoryPlan.parse(memory))
+    nats: list[float] = []
+    with torch.inference_mode():
+        for start in range(0, len(ids), chunk):
+            rows = torch.tensor(ids[start : start + chunk])
+            hidden = lm.model(rows, Rows([(len(rows), start)]), [past])
+            past.commit(is_prompt=start + chunk < len(ids))
+            following = torch.tensor(ids[start + 1 : start + chunk + 1])
+            law = lm.model.logits(hidden[: len(following)]).log_softmax(dim=-1)
+            nats += (-law.gather(1, following[:, None])[:, 0]).tolist()
+    return nats
+
+
+def fill(memory: Memory, length: int, seed: int = 0, chunk: int = 256) -> None:
+    """Make one layer remember random tokens up to a length, as if they had been read in chunks."""
+    import torch
+
+    heads = memory.heads
+    random = torch.Generator().manual_seed(seed)
+    keys = torch.randn(chunk, heads.num_kv_heads, heads.head_dim, generator=random)
+    values = torch.randn(chunk, heads.num_kv_heads, heads.value_dim or heads.head_dim, generator=random)
+    while len(memory) < length:
+        count = min(chunk, length - len(memory))
+        memory.append(keys[:count], values[:count])
+        memory.commit(is_prompt=True)
+
+
+def filled_past(lm: LanguageModel, memory: str, length: int) -> Past:
+    """A past of that many random tokens: what time and bytes depend on, without the time to read them."""
+    from plait.memory import Memory, MemoryPlan
+
+    past = lm.model.new_past(MemoryPlan.parse(memory))
+    for number, layer in enumerate(past.layers):
+        assert isinstance(layer, Memory)
+        fill(layer, length, seed=number)
+    return past
+
+
+def decode_times(
+    lm: LanguageModel, pasts: Mapping[str, Past], *, steps: int, rounds: int
+) -> Generator[str, None, dict[str, list[float]]]:
+    """Seconds a token of decoding behind each past: pasts take turns, after one round of warm-up."""
+    import torch
+
+    from plait.memory import Rows
+
+    seconds: dict[str, list[float]] = {name: [] for name in pasts}
+    with torch.inference_mode():
+        for number in range(rounds + 1):
+            yield f"decoding, round {number} of {rounds}" if number else "decoding, warm-up"
+            for name in list(pasts)[:: 1 if number % 2 else -1]:
+                past = pasts[name]
+                start = time.perf_counter()
+                for token in range(steps):
+                    rows = Rows([(1, len(past))])
+                    lm.model.answer(torch.tensor([token + 100]), rows, [past], wanted=torch.tensor([0]))
+                    past.commit()
+                if number:
+                    seconds[name].append((time.perf_counter() - start) / steps)
+    return seconds
