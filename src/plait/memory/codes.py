@@ -89,6 +89,7 @@ class AffineCodes:
         along: the axis of a group.
         group: numbers g in a group; the last group of tokens may be shorter.
         channels: C.
+        skipped: tokens of the first group that were cut off.
     """
 
     codes: Tensor
@@ -98,6 +99,7 @@ class AffineCodes:
     along: Literal["tokens", "channels"]
     group: int
     channels: int
+    skipped: int = 0
 
     @classmethod
     def of(cls, matrix: Tensor, bits: int, along: Literal["tokens", "channels"], group: int) -> Self:
@@ -132,14 +134,20 @@ class AffineCodes:
         return replace(made, codes=pack(codes.round_().clamp_(0, 2**bits - 1).byte(), bits))
 
     @classmethod
-    def joined(cls, parts: Sequence[AffineCodes]) -> Self:
-        """Matrices of the same form below each other; all but the last end with a whole group."""
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Matrices of the same form below each other; where two meet, a group of tokens ends."""
         first = parts[0]
-        assert all(len(part) % first.group == 0 for part in parts[:-1]) or first.along == "channels"
+        assert first.along == "channels" or not any(part.skipped for part in parts[1:])
+        assert first.along == "channels" or all(part.ends_whole for part in parts[:-1])
         codes, scale, minimum = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale", "minimum")
         )
-        return cls(codes, scale, minimum, first.bits, first.along, first.group, first.channels)
+        return replace(first, codes=codes, scale=scale, minimum=minimum)
+
+    @property
+    def ends_whole(self) -> bool:
+        """Whether the last group is complete, so that more tokens can follow it."""
+        return self.along == "channels" or (len(self) + self.skipped) % self.group == 0
 
     def __len__(self) -> int:
         return self.codes.shape[0]
@@ -154,15 +162,17 @@ class AffineCodes:
     def factors(self, low: int, high: int) -> None:
         """Codes have no low-rank part."""
 
-    def cut(self, low: int, high: int) -> tuple[Self, int]:
-        """The whole groups around tokens [low, high) in storage of their own, and the index of `low` in it."""
-        if self.along == "channels":
-            rows, groups, first = slice(low, high), slice(low, high), low
-        else:
-            first = low // self.group * self.group
-            rows, groups = slice(first, high), slice(first // self.group, -(-high // self.group))
+    def cut(self, low: int, high: int) -> Self:
+        """Tokens [low, high) in storage of their own."""
+        rows = slice(low, high)
+        groups, skipped = rows, 0
+        if self.along == "tokens":
+            groups = slice((low + self.skipped) // self.group, -(-(high + self.skipped) // self.group))
+            skipped = (low + self.skipped) % self.group
         codes, scale, minimum = self.codes[rows], self.scale[groups], self.minimum[groups]
-        return replace(self, codes=codes.clone(), scale=scale.clone(), minimum=minimum.clone()), low - first
+        return replace(
+            self, codes=codes.clone(), scale=scale.clone(), minimum=minimum.clone(), skipped=skipped
+        )
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is kept."""
@@ -172,12 +182,12 @@ class AffineCodes:
         """A number of each group for every token and channel of tokens [low, high), fp32."""
         if self.along == "channels":
             return of_groups[low:high].float().repeat_interleave(self.group, dim=1)
-        first = low // self.group
-        last = -(-high // self.group)
+        low, high = low + self.skipped, high + self.skipped
+        first, last = low // self.group, -(-high // self.group)
         if last - first == 1:
             return of_groups[first:last].float().expand(high - low, -1)
-        rows = torch.arange(low, high, device=of_groups.device) // self.group
-        return of_groups.float()[rows]
+        rows = torch.arange(low, high, device=of_groups.device) // self.group - first
+        return of_groups[first:last].float()[rows]
 
 
 def _half(numbers: Tensor, direction: int) -> Tensor:

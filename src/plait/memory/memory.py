@@ -31,9 +31,13 @@ class Memory:
         heads: the layer's geometry.
         plan: codec, policy and device.
         window: the model's own sliding window in positions, or None.
+
+    Raises:
+        ConfigError: the codec cannot store layers of this geometry.
     """
 
     def __init__(self, heads: Heads, plan: MemoryPlan, window: int | None = None) -> None:
+        plan.codec.check_heads(heads)
         self.heads = heads
         self.plan = plan
         self.window = window

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from plait.memory.plan import Codec
+from plait.memory.plan import Codec, Notes
+from plait.memory.strand import FrozenStrand
 
 __all__ = ["Dense"]
 
@@ -36,3 +37,7 @@ class Dense(Codec, name="dense"):
     @property
     def is_shareable(self) -> bool:
         return True
+
+    def encode(self, strand: FrozenStrand, notes: Notes | None) -> FrozenStrand:
+        keys, values = (numbers.to(self.tail_dtype, copy=True) for numbers in (strand.keys, strand.values))
+        return FrozenStrand(strand.heads, keys, values, offset=strand.offset, start=strand.start)
