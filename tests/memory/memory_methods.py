@@ -12,14 +12,15 @@ from memory_oracle import TOLERANCE, Sees, TokenTable, everything, storage_bound
 
 @dataclass(frozen=True)
 class CodecEntry:
-    """A codec and the relative rounding of what it stores."""
+    """A codec and the rounding of what it stores: relative, and in steps of a group of numbers."""
 
     spec: str
     unit: float = 0.0
+    step: float = 0.0
 
     def tolerance(self, table: TokenTable) -> float:
         """How far outputs may be from exact attention."""
-        return storage_bound(table, self.unit) if self.unit else TOLERANCE
+        return storage_bound(table, self.unit, self.step) if self.unit or self.step else TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ CODEC_ENTRIES = [
     CodecEntry("dense"),
     CodecEntry("dense:dtype=bf16", unit=2**-8),
     CodecEntry("dense:dtype=fp16", unit=2**-11),
+    # A low-rank part of full rank takes all of the error back, up to fp16.
+    CodecEntry("gear:bits=4,group=4,buffer=8,rank=8,rank_decode=8,sparsity=0.3", unit=2**-11),
+    # Numbers of the table lie within 4 of 0, so 8 bits are steps of at most 8 / 255.
+    CodecEntry("gear:bits=8,backbone=kcvt,buffer=5,rank=0,rank_decode=0,sparsity=0,sinks=3", step=4 / 255),
 ]
 POLICY_ENTRIES = [
     PolicyEntry("full", everything),

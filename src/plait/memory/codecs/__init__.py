@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from plait.memory.codecs.dense import Dense
+from plait.memory.codecs.gear import GEAR
 
-__all__ = ["Dense"]
+__all__ = ["GEAR", "Dense"]
