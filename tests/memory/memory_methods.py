@@ -49,6 +49,8 @@ CODEC_ENTRIES = [
     CodecEntry("gear:bits=4,group=4,buffer=8,rank=8,rank_decode=8,sparsity=0.3", unit=2**-11),
     # Numbers of the table lie within 4 of 0, so 8 bits are steps of at most 8 / 255.
     CodecEntry("gear:bits=8,backbone=kcvt,buffer=5,rank=0,rank_decode=0,sparsity=0,sinks=3", step=4 / 255),
+    CodecEntry("saq:steps=4@16/rest@8,group=4", unit=2**-11, step=4 / 255),
+    CodecEntry("saq:steps=8@16/rest@8,group=8,sink=8@16", unit=2**-11, step=4 / 255),
 ]
 POLICY_ENTRIES = [
     PolicyEntry("full", everything),

@@ -232,7 +232,7 @@ def test_what_is_not_finite_is_refused_and_nothing_is_lost(bad: float) -> None:
     v[7, 0, 1] = bad
     memory.attend(q, k, v)
     with pytest.raises(
-        ConfigError, match=r"GEAR cannot store values that are NaN or infinite.* tokens 0 to 15"
+        ConfigError, match=r"gear cannot store values that are NaN, infinite .* tokens 0 to 15"
     ):
         memory.commit()
     assert len(memory) == 20

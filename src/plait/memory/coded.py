@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from plait import ops
+from plait.errors import ConfigError
+from plait.memory.codes import LARGEST
+from plait.memory.plan import Codec
 from plait.memory.strand import FrozenStrand, Heads, Strand
 from plait.ops import Mask, Partial, empty_partial, merge_all
 
-__all__ = ["BLOCK", "Coded", "CodedStrand", "Factors", "matrix_of"]
+__all__ = ["BLOCK", "Coded", "CodedStrand", "Factors", "check_storable", "matrix_of"]
 
 # Tokens that are read at once, at fixed places of the storage: a result does not depend on how a strand
 # was split elsewhere.
@@ -54,6 +57,17 @@ class Coded(Protocol):
         ...
 
     def tensors(self) -> list[Tensor]: ...
+
+
+def check_storable(codec: Codec, strand: FrozenStrand) -> None:
+    """Raise `ConfigError` if keys or values are not finite, or too large for scales in fp16."""
+    for name, numbers in (("keys", strand.keys), ("values", strand.values)):
+        # NaN compares as false, so it is refused too.
+        if not bool((numbers.abs() <= LARGEST).all()):
+            raise ConfigError(
+                f"{codec.name} cannot store {name} that are NaN, infinite or above 65,504 in size. Got some among "
+                f"tokens {strand.position} to {strand.position + len(strand) - 1}; check the model's weights."
+            )
 
 
 def matrix_of(tokens: Tensor) -> Tensor:

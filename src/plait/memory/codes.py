@@ -15,12 +15,13 @@ from torch import Tensor
 
 from plait.errors import ConfigError
 
-__all__ = ["WIDTHS", "AffineCodes", "pack", "unpack"]
+__all__ = ["LARGEST", "WIDTHS", "AffineCodes", "pack", "unpack"]
 
 # Bits of one code.
 WIDTHS = (2, 3, 4, 8)
 
-_HALF_MAX = torch.finfo(torch.float16).max
+# The largest number of fp16, in which scales and minima are kept.
+LARGEST = torch.finfo(torch.float16).max
 
 
 def pack(codes: Tensor, bits: int, axis: int = -1) -> Tensor:
@@ -115,7 +116,7 @@ class AffineCodes:
         if along == "channels" and channels % group:
             raise ConfigError(f"A group of channels must divide their number {channels}. Got {group}.")
         # NaN compares as false, so it is refused too.
-        if not bool((matrix.abs() <= _HALF_MAX).all()):
+        if not bool((matrix.abs() <= LARGEST).all()):
             raise ConfigError("Only finite numbers up to 65,504 in size can be quantised. Got another one.")
         if along == "tokens":
             # A short last group repeats its last row, which changes neither end of its range.
@@ -200,4 +201,4 @@ def _half(numbers: Tensor, direction: int) -> Tensor:
     integers = rounded.view(torch.int16)
     away = torch.where(rounded.signbit(), -direction, direction).to(torch.int16)
     stepped = (integers + away).view(torch.float16).masked_fill(rounded == 0, direction * 2.0**-24)
-    return torch.where(beyond, stepped, rounded).clamp_(-_HALF_MAX, _HALF_MAX)
+    return torch.where(beyond, stepped, rounded).clamp_(-LARGEST, LARGEST)

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from plait.memory.codecs.dense import Dense
 from plait.memory.codecs.gear import GEAR
+from plait.memory.codecs.staircase import Staircase
 
-__all__ = ["GEAR", "Dense"]
+__all__ = ["GEAR", "Dense", "Staircase"]

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from plait.errors import ConfigError
-from plait.memory.coded import CodedStrand, Factors, matrix_of
+from plait.memory.coded import CodedStrand, Factors, check_storable, matrix_of
 from plait.memory.codes import AffineCodes
 from plait.memory.plan import Codec, Notes
 from plait.memory.strand import FrozenStrand, Heads
@@ -93,12 +93,7 @@ class GEAR(Codec, name="gear"):
         return count - count % self.group if self.backbone == "kivi" else count
 
     def encode(self, strand: FrozenStrand, notes: Notes | None) -> CodedStrand:
-        for name, numbers in (("keys", strand.keys), ("values", strand.values)):
-            if not bool(numbers.isfinite().all()):
-                raise ConfigError(
-                    f"GEAR cannot store {name} that are NaN or infinite. Got some among tokens "
-                    f"{strand.position} to {strand.position + len(strand) - 1}; check the model's weights."
-                )
+        check_storable(self, strand)
         return CodedStrand(
             strand.heads,
             self._coded(strand.keys, "tokens"),
