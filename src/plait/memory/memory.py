@@ -128,6 +128,8 @@ class Memory:
             ConfigError: the rows do not follow each other.
         """
         kept = self.check_commit(path)
+        for notes in self.notes:
+            notes.commit(kept, self.pending)
         if kept != list(range(self.pending)):
             index = torch.tensor(kept, dtype=torch.int64, device=self.tail.keys.device)
             self.tail.keep(index, len(self.tail) - self.pending)

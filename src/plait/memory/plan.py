@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,9 @@ class Notes:
         """Notes of a twin of the memory; neither may see later changes of the other."""
         raise NotImplementedError
 
+    def commit(self, kept: Sequence[int], count: int) -> None:
+        """Of `count` rows that were pending, only those with the indices `kept` become part of the past."""
+
     def truncate(self, length: int) -> None:
         """Forget what was noted of tokens from position `length` on."""
         raise NotImplementedError
@@ -89,6 +92,9 @@ class Codec(Spec, axis=CODECS):
     To add one: one file in `plait/memory/codecs/` with a frozen dataclass that derives from this
     class and the `Strand` it makes, and one import in that folder's `__init__.py`.
     """
+
+    # Whether another codec may hold this one: `encode` is all that it does, and needs no notes.
+    holdable: ClassVar[bool] = True
 
     @property
     def exact_first(self) -> int:
@@ -129,6 +135,10 @@ class Codec(Spec, axis=CODECS):
             f"Codec {self.name} cannot be followed by {inner.name}: it leaves no numbers to store. "
             f"Write {self.name} last, or choose one of them."
         )
+
+    def whole(self, count: int) -> int:
+        """The most of `count` tokens that `encode` takes at once."""
+        return count
 
     def ready(self, count: int) -> int:
         """How many of the oldest of `count` tokens that are still plain numbers are stored now."""

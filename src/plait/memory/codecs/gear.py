@@ -87,10 +87,11 @@ class GEAR(Codec, name="gear"):
     def exact_first(self) -> int:
         return self.sinks
 
-    def ready(self, count: int) -> int:
-        if count < self.buffer:
-            return 0
+    def whole(self, count: int) -> int:
         return count - count % self.group if self.backbone == "kivi" else count
+
+    def ready(self, count: int) -> int:
+        return self.whole(count) if count >= self.buffer else 0
 
     def encode(self, strand: FrozenStrand, notes: Notes | None) -> CodedStrand:
         check_storable(self, strand)

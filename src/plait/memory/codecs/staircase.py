@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -57,6 +57,8 @@ class Staircase(Codec, name="saq"):
             value channels of all heads.
         sink: `tokens@bits`: the first tokens of the sequence keep at least these bits; `none` for no such step.
     """
+
+    holdable: ClassVar[bool] = False
 
     steps: str = "64@16/128@8/rest@4"
     group: Annotated[int, Field(ge=1)] = 64
