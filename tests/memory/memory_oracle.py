@@ -49,15 +49,17 @@ class TokenTable:
     Args:
         heads: the layer's geometry.
         seed: of the random numbers.
+        dead: channels in which every key is 0.
     """
 
     SIZE = 64
 
-    def __init__(self, heads: Heads, seed: int = 0) -> None:
+    def __init__(self, heads: Heads, seed: int = 0, dead: Sequence[int] = ()) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.heads = heads
         self.q = torch.randn(self.SIZE, heads.num_heads, heads.head_dim, generator=generator)
         self.k = torch.randn(self.SIZE, heads.num_kv_heads, heads.head_dim, generator=generator)
+        self.k[..., list(dead)] = 0.0
         size = heads.value_dim or heads.head_dim
         self.v = torch.randn(self.SIZE, heads.num_kv_heads, size, generator=generator)
 

@@ -5,5 +5,6 @@ from __future__ import annotations
 from plait.memory.codecs.dense import Dense
 from plait.memory.codecs.gear import GEAR
 from plait.memory.codecs.staircase import Staircase
+from plait.memory.codecs.think import ThinK
 
-__all__ = ["GEAR", "Dense", "Staircase"]
+__all__ = ["GEAR", "Dense", "Staircase", "ThinK"]
