@@ -99,10 +99,13 @@ def test_tokens_that_grow_old_lose_the_same_channels_and_the_newest_lose_none() 
     assert choice_of(memory).key_channels is channels
 
 
-def test_nothing_dropped_is_dense_bit_for_bit() -> None:
+@pytest.mark.parametrize("inner", ["dense", "gear:group=8,buffer=8", "dense:dtype=fp16"])
+def test_nothing_dropped_is_the_inner_codec_bit_for_bit(inner: str) -> None:
     ids = ids_of(60)
-    given, wanted = (TABLE.write(new_memory(spec=spec), ids, [20, 40]) for spec in ("think:ratio=0", "dense"))
+    memories = [new_memory(spec=spec) for spec in (f"think:ratio=0,{inner}", inner)]
+    given, wanted = (TABLE.write(memory, ids, [20, 40]) for memory in memories)
     assert torch.equal(given, wanted)
+    assert memories[0].nbytes() == memories[1].nbytes()
 
 
 def test_kept_channels_are_packed_and_counted() -> None:

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from plait.errors import ConfigError
+from plait.memory.codecs.dense import DTYPES
 from plait.memory.coded import CodedStrand, Factors, check_storable, matrix_of
 from plait.memory.codes import AffineCodes
 from plait.memory.plan import Codec, Notes
@@ -51,6 +52,7 @@ class GEAR(Codec, name="gear"):
         buffer: new tokens that are coded at once; for `kivi` a multiple of `group`.
         factor_bits: bits of the token-sided factor of the low-rank part, 8 or 16.
         sinks: first tokens of the sequence that stay plain numbers.
+        dtype: number format of the buffer and of those first tokens.
     """
 
     bits: Literal[2, 3, 4, 8] = 4
@@ -62,6 +64,7 @@ class GEAR(Codec, name="gear"):
     buffer: Annotated[int, Field(ge=1)] = 64
     factor_bits: Literal[8, 16] = 16
     sinks: Annotated[int, Field(ge=0)] = 0
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def check(self) -> None:
         if self.backbone == "kivi" and self.buffer % self.group:
@@ -82,6 +85,10 @@ class GEAR(Codec, name="gear"):
                 f"GEAR.rank and GEAR.rank_decode must be at most the head size {min(head_dims)}. "
                 f"Got {self.rank} and {self.rank_decode}."
             )
+
+    @property
+    def tail_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
     @property
     def exact_first(self) -> int:

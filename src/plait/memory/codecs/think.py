@@ -107,11 +107,15 @@ class ThinK(Codec, name="think"):
             rope=None,
         )
 
+    @property
+    def _keeps_all(self) -> bool:
+        return self.ratio == self.value_ratio == 0
+
     def whole(self, count: int) -> int:
         return self.inner.whole(count)
 
     def ready(self, count: int) -> int:
-        if self.ratio == self.value_ratio == 0:
+        if self._keeps_all:
             return self.inner.ready(count)
         old = count - self.recent
         return self.whole(old) if old >= self.chunk else 0
@@ -121,12 +125,12 @@ class ThinK(Codec, name="think"):
 
     def observe(self, memory: Memory, seen: Seen) -> None:
         notes = _choice_of(memory)
-        if notes.key_channels is None:
+        if notes.key_channels is None and not self._keeps_all:
             notes.add(seen.queries(memory.tail.offset), seen.segment.position)
 
     def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
         notes = _choice_of(memory)
-        if notes.key_channels is None and not is_prompt:
+        if notes.key_channels is None and not is_prompt and not self._keeps_all:
             run = plain_run(memory)
             length = sum(map(len, run))
             if notes.queries is None or self.ready(length - self.exact_first) == 0:
@@ -151,6 +155,8 @@ class ThinK(Codec, name="think"):
         return _best(of_values, _kept(strand.values.shape[2], self.value_ratio))
 
     def encode(self, strand: FrozenStrand, notes: Notes | None) -> Strand:
+        if self._keeps_all:
+            return self.inner.encode(strand, None)
         assert isinstance(notes, _Choice)
         assert notes.key_channels is not None
         keys = _gathered(strand.keys, notes.key_channels)
