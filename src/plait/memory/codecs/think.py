@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -25,6 +25,8 @@ from plait.memory.strand import FrozenStrand, Heads, Strand
 from plait.ops import Causal, Mask, Partial
 
 __all__ = ["ThinK"]
+
+_PLAIN = Dense()
 
 # Pending rows that are noted beyond the window, because they may be taken back.
 _LONGEST_DRAFT = 128
@@ -61,7 +63,7 @@ class ThinK(Codec, name="think"):
     value_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
     chunk: Annotated[int, Field(ge=1)] = 64
     sinks: Annotated[int, Field(ge=0)] = 0
-    inner: Codec = field(default_factory=Dense)
+    inner: Codec = _PLAIN
 
     def check(self) -> None:
         if not self.inner.holdable:
@@ -74,7 +76,7 @@ class ThinK(Codec, name="think"):
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "inner"}
         changed = [f"{f.name}={settings[f.name]}" for f in fields(self)[:-1] if settings[f.name] != f.default]
         own = self.name + (":" + ",".join(changed) if changed else "")
-        return own if self.inner == Dense() else f"{own},{self.inner}"
+        return own if self.inner == _PLAIN else f"{own},{self.inner}"
 
     def holding(self, inner: Codec) -> Codec:
         return replace(self, inner=inner)
