@@ -42,20 +42,22 @@ def manual_ids(lm: LanguageModel) -> Tensor:
 
 
 @torch.inference_mode()
-def read(lm: LanguageModel, memory: str, ids: Tensor) -> Reading:
-    """Read a text in chunks through a memory, predicting each token but the first."""
+def read(lm: LanguageModel, memory: str, ids: Tensor, prompt: int = 0) -> Reading:
+    """Read a text in chunks through a memory, predicting each token but the first, and those of a prompt."""
     past = lm.model.new_past(MemoryPlan.parse(memory))
     nats, laws = 0.0, []
     for start in range(0, len(ids), CHUNK):
         chunk = ids[start : start + CHUNK]
         hidden = lm.model(chunk, Rows([(len(chunk), start)]), [past])
-        past.commit()
+        past.commit(is_prompt=start + CHUNK < prompt)
+        if start + CHUNK <= prompt:
+            continue
         law = lm.model.logits(hidden).log_softmax(dim=-1)
         following = ids[start + 1 : start + CHUNK + 1]
         nats -= float(law[: len(following)].gather(1, following[:, None]).sum())
         # Every eighth row is enough for a largest difference, and fits in memory.
         laws.append(law[::8].clone())
-    return Reading(nats / (len(ids) - 1), past.nbytes(), laws)
+    return Reading(nats / (len(ids) - 1 - prompt), past.nbytes(), laws)
 
 
 def table(page: str, name: str, heading: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -109,6 +111,34 @@ def policies(lm: LanguageModel, ids: Tensor) -> None:
         reading = read(lm, memory, ids)
         rows.append((f"`{memory}`", f"{reading.nbytes / 1e6:.0f}", f"{math.exp(reading.nats):.3f}"))
     table("window", "window", ("memory", f"MB held after {len(ids):,} tokens", "perplexity"), rows)
+
+
+def coded(lm: LanguageModel, ids: Tensor) -> None:
+    """What lossy codecs save and cost behind a prompt of half the text."""
+    memories = {
+        "gear": (
+            "gear:bits=4",
+            "gear:bits=4,rank=0,rank_decode=0,sparsity=0",
+            "gear:bits=4,backbone=kcvt",
+            "gear:bits=2",
+            "gear:bits=2,sinks=64",
+        ),
+        "saq": (
+            "saq:steps=rest@4",
+            "saq:sink=64@8",
+            "saq:steps=rest@3",
+            "saq:steps=64@16/128@8/192@4/rest@2,sink=64@8",
+        ),
+        "think": ("think:ratio=0.4", "think:ratio=0.6", "think:ratio=0.4,gear:bits=4"),
+    }
+    prompt = len(ids) // 2
+    exact = read(lm, "full", ids, prompt)
+    for page, specs in memories.items():
+        rows = []
+        for spec in ("full", *specs):
+            reading = exact if spec == "full" else read(lm, spec, ids, prompt)
+            rows.append((f"`{spec}`", f"{reading.nbytes / 1e6:.1f}", f"{math.exp(reading.nats):.3f}"))
+        table(page, page, ("memory", f"MB held after {len(ids):,} tokens", "perplexity"), rows)
 
 
 def weights(ids: Tensor) -> None:
@@ -171,6 +201,7 @@ def main() -> None:
     drafts(lm)
     codecs(lm, ids)
     policies(lm, ids)
+    coded(lm, ids[: NUM_TOKENS // 2])
     weights(ids)
 
 
