@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from memory_methods import both, first_and_last
 from memory_oracle import (
     GROUPED,
+    TOLERANCE,
     Sees,
     TokenTable,
     assert_equal_to,
@@ -21,6 +22,7 @@ from memory_oracle import (
     paths_of,
     random_tree,
     refusal,
+    storage_bound,
     within,
 )
 
@@ -48,6 +50,8 @@ class Machine(RuleBasedStateMachine):
     """Up to four memories that were forked from one; rules act on any of them."""
 
     spec = "full"
+    table = TABLE
+    tolerance = TOLERANCE
     window: int | None = None
     sees: Sees = staticmethod(everything)
     sinks = 10**9
@@ -70,11 +74,11 @@ class Machine(RuleBasedStateMachine):
         new = self.new_ids(length)
         if twin.tree is not None:
             with pytest.raises(ConfigError, match="draft tree must be the only"):
-                twin.memory.attend(*TABLE.rows(new))
+                twin.memory.attend(*self.table.rows(new))
             return
-        given = twin.memory.attend(*TABLE.rows(new))
+        given = twin.memory.attend(*self.table.rows(new))
         if new:
-            assert_equal_to(given, TABLE.answer(twin.tokens, new, sees=self.sees))
+            assert_equal_to(given, self.table.answer(twin.tokens, new, sees=self.sees), self.tolerance)
         twin.tokens += new
         twin.pending += length
 
@@ -85,10 +89,12 @@ class Machine(RuleBasedStateMachine):
         tree = random_tree(size, torch.Generator().manual_seed(self.seed))
         if twin.pending:
             with pytest.raises(ConfigError, match="draft tree must be the only"):
-                twin.memory.attend(*TABLE.rows(new), mask=tree)
+                twin.memory.attend(*self.table.rows(new), mask=tree)
             return
-        given = twin.memory.attend(*TABLE.rows(new), mask=tree)
-        assert_equal_to(given, TABLE.answer(twin.tokens, new, parents=tree.parents, sees=self.sees))
+        given = twin.memory.attend(*self.table.rows(new), mask=tree)
+        assert_equal_to(
+            given, self.table.answer(twin.tokens, new, parents=tree.parents, sees=self.sees), self.tolerance
+        )
         twin.tokens += new
         twin.pending, twin.tree = size, tree
 
@@ -155,8 +161,12 @@ class Machine(RuleBasedStateMachine):
             assert len(twin.memory) == len(twin.tokens)
             assert twin.memory.pending == twin.pending
             if twin.tree is None:
-                probe = TABLE.rows([3])
-                assert_equal_to(twin.memory.attend(*probe), TABLE.answer(twin.tokens, [3], sees=self.sees))
+                probe = self.table.rows([3])
+                assert_equal_to(
+                    twin.memory.attend(*probe),
+                    self.table.answer(twin.tokens, [3], sees=self.sees),
+                    self.tolerance,
+                )
                 twin.memory.truncate(len(twin.tokens))
 
     @invariant()
@@ -185,7 +195,25 @@ class NarrowMachine(WindowedMachine):
     sees = staticmethod(both(first_and_last(9, 3), within(6)))
 
 
-@pytest.mark.parametrize("machine", [Machine, WindowedMachine, NarrowMachine])
+class CodedMachine(Machine):
+    """The same under codecs that lose next to nothing here: dead channels, and repairs of full rank."""
+
+    spec = "think:ratio=0.25,recent=3,chunk=4,gear:group=4,buffer=4,rank=6,rank_decode=6"
+    table = TokenTable(GROUPED, dead=(3, 7))
+    tolerance = storage_bound(table, 2**-11)
+
+
+class CodedWindowMachine(CodedMachine):
+    """The same under a policy that splits and drops what is stored."""
+
+    spec = f"window:size=9,sinks=3,{CodedMachine.spec}"
+    sees = staticmethod(first_and_last(9, 3))
+    sinks = 3
+
+
+@pytest.mark.parametrize(
+    "machine", [Machine, WindowedMachine, NarrowMachine, CodedMachine, CodedWindowMachine]
+)
 def test_any_sequence_of_calls(machine: type[Machine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window_policy, "_SLACK", SLACK)
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
