@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 import plait
+from plait.claims import follow
+from plait.claims.memories import fidelity, fp16_bytes
 from plait.engine import LanguageModel
 from plait.files import write_text
 from plait.memory import Memory, MemoryPlan, Rows
@@ -42,22 +44,20 @@ def manual_ids(lm: LanguageModel) -> Tensor:
 
 
 @torch.inference_mode()
-def read(lm: LanguageModel, memory: str, ids: Tensor, prompt: int = 0) -> Reading:
-    """Read a text in chunks through a memory, predicting each token but the first, and those of a prompt."""
+def read(lm: LanguageModel, memory: str, ids: Tensor) -> Reading:
+    """Read a text in chunks through a memory, predicting each token but the first."""
     past = lm.model.new_past(MemoryPlan.parse(memory))
     nats, laws = 0.0, []
     for start in range(0, len(ids), CHUNK):
         chunk = ids[start : start + CHUNK]
         hidden = lm.model(chunk, Rows([(len(chunk), start)]), [past])
-        past.commit(is_prompt=start + CHUNK < prompt)
-        if start + CHUNK <= prompt:
-            continue
+        past.commit()
         law = lm.model.logits(hidden).log_softmax(dim=-1)
         following = ids[start + 1 : start + CHUNK + 1]
         nats -= float(law[: len(following)].gather(1, following[:, None]).sum())
         # Every eighth row is enough for a largest difference, and fits in memory.
         laws.append(law[::8].clone())
-    return Reading(nats / (len(ids) - 1 - prompt), past.nbytes(), laws)
+    return Reading(nats / (len(ids) - 1), past.nbytes(), laws)
 
 
 def table(page: str, name: str, heading: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -114,8 +114,8 @@ def policies(lm: LanguageModel, ids: Tensor) -> None:
 
 
 def coded(lm: LanguageModel, ids: Tensor) -> None:
-    """What lossy codecs save and cost behind a prompt of half the text."""
-    memories = {
+    """What lossy codecs save and cost: prompts stored at once, and how far the tokens behind them move."""
+    pages = {
         "gear": (
             "gear:bits=4",
             "gear:bits=4,rank=0,rank_decode=0,sparsity=0",
@@ -129,16 +129,32 @@ def coded(lm: LanguageModel, ids: Tensor) -> None:
             "saq:steps=rest@3",
             "saq:steps=64@16/128@8/192@4/rest@2,sink=64@8",
         ),
-        "think": ("think:ratio=0.4", "think:ratio=0.6", "think:ratio=0.4,gear:bits=4"),
+        "think": ("think:ratio=0.4", "think:ratio=0.6", "think:ratio=0.4,gear:bits=4,dtype=fp16"),
     }
-    prompt = len(ids) // 2
-    exact = read(lm, "full", ids, prompt)
-    for page, specs in memories.items():
-        rows = []
-        for spec in ("full", *specs):
-            reading = exact if spec == "full" else read(lm, spec, ids, prompt)
-            rows.append((f"`{spec}`", f"{reading.nbytes / 1e6:.1f}", f"{math.exp(reading.nats):.3f}"))
-        table(page, page, ("memory", f"MB held after {len(ids):,} tokens", "perplexity"), rows)
+    plans = {spec: MemoryPlan.parse(spec) for specs in pages.values() for spec in specs}
+    prompt, following, count = 1024, 128, 3
+    size = prompt + following
+    windows = [ids[number * size : (number + 1) * size].tolist() for number in range(count)]
+    found = follow(fidelity(lm, plans, windows, prompt), lambda line: None)
+    for page, specs in pages.items():
+        rows = [
+            (
+                f"`{spec}`",
+                f"{found[spec].nbytes[0] / fp16_bytes(lm, prompt):.2f}",
+                f"{sum(found[spec].divergence) / count:.4f}",
+                f"{sum(found[spec].nats) / count:+.3f}",
+                f"{sum(found[spec].agreement) / count:.3f}",
+            )
+            for spec in specs
+        ]
+        heading = (
+            "memory",
+            "bytes, of fp16",
+            "divergence, nats",
+            "loss of likelihood, nats a token",
+            "same first choice",
+        )
+        table(page, page, heading, rows)
 
 
 def weights(ids: Tensor) -> None:
@@ -201,7 +217,7 @@ def main() -> None:
     drafts(lm)
     codecs(lm, ids)
     policies(lm, ids)
-    coded(lm, ids[: NUM_TOKENS // 2])
+    coded(lm, ids)
     weights(ids)
 
 
