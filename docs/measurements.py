@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 import plait
+from plait.claims import follow
+from plait.claims.memories import fidelity, fp16_bytes
 from plait.engine import LanguageModel
 from plait.files import write_text
 from plait.memory import Memory, MemoryPlan, Rows
@@ -111,6 +113,50 @@ def policies(lm: LanguageModel, ids: Tensor) -> None:
     table("window", "window", ("memory", f"MB held after {len(ids):,} tokens", "perplexity"), rows)
 
 
+def coded(lm: LanguageModel, ids: Tensor) -> None:
+    """What lossy codecs save and cost: prompts stored at once, and how far the tokens behind them move."""
+    pages = {
+        "gear": (
+            "gear:bits=4",
+            "gear:bits=4,rank=0,rank_decode=0,sparsity=0",
+            "gear:bits=4,backbone=kcvt",
+            "gear:bits=2",
+            "gear:bits=2,sinks=64",
+        ),
+        "saq": (
+            "saq:steps=rest@4",
+            "saq:sink=64@8",
+            "saq:steps=rest@3",
+            "saq:steps=64@16/128@8/192@4/rest@2,sink=64@8",
+        ),
+        "think": ("think:ratio=0.4", "think:ratio=0.6", "think:ratio=0.4,gear:bits=4,dtype=fp16"),
+    }
+    plans = {spec: MemoryPlan.parse(spec) for specs in pages.values() for spec in specs}
+    prompt, following, count = 1024, 128, 3
+    size = prompt + following
+    windows = [ids[number * size : (number + 1) * size].tolist() for number in range(count)]
+    found = follow(fidelity(lm, plans, windows, prompt), lambda line: None)
+    for page, specs in pages.items():
+        rows = [
+            (
+                f"`{spec}`",
+                f"{found[spec].nbytes[0] / fp16_bytes(lm, prompt):.2f}",
+                f"{sum(found[spec].divergence) / count:.4f}",
+                f"{sum(found[spec].nats) / count:+.3f}",
+                f"{sum(found[spec].agreement) / count:.3f}",
+            )
+            for spec in specs
+        ]
+        heading = (
+            "memory",
+            "bytes, of fp16",
+            "divergence, nats",
+            "loss of likelihood, nats a token",
+            "same first choice",
+        )
+        table(page, page, heading, rows)
+
+
 def weights(ids: Tensor) -> None:
     """Every weight format, packed from the model's own file."""
     rows = []
@@ -171,6 +217,7 @@ def main() -> None:
     drafts(lm)
     codecs(lm, ids)
     policies(lm, ids)
+    coded(lm, ids)
     weights(ids)
 
 

@@ -74,6 +74,24 @@ def test_a_batch_answers_as_each_request_alone(
     assert run(lm.new_engine(max_sequences=2, rows_per_step=16), *requests) == alone
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [
+        "gear:bits=2,group=16,buffer=16,sparsity=0.1",
+        "saq:steps=16@16/16@8/rest@3,group=16,sink=16@8",
+        "think:ratio=0.4,recent=8,window=8,chunk=16,gear:bits=4,group=16,buffer=16",
+    ],
+)
+def test_lossy_codecs_store_a_prompt_at_its_end_however_it_was_read(make_small: Make, memory: str) -> None:
+    lm = make_small(memory)
+    requests = [request(prompt, max_new_tokens=40) for prompt in PROMPTS]
+    alone = [run(lm.new_engine(), each)[0] for each in requests]
+    for rows_per_step in (5, 33, 512):
+        assert run(lm.new_engine(rows_per_step=rows_per_step), *requests) == alone
+    # The codes are coarse enough to be noticed, so the answers above did come from them.
+    assert alone != [run(make_small().new_engine(), each)[0] for each in requests]
+
+
 class _Guess(Speculator):
     """Proposes a branching tree: mostly rubbish, with the true continuation on one branch when told."""
 

@@ -51,15 +51,17 @@ class TokenTable:
     Args:
         heads: the layer's geometry.
         seed: of the random numbers.
+        dead: channels in which every key is 0.
     """
 
     SIZE = 64
 
-    def __init__(self, heads: Heads, seed: int = 0) -> None:
+    def __init__(self, heads: Heads, seed: int = 0, dead: Sequence[int] = ()) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.heads = heads
         self.q = torch.randn(self.SIZE, heads.num_heads, heads.head_dim, generator=generator)
         self.k = torch.randn(self.SIZE, heads.num_kv_heads, heads.head_dim, generator=generator)
+        self.k[..., list(dead)] = 0.0
         size = heads.value_dim or heads.head_dim
         self.v = torch.randn(self.SIZE, heads.num_kv_heads, size, generator=generator)
 
@@ -142,15 +144,16 @@ def turned(x: Tensor, positions: Sequence[int], heads: Heads) -> Tensor:
     return torch.cat([pairs.real, pairs.imag, x[..., 2 * half :].double()], dim=-1)
 
 
-def storage_bound(table: TokenTable, unit: float) -> float:
-    """How far rounding stored keys and values by at most `unit` relative can move an output.
+def storage_bound(table: TokenTable, unit: float, step: float = 0.0) -> float:
+    """How far an output can move when stored numbers are off by at most `unit` relative plus `step` absolute.
 
-    A score moves by at most d = unit * scale * |q| |k|, a weight by a factor of at most e^(2 d), and a
-    value by a factor of 1 + unit.
+    A key moves by at most u |k| + s sqrt(D), so a score by at most d = scale * |q| times that, a weight by a
+    factor of at most e^(2 d), and a value by u |v| + s.
     """
-    length = table.q.norm(dim=-1).max() * table.k.norm(dim=-1).max()
-    moved = unit * table.heads.scale * length.item()
-    return (math.exp(2 * moved) - 1 + unit) * table.v.abs().max().item() + TOLERANCE
+    length = table.q.norm(dim=-1).max().item()
+    key = unit * table.k.norm(dim=-1).max().item() + step * math.sqrt(table.heads.head_dim)
+    moved = table.heads.scale * length * key
+    return (math.exp(2 * moved) - 1 + unit) * table.v.abs().max().item() + step + TOLERANCE
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:

@@ -29,7 +29,6 @@ pytestmark = [
     pytest.mark.parametrize("window", MODEL_WINDOWS, ids=lambda window: f"model-window-{window}"),
 ]
 
-TABLE = TokenTable(GROUPED)
 SLACK = 8
 PAST = ids_of(48)
 
@@ -43,13 +42,14 @@ class Case:
     """A new memory of one combination, and what it must answer."""
 
     def __init__(self, codec: CodecEntry, policy: PolicyEntry, window: int | None) -> None:
+        self.table = TokenTable(GROUPED, dead=codec.dead)
         self.memory = Memory(GROUPED, MemoryPlan.parse(f"{policy.spec},{codec.spec}"), window)
         self.sees: Sees = both(policy.sees, within(window))
         self.distance = policy.distance
-        self.tolerance = codec.tolerance(TABLE)
+        self.tolerance = codec.tolerance(self.table)
 
     def answer(self, past: list[int], new: list[int], parents: Sequence[int] | None = None) -> torch.Tensor:
-        return TABLE.answer(past, new, parents=parents, sees=self.sees, distance=self.distance)
+        return self.table.answer(past, new, parents=parents, sees=self.sees, distance=self.distance)
 
     def check(self, given: torch.Tensor, past: list[int], new: list[int]) -> None:
         assert_equal_to(given, self.answer(past, new), self.tolerance)
@@ -64,55 +64,55 @@ def case(codec: CodecEntry, policy: PolicyEntry, window: int | None) -> Case:
     "cuts", [[], [1, 2, 30], list(range(1, 48))], ids=["at once", "in parts", "one by one"]
 )
 def test_any_chunking_equals_attention_over_what_is_seen(case: Case, cuts: list[int]) -> None:
-    case.check(TABLE.write(case.memory, PAST, cuts), [], PAST)
+    case.check(case.table.write(case.memory, PAST, cuts), [], PAST)
 
 
 def test_twins_continue_independently(case: Case) -> None:
-    TABLE.write(case.memory, PAST, [20, 31])
+    case.table.write(case.memory, PAST, [20, 31])
     twin = case.memory.fork()
     for seed, one in enumerate((case.memory, twin, twin.fork()), start=1):
         new = ids_of(14, seed)
-        case.check(TABLE.write(one, new, [1, 5]), PAST, new)
+        case.check(case.table.write(one, new, [1, 5]), PAST, new)
 
 
 @pytest.mark.parametrize("back", [1, SLACK])
 def test_the_last_tokens_can_be_taken_back(case: Case, back: int) -> None:
-    TABLE.write(case.memory, PAST, range(1, 48))
+    case.table.write(case.memory, PAST, range(1, 48))
     case.memory.truncate(48 - back)
     new = ids_of(5, seed=1)
-    case.check(TABLE.write(case.memory, new, [1]), PAST[: 48 - back], new)
+    case.check(case.table.write(case.memory, new, [1]), PAST[: 48 - back], new)
 
 
 def test_everything_can_be_taken_back(case: Case) -> None:
-    TABLE.write(case.memory, PAST, [20, 40])
+    case.table.write(case.memory, PAST, [20, 40])
     case.memory.truncate(0)
     assert len(case.memory) == 0
-    case.check(TABLE.write(case.memory, PAST[::-1]), [], PAST[::-1])
+    case.check(case.table.write(case.memory, PAST[::-1]), [], PAST[::-1])
 
 
 def test_draft_trees_equal_plain_decoding(case: Case) -> None:
-    TABLE.write(case.memory, PAST, [40])
+    case.table.write(case.memory, PAST, [40])
     generator = torch.Generator().manual_seed(2)
     accepted = list(PAST)
     for seed in range(4):
         tree = random_tree(6, generator)
         draft = ids_of(6, seed)
-        given = case.memory.attend(*TABLE.rows(draft), mask=tree)
+        given = case.memory.attend(*case.table.rows(draft), mask=tree)
         assert_equal_to(given, case.answer(accepted, draft, tree.parents), case.tolerance)
         path = paths_of(tree)[-1]
         case.memory.commit(path)
         accepted += [draft[i] for i in path]
-    case.check(TABLE.write(case.memory, [1, 2]), accepted, [1, 2])
+    case.check(case.table.write(case.memory, [1, 2]), accepted, [1, 2])
 
 
 def test_packed_forks_equal_lone_ones(case: Case) -> None:
-    TABLE.write(case.memory, PAST, [13])
+    case.table.write(case.memory, PAST, [13])
     twins = [case.memory.fork() for _ in range(3)]
-    TABLE.write(twins[2], [7, 8])
+    case.table.write(twins[2], [7, 8])
     pasts = [PAST, PAST, [*PAST, 7, 8]]
     news = [[1], [2, 3], [4]]
     rows = Rows([(len(new), len(past)) for new, past in zip(news, pasts, strict=True)])
-    out = attend(twins, *TABLE.rows([i for new in news for i in new]), rows)
+    out = attend(twins, *case.table.rows([i for new in news for i in new]), rows)
     for segment, past, new in zip(rows.segments, pasts, news, strict=True):
         case.check(out[segment.rows], past, new)
 
@@ -123,23 +123,23 @@ def refuses_moved_tokens(memory: Memory) -> bool:
 
 
 def test_moved_tokens_answer_from_their_new_places(case: Case) -> None:
-    TABLE.write(case.memory, PAST, range(1, 48))
+    case.table.write(case.memory, PAST, range(1, 48))
     twin = case.memory.fork()
     twin.truncate(44)
-    TABLE.write(twin, [1, 2])
+    case.table.write(twin, [1, 2])
     if refuses_moved_tokens(twin):
         with pytest.raises(IncompatibleError, match="cannot take over moved"):
             twin.splice(case.memory, 45, 48)
         return
     twin.splice(case.memory, 45, 48)
     new = ids_of(5, seed=1)
-    case.check(TABLE.write(twin, new, [1]), [*PAST[:44], 1, 2, *PAST[45:]], new)
+    case.check(case.table.write(twin, new, [1]), [*PAST[:44], 1, 2, *PAST[45:]], new)
 
 
 def test_one_parallel_context_is_ordinary_reading(case: Case) -> None:
-    TABLE.write(case.memory, PAST[:42], range(1, 42))
+    case.table.write(case.memory, PAST[:42], range(1, 42))
     reader = case.memory.fork()
-    TABLE.write(reader, PAST[42:])
+    case.table.write(reader, PAST[42:])
     reader.freeze()
     group = ParallelGroup([reader.pieces(42, 48)])
     if refuses_moved_tokens(case.memory):
@@ -148,7 +148,7 @@ def test_one_parallel_context_is_ordinary_reading(case: Case) -> None:
         return
     case.memory.append_strand(group)
     new = ids_of(5, seed=1)
-    case.check(TABLE.write(case.memory, new, [1]), PAST, new)
+    case.check(case.table.write(case.memory, new, [1]), PAST, new)
 
 
 def test_a_plan_is_read_back_from_its_text(case: Case) -> None:

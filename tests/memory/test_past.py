@@ -41,6 +41,26 @@ def test_every_layer_follows() -> None:
             assert_equal_to(out, table.answer(kept, [1, 2]))
 
 
+def test_a_layer_that_cannot_be_stored_is_named_and_all_layers_go_on() -> None:
+    past = new_past(spec="gear:group=4,buffer=8,rank=2")
+    ids = ids_of(20)
+    first, second = past.layers
+    assert isinstance(first, Memory)
+    assert isinstance(second, Memory)
+    first.attend(*TABLES[0].rows(ids))
+    q, k, v = TABLES[1].rows(ids)
+    k[12] = torch.nan
+    second.attend(q, k, v)
+    with pytest.raises(ConfigError, match=r"Layer 1: gear cannot store keys that are NaN"):
+        past.commit()
+    assert [len(layer) for layer in past.layers] == [20, 20]
+    assert (first.pending, second.pending, len(first.strands), len(second.strands)) == (0, 0, 1, 0)
+    past.truncate(12)
+    write(past, [1, 2])
+    past.commit()
+    assert len(second.strands) == 1
+
+
 def test_bytes_are_those_of_all_layers() -> None:
     past = new_past()
     write(past, ids_of(100))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from plait.cli.common import Json, print_json
 from plait.errors import UnknownNameError, suggestion
+from plait.spec import Spec
 
 __all__ = ["methods"]
 
@@ -46,7 +47,7 @@ def methods(
             "method": method.name,
             "summary": (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " "),
             "settings": {
-                field.name: None if field.default is dataclasses.MISSING else field.default
+                field.name: _shown(field.default)
                 for field in dataclasses.fields(method)  # type: ignore[arg-type]
             },
         }
@@ -66,3 +67,10 @@ def methods(
         settings = row["settings"]
         if isinstance(settings, dict) and settings:
             typer.echo("  " + " " * 18 + " " + ", ".join(f"{k}={v}" for k, v in settings.items()))
+
+
+def _shown(default: Any) -> Any:
+    """A default as JSON holds it: a method by its spec string, none at all as null."""
+    if default is dataclasses.MISSING:
+        return None
+    return str(default) if isinstance(default, Spec) else default

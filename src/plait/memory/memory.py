@@ -50,10 +50,12 @@ class Memory:
         layer: number of the layer within its model; a `Past` sets it.
 
     Raises:
+        ConfigError: the codec cannot store layers of this geometry.
         IncompatibleError: the policy cannot serve a layer of that geometry.
     """
 
     def __init__(self, heads: Heads, plan: MemoryPlan, window: int | None = None) -> None:
+        plan.codec.check_heads(heads)
         plan.policy.check_layer(heads)
         self.heads = heads
         self.plan = plan
@@ -146,11 +148,11 @@ class Memory:
             ConfigError: the rows do not follow each other.
         """
         kept = self.check_commit(path)
+        for notes in self.notes:
+            notes.commit(kept, self.pending)
         if kept != list(range(self.pending)):
             index = torch.tensor(kept, dtype=torch.int64, device=self.tail.keys.device)
             self.tail.keep(index, len(self.tail) - self.pending)
-        for notes in self.notes:
-            notes.commit(kept)
         self.pending, self.draft = 0, None
         self.plan.policy.gather(self)
         if not self.plan.policy.stores:

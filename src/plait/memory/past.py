@@ -39,11 +39,23 @@ class Past:
         return all(isinstance(layer, Memory) and layer.plan.is_shareable for layer in self.layers)
 
     def commit(self, path: Sequence[int] | Tensor | None = None, *, is_prompt: bool = False) -> None:
-        """Make the rows of the last forward pass part of the past; see `Memory.commit`."""
+        """Make the rows of the last forward pass part of the past; see `Memory.commit`.
+
+        Raises:
+            ConfigError: the rows do not follow each other, and nothing changed; or the codec cannot store
+                the numbers of a layer, such as NaN. The rows are part of the past of all layers then, in
+                that one as plain numbers.
+        """
         for layer in self.layers:
             layer.check_commit(path)
-        for layer in self.layers:
-            layer.commit(path, is_prompt=is_prompt)
+        refused = None
+        for index, layer in enumerate(self.layers):
+            try:
+                layer.commit(path, is_prompt=is_prompt)
+            except ConfigError as error:
+                refused = refused or ConfigError(f"Layer {index}: {error}")
+        if refused is not None:
+            raise refused
 
     def truncate(self, length: int) -> None:
         """Forget every token at position `length` or later; see `Memory.truncate`."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError, UnknownNameError, suggestion
 from plait.memory.rows import Segment
+from plait.memory.sealing import seal_oldest
 from plait.memory.strand import FrozenStrand, Heads, Strand
 from plait.ops import Mask, Partial
 from plait.spec import Axis, Spec, split_specs
@@ -57,12 +58,12 @@ class Notes:
         """Notes of a twin of the memory; neither may see later changes of the other."""
         raise NotImplementedError
 
+    def commit(self, kept: Sequence[int], count: int) -> None:
+        """Of `count` rows that were pending, only those with the indices `kept` become part of the past."""
+
     def truncate(self, length: int) -> None:
         """Forget what was noted of tokens from position `length` on."""
         raise NotImplementedError
-
-    def commit(self, kept: Sequence[int]) -> None:
-        """Of what was noted of the pending rows, keep that of these rows only; they are committed now."""
 
     def check_splice(self) -> None:
         """Raise `IncompatibleError` where `splice` is not implemented."""
@@ -100,9 +101,20 @@ class Seen(NamedTuple):
 class Codec(Spec, axis=CODECS):
     """How committed tokens are stored.
 
+    New tokens stand in the memory's tail as plain numbers. A codec says how many of the oldest of them
+    are `ready` and how they are stored (`encode`); or it replaces `seal` altogether.
+
     To add one: one file in `plait/memory/codecs/` with a frozen dataclass that derives from this
     class and the `Strand` it makes, and one import in that folder's `__init__.py`.
     """
+
+    # Whether another codec may hold this one: `encode` is all that it does, and needs no notes.
+    holdable: ClassVar[bool] = True
+
+    @property
+    def exact_first(self) -> int:
+        """First tokens of the sequence that stay plain numbers."""
+        return 0
 
     @property
     def tail_dtype(self) -> torch.dtype:
@@ -125,6 +137,28 @@ class Codec(Spec, axis=CODECS):
     def observe(self, memory: Memory, seen: Seen) -> None:
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
 
+    def check_heads(self, heads: Heads) -> None:
+        """Raise `ConfigError` if layers of this geometry cannot be stored."""
+
+    def holding(self, inner: Codec) -> Codec:
+        """This codec, with another one to store the numbers that it keeps.
+
+        Raises:
+            IncompatibleError: it keeps none, or not in a form that the other could store.
+        """
+        raise IncompatibleError(
+            f"Codec {self.name} cannot be followed by {inner.name}: it leaves no numbers to store. "
+            f"Write {self.name} last, or choose one of them."
+        )
+
+    def whole(self, count: int) -> int:
+        """The most of `count` tokens that `encode` takes at once."""
+        return count
+
+    def ready(self, count: int) -> int:
+        """How many of the oldest of `count` tokens that are still plain numbers are stored now."""
+        return 0
+
     def encode(self, strand: FrozenStrand, notes: Notes | None) -> Strand:
         """The same tokens in this codec's form. The strand stays as it is.
 
@@ -142,9 +176,11 @@ class Codec(Spec, axis=CODECS):
         Moves tokens from `memory.tail` to the end of `memory.strands`; changes no shared strand.
 
         Args:
-            is_prompt: more of the same prompt follows. A codec may wait for it, so that a prompt is read
+            is_prompt: more of the same prompt follows. Nothing is stored then, so that a prompt is read
                 with exact attention and stored at its end.
         """
+        if not is_prompt:
+            seal_oldest(memory, self)
 
 
 class Policy(Spec, axis=POLICIES):
@@ -241,19 +277,19 @@ class MemoryPlan:
 
     @classmethod
     def parse(cls, text: str, device: torch.device | str = "cpu") -> MemoryPlan:
-        """Read a spec string such as `"window:size=1024,dense:dtype=bf16"`.
+        """Read a spec string such as `"window:size=1024,think:ratio=0.4,gear:bits=4"`.
+
+        Each codec stores what the one before it leaves.
 
         Raises:
-            ConfigError: an unknown method or setting, or two methods on one axis.
+            ConfigError: an unknown method or setting, two policies, or two codecs that do not stack.
         """
-        codec: Codec | None = None
+        codecs: list[Codec] = []
         policy: Policy | None = None
         for spec in split_specs(text):
             name = spec.partition(":")[0]
             if name in CODECS.methods:
-                if codec is not None:
-                    raise ConfigError(f"Two codecs in {text!r}: {codec.name} and {name}. Choose one.")
-                codec = CODECS.parse(spec)
+                codecs.append(CODECS.parse(spec))
             elif name in POLICIES.methods:
                 if policy is not None:
                     raise ConfigError(f"Two policies in {text!r}: {policy.name} and {name}. Choose one.")
@@ -264,8 +300,11 @@ class MemoryPlan:
                     f"Unknown memory method {name!r}.{suggestion(name, known)}"
                     f" Codecs: {', '.join(CODECS.names())}. Policies: {', '.join(POLICIES.names())}."
                 )
+        while len(codecs) > 1:
+            inner = codecs.pop()
+            codecs[-1] = codecs[-1].holding(inner)
         return cls(
-            codec=codec or CODECS.parse("dense"),
+            codec=codecs[0] if codecs else CODECS.parse("dense"),
             policy=policy or POLICIES.parse("full"),
             device=torch.device(device),
         )

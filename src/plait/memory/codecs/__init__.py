@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 from plait.memory.codecs.dense import Dense
+from plait.memory.codecs.gear import GEAR
+from plait.memory.codecs.staircase import Staircase
+from plait.memory.codecs.think import ThinK
 
-__all__ = ["Dense"]
+__all__ = ["GEAR", "Dense", "Staircase", "ThinK"]

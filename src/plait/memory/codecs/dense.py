@@ -10,9 +10,9 @@ import torch
 from plait.memory.plan import Codec, Notes
 from plait.memory.strand import FrozenStrand
 
-__all__ = ["Dense"]
+__all__ = ["DTYPES", "Dense"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Dense(Codec, name="dense"):
 
     @property
     def tail_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def is_shareable(self) -> bool:

@@ -430,7 +430,7 @@ class _Blocks(Notes):
         kept = [(asked, asked.positions < length) for asked in self.asked]
         self.asked = [_Asked(a.queries[rows], a.lse[rows], a.positions[rows]) for a, rows in kept]
 
-    def commit(self, kept: Sequence[int]) -> None:
+    def commit(self, kept: Sequence[int], count: int) -> None:
         later = [row - self.learned for row in kept if row >= self.learned]
         if self.asked:
             whole = [torch.cat(parts) for parts in zip(*(vars(a).values() for a in self.asked), strict=True)]

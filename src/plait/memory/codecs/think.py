@@ -1,0 +1,325 @@
+"""ThinK: of every old key, the channels that the prompt's last queries use least are dropped.
+
+Paper: Xu et al. 2024, arXiv:2407.21018, section 3.2 and equation 6.
+Shapes: Q queries, H query heads, G key/value heads, T tokens, D head size, V value size, K channels kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from plait.errors import ConfigError, IncompatibleError
+from plait.memory.codecs.dense import Dense
+from plait.memory.memory import Memory
+from plait.memory.plan import Codec, Notes, Seen
+from plait.memory.sealing import plain_run, taken
+from plait.memory.strand import FrozenStrand, Heads, Strand
+from plait.ops import Causal, Mask, Partial
+
+__all__ = ["ThinK"]
+
+_PLAIN = Dense()
+
+# Pending rows that are noted beyond the window, because they may be taken back.
+_LONGEST_DRAFT = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinK(Codec, name="think"):
+    """Keep, of every old key, only the channels that matter most to the prompt's last queries.
+
+    Lossy. Channel c of a key/value head scores `sum |q_c|^2 * sum |k_c|^2`, over the last `window` queries of
+    all heads that read it and over all keys, both as they are rotated; the `floor((1 - ratio) * D)` best are
+    kept, packed. They are chosen once, at the end of a prompt, which itself is read with exact attention;
+    tokens that grow old later lose the same channels. Scores keep the factor of the full head size.
+
+    What is kept can be stored by another codec: `think:ratio=0.4,gear:bits=4`. The layer's geometry fixes
+    how much that saves: a ratio of 0.4 takes a fifth off keys and values together.
+
+    Args:
+        ratio: fraction of key channels that is dropped.
+        recent: newest tokens that keep all channels.
+        window: last queries that choose.
+        value_ratio: fraction of value channels that is dropped, by the size of what those queries read from
+            them; a dropped channel answers with its mean over the strand. The paper only hints at it.
+        chunk: tokens beyond `recent` that are pruned at once.
+        sinks: first tokens of the sequence that stay plain numbers.
+        inner: codec that stores what is kept; in a spec string, the one that follows.
+    """
+
+    holdable: ClassVar[bool] = False
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    recent: Annotated[int, Field(ge=0)] = 32
+    window: Annotated[int, Field(ge=1)] = 32
+    value_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    chunk: Annotated[int, Field(ge=1)] = 64
+    sinks: Annotated[int, Field(ge=0)] = 0
+    inner: Codec = _PLAIN
+
+    def check(self) -> None:
+        if not self.inner.holdable:
+            raise IncompatibleError(
+                f"Codec {self.name} cannot hold {self.inner.name}: that one changes or chooses what it stores "
+                f"by itself. Use one of them, or {self.name} with dense or gear."
+            )
+
+    def __str__(self) -> str:
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "inner"}
+        changed = [f"{f.name}={settings[f.name]}" for f in fields(self)[:-1] if settings[f.name] != f.default]
+        own = self.name + (":" + ",".join(changed) if changed else "")
+        return own if self.inner == _PLAIN else f"{own},{self.inner}"
+
+    def holding(self, inner: Codec) -> Codec:
+        return replace(self, inner=inner)
+
+    @property
+    def tail_dtype(self) -> torch.dtype:
+        return self.inner.tail_dtype
+
+    @property
+    def exact_first(self) -> int:
+        return max(self.sinks, self.inner.exact_first)
+
+    def check_heads(self, heads: Heads) -> None:
+        pruned = self._pruned(heads)
+        for name, dropped, kept, size in (
+            ("ratio", self.ratio, pruned.head_dim, heads.head_dim),
+            ("value_ratio", self.value_ratio, pruned.value_dim, heads.value_dim or heads.head_dim),
+        ):
+            if kept == 0:
+                raise ConfigError(f"ThinK.{name} must leave a channel of {size}. Got {dropped}.")
+        self.inner.check_heads(pruned)
+
+    def _pruned(self, heads: Heads) -> Heads:
+        """The geometry of what is kept. Its scale is still that of all channels."""
+        value_dim = heads.value_dim or heads.head_dim
+        return replace(
+            heads,
+            head_dim=_kept(heads.head_dim, self.ratio),
+            value_dim=_kept(value_dim, self.value_ratio),
+            rope=None,
+        )
+
+    @property
+    def _keeps_all(self) -> bool:
+        return self.ratio == self.value_ratio == 0
+
+    def whole(self, count: int) -> int:
+        return self.inner.whole(count)
+
+    def ready(self, count: int) -> int:
+        if self._keeps_all:
+            return self.inner.ready(count)
+        old = count - self.recent
+        return self.whole(old) if old >= self.chunk else 0
+
+    def new_notes(self) -> Notes:
+        return _Choice(self.window)
+
+    def observe(self, memory: Memory, seen: Seen) -> None:
+        notes = _choice_of(memory)
+        if notes.key_channels is None and not self._keeps_all:
+            notes.add(seen.queries(memory.tail.offset), seen.segment.position)
+
+    def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
+        notes = _choice_of(memory)
+        if notes.key_channels is None and not is_prompt and not self._keeps_all:
+            run = plain_run(memory)
+            length = sum(map(len, run))
+            if notes.queries is None or self.ready(length - self.exact_first) == 0:
+                return
+            strand = taken(run, 0, length)
+            notes.key_channels = self._key_channels(notes.queries, strand)
+            if self.value_ratio:
+                notes.value_channels = self._value_channels(notes.queries, notes.end, strand)
+            notes.chosen_at, notes.queries = len(memory), None
+        super().seal(memory, is_prompt=is_prompt)
+
+    def _key_channels(self, queries: Tensor, strand: FrozenStrand) -> Tensor:
+        """Channels (G, K) of keys to keep, in their order, for queries (Q, H, D)."""
+        of_queries = queries.square().sum(0).unflatten(0, (strand.heads.num_kv_heads, -1)).sum(1)
+        of_keys = strand.keys.float().square().sum(1)
+        return _best(of_queries * of_keys, _kept(strand.heads.head_dim, self.ratio))
+
+    def _value_channels(self, queries: Tensor, end: int, strand: FrozenStrand) -> Tensor:
+        """Channels (G, K) of values to keep, for queries (Q, H, D) that end before a position."""
+        read = strand.attend(queries, end - len(queries), Causal()).out.square().sum(0)
+        of_values = read.unflatten(0, (strand.heads.num_kv_heads, -1)).sum(1)
+        return _best(of_values, _kept(strand.values.shape[2], self.value_ratio))
+
+    def encode(self, strand: FrozenStrand, notes: Notes | None) -> Strand:
+        if self._keeps_all:
+            return self.inner.encode(strand, None)
+        assert isinstance(notes, _Choice)
+        assert notes.key_channels is not None
+        keys = _gathered(strand.keys, notes.key_channels)
+        values, means = strand.values, None
+        if notes.value_channels is not None:
+            means = values.float().mean(1)
+            values = _gathered(values, notes.value_channels)
+        kept = FrozenStrand(
+            self._pruned(strand.heads), keys, values, offset=strand.offset, start=strand.start
+        )
+        inner = self.inner.encode(kept, None)
+        return ThinStrand(strand.heads, inner, notes.key_channels, notes.value_channels, means)
+
+
+def _kept(size: int, ratio: float) -> int:
+    """floor((1 - ratio) * size), also where that product is off by rounding."""
+    return size - math.ceil(size * ratio - 1e-9)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """The channels (G, count) of the highest scores (G, D), in the order of channels; 16-bit."""
+    return scores.topk(count, dim=-1).indices.sort(dim=-1).values.to(torch.int16)
+
+
+def _gathered(numbers: Tensor, channels: Tensor) -> Tensor:
+    """The channels (G, K) of numbers (G, T, D), packed."""
+    return numbers.gather(2, channels.long()[:, None].expand(-1, numbers.shape[1], -1))
+
+
+class _Choice(Notes):
+    """The last queries until channels are chosen, then those channels.
+
+    Args:
+        window: how many queries to keep.
+
+    Attributes:
+        queries: (Q, H, D) fp32 of the past, rotated in the tail's frame; None when there are none or they
+            are not needed any more.
+        end: position after the last of them.
+        pending: (n, H, D) of the last rows that may yet be taken back, such as the nodes of a draft tree.
+        pending_end: position after the last of them, every row counted.
+        key_channels, value_channels: (G, K), None until chosen or where all are kept.
+        chosen_at: length of the sequence at that moment.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.queries: Tensor | None = None
+        self.end = 0
+        self.pending: Tensor | None = None
+        self.pending_end = 0
+        self.key_channels: Tensor | None = None
+        self.value_channels: Tensor | None = None
+        self.chosen_at = 0
+
+    def add(self, queries: Tensor, position: int) -> None:
+        """Note pending queries, the first of them at a position."""
+        self.pending = _last(self.pending, queries, self.window + _LONGEST_DRAFT)
+        self.pending_end = position + len(queries)
+
+    def commit(self, kept: Sequence[int], count: int) -> None:
+        if self.pending is None:
+            return
+        first = count - len(self.pending)
+        rows = [row - first for row in kept if row >= first]
+        if rows:
+            self.queries = _last(self.queries, self.pending[rows], self.window)
+            self.end = self.pending_end - count + len(kept)
+        self.pending = None
+
+    def fork(self) -> _Choice:
+        return copy.copy(self)
+
+    def truncate(self, length: int) -> None:
+        self.pending = _before(self.pending, self.pending_end, length)
+        self.pending_end = min(self.pending_end, length)
+        self.queries = _before(self.queries, self.end, length)
+        self.end = min(self.end, length)
+        if length < self.chosen_at:
+            self.key_channels, self.value_channels, self.chosen_at = None, None, 0
+
+    def tensors(self) -> list[Tensor]:
+        held = (self.queries, self.pending, self.key_channels, self.value_channels)
+        return [tensor for tensor in held if tensor is not None]
+
+
+def _last(older: Tensor | None, newer: Tensor, count: int) -> Tensor:
+    """The last `count` rows of both, in storage of their own."""
+    newer = newer.detach()[-count:].float()
+    with torch.inference_mode(False):
+        rows = newer.clone() if older is None else torch.cat([older, newer.clone()])
+        return rows[-count:].clone()
+
+
+def _before(rows: Tensor | None, end: int, length: int) -> Tensor | None:
+    """Of rows that end before position `end`, those before position `length`; None for none."""
+    left = 0 if rows is None else len(rows) - max(end - length, 0)
+    return None if rows is None or left <= 0 else rows[:left]
+
+
+def _choice_of(memory: Memory) -> _Choice:
+    assert isinstance(memory.codec_notes, _Choice)
+    return memory.codec_notes
+
+
+class ThinStrand(Strand):
+    """A strand of fewer channels, seen as one of all channels.
+
+    Args:
+        heads: the layer's geometry.
+        inner: keys and values with the kept channels only.
+        key_channels: (G, K) which of D they are.
+        value_channels: (G, K) which of V they are; None for all.
+        value_means: (G, V) what dropped value channels answer; None when none is dropped.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        inner: Strand,
+        key_channels: Tensor,
+        value_channels: Tensor | None = None,
+        value_means: Tensor | None = None,
+    ) -> None:
+        self.heads, self.inner = heads, inner
+        self.offset, self.start = inner.offset, inner.start
+        self.key_channels, self.value_channels, self.value_means = key_channels, value_channels, value_means
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def attend(self, q: Tensor, first_query: int, mask: Mask, window: int | None = None) -> Partial:
+        num_kv_heads, group = self.heads.num_kv_heads, self.heads.num_heads // self.heads.num_kv_heads
+        channels = self.key_channels.long()[None, :, None].expand(len(q), -1, group, -1)
+        thin = q.unflatten(1, (num_kv_heads, group)).gather(3, channels).flatten(1, 2)
+        part = self.inner.attend(thin, first_query, mask, window)
+        if self.value_channels is None or self.value_means is None:
+            return part
+        # Weights sum to 1, so a constant channel answers with its constant; a query that saw nothing with 0.
+        out = self.value_means[None, :, None].expand(len(q), -1, group, -1).clone()
+        channels = self.value_channels.long()[None, :, None].expand(len(q), -1, group, -1)
+        out.scatter_(3, channels, part.out.unflatten(1, (num_kv_heads, group)))
+        nothing = (part.lse == -math.inf)[..., None]
+        return Partial(out.flatten(1, 2).masked_fill(nothing, 0.0), part.lse)
+
+    def split(self, at: int) -> tuple[Self, Self]:
+        front, back = copy.copy(self), copy.copy(self)
+        front.inner, back.inner = self.inner.split(at)
+        back.start = back.inner.start
+        return front, back
+
+    def moved(self, by: int) -> Self:
+        twin = super().moved(by)
+        twin.inner = self.inner.moved(by)
+        return twin
+
+    def copied(self) -> Self:
+        twin = copy.copy(self)
+        twin.inner = self.inner.copied()
+        return twin
+
+    def tensors(self) -> list[Tensor]:
+        own = (self.key_channels, self.value_channels, self.value_means)
+        return [*self.inner.tensors(), *(tensor for tensor in own if tensor is not None)]
