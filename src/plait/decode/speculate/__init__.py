@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plait.decode.speculate.base import SPECULATORS, Nothing, Speculator, SpeculatorConfig
 from plait.decode.speculate.prompt_lookup import PromptLookup
+from plait.decode.speculate.rejection import Rejection
 from plait.decode.speculate.tree import Context, Tree
 from plait.decode.speculate.verify import verify
 
@@ -12,6 +13,7 @@ __all__ = [
     "Context",
     "Nothing",
     "PromptLookup",
+    "Rejection",
     "Speculator",
     "SpeculatorConfig",
     "Tree",
