@@ -338,7 +338,14 @@ class Engine:
 
     def _propose(self, sequence: RunningSequence, room: int) -> Tree:
         remaining = sequence.request.max_new_tokens - len(sequence.choices)
-        context = Context(sequence.tokens, budget=min(room, remaining - 1), positions=sequence.max_positions)
+        context = Context(
+            sequence.tokens,
+            # No node stands behind the end of the answer or of the model's context.
+            budget=min(room, remaining - 1, sequence.max_positions - len(sequence.tokens)),
+            positions=sequence.max_positions,
+            sampler=sequence.sampler,
+            history=sequence.history,
+        )
         tree = self._speculators[sequence].propose(context)
         tree.check(context, self.model.config.vocab_size)
         return tree

@@ -64,6 +64,10 @@ class LanguageModel:
         chat_template: how a conversation becomes a prompt; None for a model without one.
         plan: how the past of a sequence is kept.
         draft: how continuations are guessed.
+        draft_model: a cheaper model of the same vocabulary to guess with, where the draft takes one.
+
+    Raises:
+        ConfigError: the draft cannot work with these models.
     """
 
     def __init__(
@@ -75,20 +79,33 @@ class LanguageModel:
         chat_template: ChatTemplate | None,
         plan: MemoryPlan,
         draft: SpeculatorConfig,
+        draft_model: Transformer | None = None,
     ) -> None:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.plan = plan
+        self.draft_model = draft_model
         self.draft = draft
+
+    @property
+    def draft(self) -> SpeculatorConfig:
+        """How continuations are guessed; setting it takes effect from the next request on."""
+        return self._draft
+
+    @draft.setter
+    def draft(self, draft: SpeculatorConfig) -> None:
+        # Made once and kept, so that what a draft learns in one request helps the next.
+        self._new_speculator = draft.for_model(self.model, self.draft_model)
+        self._draft = draft
 
     def __repr__(self) -> str:
         return f"<LanguageModel {self.name}: memory={str(self.plan)!r}, draft={str(self.draft)!r}>"
 
     def new_engine(self, **options: Any) -> Engine:
         """An engine for many requests; `options` are those of `Engine`."""
-        return Engine(self.model, self.tokenizer, self.plan, new_speculator=self.draft.build, **options)
+        return Engine(self.model, self.tokenizer, self.plan, new_speculator=self._new_speculator, **options)
 
     def session(self) -> Session:
         """A conversation or document that is read once and continued many times."""
