@@ -20,6 +20,13 @@ Make = Callable[..., LanguageModel]
 
 PROMPTS = [[5, 6, 7], list(range(1, 80)), [9], [3, 1, 4, 1, 5, 9, 2, 6] * 5]
 MEMORIES = ["full", "dense:dtype=bf16", "window:size=40,sinks=2"]
+# Drafts that are not drawn at random, with which seeded answers are those of plain decoding.
+DRAFTS = [
+    "none",
+    "prompt-lookup",
+    "prompt-lookup:match=2,tokens=16,patience=0",
+    "token-recycling:k=3,nodes=80",
+]
 
 
 def greedy_by_hand(lm: LanguageModel, prompt: list[int], count: int) -> list[int]:
@@ -60,7 +67,7 @@ def test_prompt_chunks_do_not_change_the_answer(make_small: Make, rows_per_step:
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("draft", ["none", "prompt-lookup", "prompt-lookup:match=2,tokens=16,patience=0"])
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_batch_answers_as_each_request_alone(
     make_small: Make, memory: str, draft: str, temperature: float

@@ -38,7 +38,8 @@ def load(
             each as it is stored, or `auto`: as stored where the native operations can multiply them so
             (their activations are then rounded to 8 bits), else `fp32`.
         memory: codec and policy of the past, such as `full`, `window:size=1024` or `dense:dtype=bf16`.
-        draft: how continuations are guessed: `none` or `prompt-lookup`. The answer does not depend on it.
+        draft: how continuations are guessed, such as `none`, `prompt-lookup` or `token-recycling:nodes=16`.
+            The law of the answer does not depend on it.
         angles: precision of rotary angles; `fp32` repeats the rounding of Hugging Face Transformers.
         offline: never touch the network; the environment variable PLAIT_OFFLINE decides when left out.
         progress: told how a download goes.

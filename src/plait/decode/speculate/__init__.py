@@ -5,6 +5,7 @@ from __future__ import annotations
 from plait.decode.speculate.base import SPECULATORS, Nothing, Speculator, SpeculatorConfig
 from plait.decode.speculate.prompt_lookup import PromptLookup
 from plait.decode.speculate.rejection import Rejection
+from plait.decode.speculate.token_recycling import TokenRecycling
 from plait.decode.speculate.tree import Context, Tree
 from plait.decode.speculate.verify import verify
 
@@ -16,6 +17,7 @@ __all__ = [
     "Rejection",
     "Speculator",
     "SpeculatorConfig",
+    "TokenRecycling",
     "Tree",
     "verify",
 ]

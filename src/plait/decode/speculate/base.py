@@ -33,6 +33,10 @@ class Speculator:
             logits: (nodes, V), raw.
         """
 
+    def nbytes(self) -> int:
+        """Bytes allocated for guessing; what several sequences share counts in each."""
+        return 0
+
 
 class SpeculatorConfig(Spec, axis=SPECULATORS):
     """How to make a speculator.

@@ -84,6 +84,13 @@ class Tree:
         """The nodes below a node, in order."""
         return [child for child, parent in enumerate(self.parents) if parent == node]
 
+    def depths(self) -> list[int]:
+        """How many nodes each node stands below the root."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(depths[parent] + 1 if depths else 0)
+        return depths
+
     def check(self, context: Context, vocab_size: int) -> None:
         """Raise `ConfigError` for a tree that cannot be scored."""
         if not self.tokens or self.tokens[0] != context.tokens[-1] or self.parents[0] != -1:
