@@ -12,7 +12,7 @@ import torch
 
 from plait.decode.speculate import SPECULATORS
 from plait.engine import LanguageModel, load
-from plait.errors import CapacityError, ConfigError, ModelFileError, UnknownNameError
+from plait.errors import CapacityError, ConfigError, IncompatibleError, ModelFileError, UnknownNameError
 from plait.memory import MemoryPlan, Rows
 from plait.nn import (
     BlockConfig,
@@ -184,6 +184,41 @@ def test_sessions_fork_and_rewind(make_small: Make) -> None:
             session.fork(0)
     with pytest.raises(ConfigError, match="closed"):
         session.generate("more")
+
+
+@pytest.mark.parametrize("draft", ["token-recycling", "rsd-s:layers=1", "chain:layers=2"])
+def test_sessions_with_drafts_answer_as_those_without(make_small: Make, draft: str) -> None:
+    answers = []
+    for each in ("none", draft):
+        with make_small(draft=each).session() as session:
+            session.read("A beginning that is shared. ")
+            twin = session.fork(1)[0]
+            tokens = [session.generate(max_new_tokens=9, ignore_end=True).tokens]
+            tokens.append(session.generate("More.", max_new_tokens=9, ignore_end=True).tokens)
+            session.rewind(20)
+            tokens.append(session.generate(max_new_tokens=9, ignore_end=True).tokens)
+            tokens.append(twin.generate("Other.", max_new_tokens=9, ignore_end=True).tokens)
+            answers.append(tokens)
+    assert answers[0] == answers[1]
+
+
+def test_a_second_model_guesses_for_the_first(make_small: Make) -> None:
+    lm = make_small()
+    guessed = LanguageModel(
+        name="small",
+        model=lm.model,
+        tokenizer=lm.tokenizer,
+        chat_template=None,
+        plan=lm.plan,
+        draft=SPECULATORS.parse("chain"),
+        draft_model=lm.model.with_blocks([1]),
+    )
+    assert (
+        guessed.generate(TEXTS[2], max_new_tokens=9).tokens == lm.generate(TEXTS[2], max_new_tokens=9).tokens
+    )
+    with pytest.raises(IncompatibleError, match="prompt-lookup"):
+        guessed.draft = SPECULATORS.parse("prompt-lookup")
+    assert str(guessed.draft) == "chain"
 
 
 def test_closing_a_stream_cancels_and_the_session_goes_on(make_small: Make) -> None:
