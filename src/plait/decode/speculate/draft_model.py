@@ -22,7 +22,7 @@ from plait.decode.speculate.tree import Context, Tree
 from plait.errors import ConfigError
 from plait.memory import Causal, Mask, MemoryPlan, Rows
 from plait.memory import Tree as TreeMask
-from plait.nn import Transformer
+from plait.nn import Transformer, lower
 
 __all__ = ["DraftModelConfig", "DraftModelSpeculator", "Level", "Reader"]
 
@@ -83,6 +83,8 @@ class DraftModelConfig(SpeculatorConfig):
                     f"{type(self).__name__}.layers must be at most the {count} of the model. Got {self.layers}."
                 )
             draft = target.with_blocks(range(self.layers))
+            if target.program is not None:
+                lower(draft)
         assert draft is not None
         return lambda: self.guess_with(Reader(draft, target.config.vocab_size))
 
