@@ -354,3 +354,20 @@ def test_smollm2_answers_in_every_weight_format(smollm2_gguf: Path, weights: str
 def _generate_ids(lm: LanguageModel, ids: list[int], count: int) -> tuple[int, ...]:
     pieces = lm.stream(ids, max_new_tokens=count, ignore_end=True)
     return tuple(choice.token for piece in pieces for choice in piece.choices)
+
+
+def test_beams_are_texts_in_the_order_that_was_asked_for(make_small: Make) -> None:
+    lm = make_small()
+    beams = lm.beam_search("A beginning", num_beams=4, num_groups=2, max_new_tokens=6, ignore_end=True)
+    assert [beam.group for beam in beams] == [0, 0, 1, 1]
+    assert all(beam.text == lm.tokenizer.decode(beam.tokens, continues=True) for beam in beams)
+    ranked = lm.beam_search(
+        "A beginning", num_beams=4, num_groups=2, max_new_tokens=6, ignore_end=True, rank_by="logprob"
+    )
+    assert [beam.logprob for beam in ranked] == sorted((beam.logprob for beam in beams), reverse=True)
+    one = lm.beam_search("A beginning", num_beams=1, max_new_tokens=6, ignore_end=True)[0]
+    assert one.tokens == lm.generate("A beginning", max_new_tokens=6, ignore_end=True).tokens
+    with pytest.raises(ConfigError, match="rank_by"):
+        lm.beam_search("x", rank_by="length")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="Did you mean 'num_beams'"):
+        lm.beam_search("x", num_beam=3)
