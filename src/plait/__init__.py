@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from plait.decode import Sampling as Sampling
     from plait.engine import AsyncEngine as AsyncEngine
+    from plait.engine import Beam as Beam
     from plait.engine import Engine as Engine
     from plait.engine import Generation as Generation
     from plait.engine import LanguageModel as LanguageModel
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 # Where each public name lives; it is imported when it is first used, so that `import plait` is quick.
 _HOMES = {
     "AsyncEngine": "plait.engine",
+    "Beam": "plait.engine",
     "CancelledError": "plait.errors",
     "CapacityError": "plait.errors",
     "ConfigError": "plait.errors",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plait.engine.async_engine import AsyncEngine, Stream
 from plait.engine.engine import Engine
-from plait.engine.language_model import LanguageModel, Message, Score
+from plait.engine.language_model import Beam, LanguageModel, Message, Score
 from plait.engine.loading import load
 from plait.engine.metrics import Metrics
 from plait.engine.request import FinishReason, Generation, Piece, Request
@@ -13,6 +13,7 @@ from plait.engine.session import Session
 
 __all__ = [
     "AsyncEngine",
+    "Beam",
     "Engine",
     "FinishReason",
     "Generation",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from plait.decode import Sampling
+from plait.decode.search import BeamSearch, Hypothesis, beam_search
 from plait.decode.speculate import SpeculatorConfig
 from plait.engine.engine import Engine
 from plait.engine.request import Generation, Piece, Request
@@ -21,12 +22,30 @@ from plait.memory import MemoryPlan, Rows
 from plait.nn import Transformer
 from plait.text import ChatTemplate, Tokenizer
 
-__all__ = ["LanguageModel", "Message", "Score"]
+__all__ = ["Beam", "LanguageModel", "Message", "Score"]
 
 Message = Mapping[str, Any]
 
 # Rows of logits held at once while a text is scored: 256 rows of a 262,144 word vocabulary are 256 MB.
 _SCORED_AT_ONCE = 256
+
+
+class Beam(NamedTuple):
+    """A continuation that a beam search found.
+
+    Attributes:
+        text: without the end token.
+        tokens: ids, the end token included where there is one.
+        logprob: sum of the model's log-probabilities of the tokens, in nats.
+        score: that sum with the diversity penalties, divided by the length to the length penalty.
+        group: which group found it, from 0 on.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+    score: float
+    group: int
 
 
 class Score(NamedTuple):
@@ -174,6 +193,51 @@ class LanguageModel:
         finally:
             if not sequence.is_finished:
                 engine.cancel(sequence)
+
+    def beam_search(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 32,
+        ignore_end: bool = False,
+        rank_by: Literal["group", "score", "logprob"] = "group",
+        **settings: Any,
+    ) -> list[Beam]:
+        """Several likely continuations of a prompt (text or ids) by beam search or diverse beam search.
+
+        Args:
+            prompt: what to continue.
+            max_new_tokens: most tokens of each continuation.
+            ignore_end: go on after an end-of-sequence token.
+            rank_by: order of the result: group after group and best score first, or best score or
+                log-probability of all first.
+            settings: fields of `plait.decode.search.BeamSearch`.
+
+        Raises:
+            ConfigError: an unknown setting, or a value outside its limits.
+            CapacityError: the prompt fills the model's context.
+
+        Example:
+            >>> lm.beam_search("The sea is", num_beams=6, num_groups=3)  # doctest: +SKIP
+        """
+        if rank_by not in ("group", "score", "logprob"):
+            raise ConfigError(f"rank_by must be group, score or logprob. Got {rank_by!r}.")
+        found = beam_search(
+            self.model,
+            self.plan,
+            self.encode(prompt) if isinstance(prompt, str) else prompt,
+            BeamSearch.from_json(settings),
+            max_new_tokens=max_new_tokens,
+            end_tokens=frozenset() if ignore_end else self.tokenizer.eos_ids,
+        )
+        if rank_by != "group":
+            found.sort(key=lambda hypothesis: -getattr(hypothesis, rank_by))
+        return [self._beam(hypothesis) for hypothesis in found]
+
+    def _beam(self, found: Hypothesis) -> Beam:
+        tokens = found.tokens[:-1] if found.ended else found.tokens
+        text = self.tokenizer.decode(tokens, continues=True)
+        return Beam(text, found.tokens, found.logprob, found.score, found.group)
 
     def request(
         self,
