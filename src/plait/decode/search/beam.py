@@ -17,18 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from plait.decode.gumbel import top
 from plait.decode.search.diversity import DIVERSITIES, Diversity, Step
-from plait.errors import CapacityError, ConfigError
+from plait.decode.search.reading import read_prompt
+from plait.errors import ConfigError
 from plait.memory import MemoryPlan, Past, Rows
 from plait.nn import Transformer
 from plait.spec import Spec
 
 __all__ = ["BeamSearch", "Hypothesis", "beam_search"]
-
-_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,22 +126,10 @@ def beam_search(
         ConfigError: an empty prompt, an id outside the vocabulary, or no token to generate.
         CapacityError: the prompt fills the model's context.
     """
-    limit = model.config.max_positions
-    if not prompt or max_new_tokens < 1:
-        raise ConfigError(
-            "A search needs a prompt and a max_new_tokens of at least 1. "
-            f"Got {len(prompt)} tokens and {max_new_tokens}."
-        )
-    if len(prompt) >= limit:
-        raise CapacityError(
-            f"The prompt has {len(prompt)} tokens; the model's context is {limit}, the answer included. "
-            "Shorten the prompt."
-        )
-    steps = min(max_new_tokens, limit - len(prompt))
-    root, row = _read(model, plan, prompt)
+    root, logits, steps = read_prompt(model, plan, prompt, max_new_tokens)
     pasts = [*(root.fork() for _ in range(settings.num_groups - 1)), root]
     groups = [_Group([_Beam((), 0.0, 0.0, past)]) for past in pasts]
-    log_laws = row.expand(len(groups), -1).numpy()
+    log_laws = logits.log_softmax(dim=-1).expand(len(groups), -1).numpy()
     embeddings = functools.cache(lambda: _unit_rows(model))
     for number in range(1, steps + 1):
         start = 0
@@ -219,18 +205,6 @@ def _is_done(
     )
 
 
-def _read(model: Transformer, plan: MemoryPlan, prompt: Sequence[int]) -> tuple[Past, Tensor]:
-    """The memory of a prompt, and the log-law of what follows it, (1, V) float64."""
-    past = model.new_past(plan)
-    while True:
-        piece = torch.tensor(prompt[len(past) : len(past) + _ROWS_AT_ONCE], dtype=torch.int64)
-        hidden = model(piece, Rows([(len(piece), len(past))]), [past])
-        is_whole = len(past) == len(prompt)
-        past.commit(is_prompt=not is_whole)
-        if is_whole:
-            return past, _log_law(model, hidden[-1:])
-
-
 def _forward(model: Transformer, live: Sequence[_Beam]) -> npt.NDArray[np.float64]:
     """Feed the last token of every beam; log-laws of what follows, (R, V)."""
     pasts = [beam.past for beam in live]
@@ -238,12 +212,8 @@ def _forward(model: Transformer, live: Sequence[_Beam]) -> npt.NDArray[np.float6
     hidden = model(tokens, Rows([(1, len(past)) for past in pasts]), pasts)
     for past in pasts:
         past.commit()
-    log_laws: npt.NDArray[np.float64] = _log_law(model, hidden).numpy()
+    log_laws: npt.NDArray[np.float64] = model.logits(hidden).cpu().double().log_softmax(dim=-1).numpy()
     return log_laws
-
-
-def _log_law(model: Transformer, hidden: Tensor) -> Tensor:
-    return model.logits(hidden).cpu().double().log_softmax(dim=-1)
 
 
 def _unit_rows(model: Transformer) -> npt.NDArray[np.float64]:
