@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from plait.engine import Request as Request
     from plait.engine import Score as Score
     from plait.engine import Session as Session
+    from plait.engine import Suggestion as Suggestion
     from plait.engine import load as load
     from plait.errors import CancelledError as CancelledError
     from plait.errors import CapacityError as CapacityError
@@ -59,6 +60,7 @@ _HOMES = {
     "Sampling": "plait.decode",
     "Score": "plait.engine",
     "Session": "plait.engine",
+    "Suggestion": "plait.engine",
     "TemplateError": "plait.errors",
     "UnknownNameError": "plait.errors",
     "load": "plait.engine",

@@ -371,3 +371,15 @@ def test_beams_are_texts_in_the_order_that_was_asked_for(make_small: Make) -> No
         lm.beam_search("x", rank_by="length")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Did you mean 'num_beams'"):
         lm.beam_search("x", num_beam=3)
+
+
+def test_suggestions_are_texts(make_small: Make) -> None:
+    lm = make_small()
+    ngrams = lm.count_ngrams(TEXTS)
+    for counts in (None, ngrams):
+        drafts = lm.suggest("A beginning", num_drafts=3, max_new_tokens=5, ngrams=counts)
+        assert len(drafts) == 3
+        assert all(draft.logprob < 0 for draft in drafts)
+        assert len({draft.text for draft in drafts}) == 3
+    with pytest.raises(ConfigError, match="Did you mean 'num_drafts'"):
+        lm.suggest("x", num_draft=3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from plait.engine.async_engine import AsyncEngine, Stream
 from plait.engine.engine import Engine
-from plait.engine.language_model import Beam, LanguageModel, Message, Score
+from plait.engine.language_model import Beam, LanguageModel, Message, Score, Suggestion
 from plait.engine.loading import load
 from plait.engine.metrics import Metrics
 from plait.engine.request import FinishReason, Generation, Piece, Request
@@ -26,5 +26,6 @@ __all__ = [
     "Score",
     "Session",
     "Stream",
+    "Suggestion",
     "load",
 ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from plait.decode import Sampling
-from plait.decode.search import BeamSearch, Hypothesis, beam_search
+from plait.decode.ngrams import NgramCounts
+from plait.decode.search import BeamSearch, Superposed, beam_search, superposed_drafts
 from plait.decode.speculate import SpeculatorConfig
 from plait.engine.engine import Engine
 from plait.engine.request import Generation, Piece, Request
@@ -22,7 +23,7 @@ from plait.memory import MemoryPlan, Rows
 from plait.nn import Transformer
 from plait.text import ChatTemplate, Tokenizer
 
-__all__ = ["Beam", "LanguageModel", "Message", "Score"]
+__all__ = ["Beam", "LanguageModel", "Message", "Score", "Suggestion"]
 
 Message = Mapping[str, Any]
 
@@ -46,6 +47,20 @@ class Beam(NamedTuple):
     logprob: float
     score: float
     group: int
+
+
+class Suggestion(NamedTuple):
+    """A short draft of what may follow.
+
+    Attributes:
+        text: without the end token.
+        tokens: ids, the end token included where there is one.
+        logprob: sum of the model's log-probabilities, in nats, when the draft is read alone.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
 
 
 class Score(NamedTuple):
@@ -232,12 +247,56 @@ class LanguageModel:
         )
         if rank_by != "group":
             found.sort(key=lambda hypothesis: -getattr(hypothesis, rank_by))
-        return [self._beam(hypothesis) for hypothesis in found]
+        return [
+            Beam(self._draft_text(each.tokens, each.ended), each.tokens, each.logprob, each.score, each.group)
+            for each in found
+        ]
 
-    def _beam(self, found: Hypothesis) -> Beam:
-        tokens = found.tokens[:-1] if found.ended else found.tokens
-        text = self.tokenizer.decode(tokens, continues=True)
-        return Beam(text, found.tokens, found.logprob, found.score, found.group)
+    def suggest(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 10,
+        ngrams: NgramCounts | None = None,
+        **settings: Any,
+    ) -> list[Suggestion]:
+        """A few short drafts of what may follow a prompt (text or ids), for one forward pass a token.
+
+        Approximate, by superposed decoding (Shen et al. 2024, arXiv:2405.18400): for suggestions while
+        somebody types.
+
+        Args:
+            prompt: what to continue.
+            max_new_tokens: tokens of a draft; quality falls with its length.
+            ngrams: counts over texts of the same kind, from `count_ngrams`; they keep the drafts apart.
+            settings: fields of `plait.decode.search.Superposed`.
+
+        Returns:
+            Drafts, best first.
+
+        Raises:
+            ConfigError: an unknown setting, or a value outside its limits.
+            CapacityError: the prompt fills the model's context.
+        """
+        found = superposed_drafts(
+            self.model,
+            self.plan,
+            self.encode(prompt) if isinstance(prompt, str) else prompt,
+            Superposed.from_json(settings),
+            max_new_tokens=max_new_tokens,
+            end_tokens=self.tokenizer.eos_ids,
+            ngrams=ngrams,
+        )
+        return [
+            Suggestion(self._draft_text(each.tokens, each.ended), each.tokens, each.logprob) for each in found
+        ]
+
+    def count_ngrams(self, texts: Iterable[str]) -> NgramCounts:
+        """What followed every run of 1 to 5 tokens in some texts, for `suggest`."""
+        return NgramCounts(self.tokenizer.encode(text) for text in texts)
+
+    def _draft_text(self, tokens: Sequence[int], ended: bool) -> str:
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens, continues=True)
 
     def request(
         self,
