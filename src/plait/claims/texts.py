@@ -15,7 +15,7 @@ from plait.claims.claim import MeasurementError
 if TYPE_CHECKING:
     from plait.text import Tokenizer
 
-__all__ = ["manual", "source", "token_runs"]
+__all__ = ["manual", "other_manual", "source", "token_runs"]
 
 _TOPICS = ("assignment", "class", "typesseq", "compound", "typesmapping", "import", "execmodel", "with")
 
@@ -24,6 +24,12 @@ def manual() -> str:
     """Chapters of Python's reference manual, about 100,000 characters of English with examples."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     return "\n\n".join(topics[name] for name in _TOPICS)
+
+
+def other_manual() -> list[str]:
+    """The chapters of the reference manual that `manual` leaves out, about 600,000 characters."""
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return [text for name, text in sorted(topics.items()) if name not in _TOPICS]
 
 
 def source(module: str, name: str) -> str:
