@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from plait.decode import Sampling as Sampling
     from plait.engine import APE as APE
     from plait.engine import AsyncEngine as AsyncEngine
+    from plait.engine import Beam as Beam
     from plait.engine import ContextStore as ContextStore
     from plait.engine import Edit as Edit
     from plait.engine import EditReport as EditReport
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from plait.engine import Request as Request
     from plait.engine import Score as Score
     from plait.engine import Session as Session
+    from plait.engine import Suggestion as Suggestion
     from plait.engine import load as load
     from plait.errors import CancelledError as CancelledError
     from plait.errors import CapacityError as CapacityError
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AsyncEngine": "plait.engine",
     "APE": "plait.engine",
+    "Beam": "plait.engine",
     "CancelledError": "plait.errors",
     "CapacityError": "plait.errors",
     "ConfigError": "plait.errors",
@@ -67,6 +70,7 @@ _HOMES = {
     "Sampling": "plait.decode",
     "Score": "plait.engine",
     "Session": "plait.engine",
+    "Suggestion": "plait.engine",
     "TemplateError": "plait.errors",
     "UnknownNameError": "plait.errors",
     "load": "plait.engine",

@@ -20,6 +20,13 @@ Make = Callable[..., LanguageModel]
 
 PROMPTS = [[5, 6, 7], list(range(1, 80)), [9], [3, 1, 4, 1, 5, 9, 2, 6] * 5]
 MEMORIES = ["full", "dense:dtype=bf16", "window:size=40,sinks=2", "lm-infinite:local=40,initial=2"]
+# Drafts that are not drawn at random, with which seeded answers are those of plain decoding.
+DRAFTS = [
+    "none",
+    "prompt-lookup",
+    "prompt-lookup:match=2,tokens=16,patience=0",
+    "token-recycling:k=3,nodes=80",
+]
 
 
 def greedy_by_hand(lm: LanguageModel, prompt: list[int], count: int) -> list[int]:
@@ -60,7 +67,7 @@ def test_prompt_chunks_do_not_change_the_answer(make_small: Make, rows_per_step:
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("draft", ["none", "prompt-lookup", "prompt-lookup:match=2,tokens=16,patience=0"])
+@pytest.mark.parametrize("draft", DRAFTS)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_batch_answers_as_each_request_alone(
     make_small: Make, memory: str, draft: str, temperature: float
@@ -90,6 +97,48 @@ def test_lossy_codecs_store_a_prompt_at_its_end_however_it_was_read(make_small: 
         assert run(lm.new_engine(rows_per_step=rows_per_step), *requests) == alone
     # The codes are coarse enough to be noticed, so the answers above did come from them.
     assert alone != [run(make_small().new_engine(), each)[0] for each in requests]
+
+
+# The small model has two blocks: a draft of one is often wrong, a draft of both never.
+DRAWN = [
+    f"{draft},layers={layers}"
+    for draft in ("chain:tokens=3", "rsd-c:branch=[2,2,1]", "rsd-s:width=3,depth=3")
+    for layers in (1, 2)
+]
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("draft", DRAWN)
+def test_draft_models_never_change_greedy_answers(make_small: Make, memory: str, draft: str) -> None:
+    lm = make_small(memory, draft)
+    requests = [request(prompt) for prompt in PROMPTS]
+    alone = [run(make_small(memory).new_engine(), each)[0] for each in requests]
+    assert run(lm.new_engine(), *requests) == alone
+    assert run(lm.new_engine(max_sequences=2, rows_per_step=16), *requests) == alone
+
+
+@pytest.mark.parametrize("draft", DRAWN)
+def test_a_draft_that_is_the_model_is_always_accepted(make_small: Make, draft: str) -> None:
+    engine = make_small(draft=draft).new_engine()
+    sequence = engine.submit(request(PROMPTS[0], sampling=Sampling(seed=1), max_new_tokens=25))
+    longest = max(len(piece.choices) for _, piece in engine.run())
+    assert len(sequence.result().tokens) == 25
+    assert longest == 4 or "layers=1" in draft
+
+
+@pytest.mark.parametrize("draft", [*DRAFTS[1:], *DRAWN[::2]])
+def test_drafts_stop_at_the_end_of_the_context(make_small: Make, draft: str) -> None:
+    engine = make_small(draft=draft).new_engine()
+    sequence = engine.submit(request([1, 2] * 252, max_new_tokens=100))
+    positions = []
+    hook = engine.model.register_forward_pre_hook(
+        lambda _, inputs: positions.append(int(inputs[1].positions.max()))
+    )
+    for _ in engine.run():
+        pass
+    hook.remove()
+    assert len(sequence.tokens) == 512
+    assert max(positions) == 510
 
 
 class _Guess(Speculator):

@@ -12,7 +12,7 @@ import torch
 
 from plait.decode.speculate import SPECULATORS
 from plait.engine import LanguageModel, load
-from plait.errors import CapacityError, ConfigError, ModelFileError, UnknownNameError
+from plait.errors import CapacityError, ConfigError, IncompatibleError, ModelFileError, UnknownNameError
 from plait.memory import MemoryPlan, Rows
 from plait.nn import (
     BlockConfig,
@@ -186,6 +186,41 @@ def test_sessions_fork_and_rewind(make_small: Make) -> None:
         session.generate("more")
 
 
+@pytest.mark.parametrize("draft", ["token-recycling", "rsd-s:layers=1", "chain:layers=2"])
+def test_sessions_with_drafts_answer_as_those_without(make_small: Make, draft: str) -> None:
+    answers = []
+    for each in ("none", draft):
+        with make_small(draft=each).session() as session:
+            session.read("A beginning that is shared. ")
+            twin = session.fork(1)[0]
+            tokens = [session.generate(max_new_tokens=9, ignore_end=True).tokens]
+            tokens.append(session.generate("More.", max_new_tokens=9, ignore_end=True).tokens)
+            session.rewind(20)
+            tokens.append(session.generate(max_new_tokens=9, ignore_end=True).tokens)
+            tokens.append(twin.generate("Other.", max_new_tokens=9, ignore_end=True).tokens)
+            answers.append(tokens)
+    assert answers[0] == answers[1]
+
+
+def test_a_second_model_guesses_for_the_first(make_small: Make) -> None:
+    lm = make_small()
+    guessed = LanguageModel(
+        name="small",
+        model=lm.model,
+        tokenizer=lm.tokenizer,
+        chat_template=None,
+        plan=lm.plan,
+        draft=SPECULATORS.parse("chain"),
+        draft_model=lm.model.with_blocks([1]),
+    )
+    assert (
+        guessed.generate(TEXTS[2], max_new_tokens=9).tokens == lm.generate(TEXTS[2], max_new_tokens=9).tokens
+    )
+    with pytest.raises(IncompatibleError, match="prompt-lookup"):
+        guessed.draft = SPECULATORS.parse("prompt-lookup")
+    assert str(guessed.draft) == "chain"
+
+
 def test_closing_a_stream_cancels_and_the_session_goes_on(make_small: Make) -> None:
     lm = make_small()
     session = lm.session()
@@ -319,3 +354,32 @@ def test_smollm2_answers_in_every_weight_format(smollm2_gguf: Path, weights: str
 def _generate_ids(lm: LanguageModel, ids: list[int], count: int) -> tuple[int, ...]:
     pieces = lm.stream(ids, max_new_tokens=count, ignore_end=True)
     return tuple(choice.token for piece in pieces for choice in piece.choices)
+
+
+def test_beams_are_texts_in_the_order_that_was_asked_for(make_small: Make) -> None:
+    lm = make_small()
+    beams = lm.beam_search("A beginning", num_beams=4, num_groups=2, max_new_tokens=6, ignore_end=True)
+    assert [beam.group for beam in beams] == [0, 0, 1, 1]
+    assert all(beam.text == lm.tokenizer.decode(beam.tokens, continues=True) for beam in beams)
+    ranked = lm.beam_search(
+        "A beginning", num_beams=4, num_groups=2, max_new_tokens=6, ignore_end=True, rank_by="logprob"
+    )
+    assert [beam.logprob for beam in ranked] == sorted((beam.logprob for beam in beams), reverse=True)
+    one = lm.beam_search("A beginning", num_beams=1, max_new_tokens=6, ignore_end=True)[0]
+    assert one.tokens == lm.generate("A beginning", max_new_tokens=6, ignore_end=True).tokens
+    with pytest.raises(ConfigError, match="rank_by"):
+        lm.beam_search("x", rank_by="length")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="Did you mean 'num_beams'"):
+        lm.beam_search("x", num_beam=3)
+
+
+def test_suggestions_are_texts(make_small: Make) -> None:
+    lm = make_small()
+    ngrams = lm.count_ngrams(TEXTS)
+    for counts in (None, ngrams):
+        drafts = lm.suggest("A beginning", num_drafts=3, max_new_tokens=5, ngrams=counts)
+        assert len(drafts) == 3
+        assert all(draft.logprob < 0 for draft in drafts)
+        assert len({draft.text for draft in drafts}) == 3
+    with pytest.raises(ConfigError, match="Did you mean 'num_drafts'"):
+        lm.suggest("x", num_draft=3)

@@ -187,3 +187,9 @@ def test_making_a_tokenizer_and_encoding_are_quick(
         start = time.process_time()
         tokenizer.encode_batch(mixed_lines())
         assert time.process_time() - start < 10
+
+
+def test_tokenizers_with_the_same_ids_know_each_other() -> None:
+    byte_level, sentencepiece = _TOKENIZERS
+    assert byte_level.has_ids_of(byte_level)
+    assert not byte_level.has_ids_of(sentencepiece)

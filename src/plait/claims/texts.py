@@ -15,7 +15,7 @@ from plait.claims.claim import MeasurementError
 if TYPE_CHECKING:
     from plait.text import Tokenizer
 
-__all__ = ["chapters", "manual", "module_source", "source", "token_runs"]
+__all__ = ["chapters", "manual", "module_source", "other_manual", "source", "token_runs"]
 
 _TOPICS = ("assignment", "class", "typesseq", "compound", "typesmapping", "import", "execmodel", "with")
 
@@ -30,6 +30,11 @@ def chapters() -> dict[str, str]:
     """Every chapter of Python's reference manual that comes with it, by name."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     return dict(sorted(topics.items()))
+
+
+def other_manual() -> list[str]:
+    """The chapters of the reference manual that `manual` leaves out, about 600,000 characters."""
+    return [text for name, text in chapters().items() if name not in _TOPICS]
 
 
 def source(module: str, name: str) -> str:

@@ -63,7 +63,7 @@ Draft = Annotated[
     typer.Option(
         "--draft",
         envvar="PLAIT_DRAFT",
-        help="How continuations are guessed: none or prompt-lookup. Never changes the answer.",
+        help="How continuations are guessed: none, prompt-lookup, token-recycling, ... Never changes the model's law.",
         rich_help_panel="Model",
     ),
 ]

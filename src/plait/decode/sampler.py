@@ -111,6 +111,27 @@ class Sampler:
         row = _row(logits, self.vocab_size)
         return self._choose(row, _peak(row, position), history, position)
 
+    def warped(self, logits: Tensor, history: History) -> Tensor:
+        """The logits after bias and penalties, before the temperature, (V,), on the CPU.
+
+        Args and errors: as `law`.
+        """
+        row = _row(logits, self.vocab_size)
+        return torch.from_numpy(self._warped(row, _peak(row, len(history)), history, len(history))[0])
+
+    def report(self, logits: Tensor, token: int, position: int) -> Choice:
+        """A token that was chosen elsewhere, with the log-probabilities that `choose` would report.
+
+        Args:
+            logits: raw logits, (V,), floating; not changed.
+            token: what was chosen.
+            position: its absolute position, for messages.
+        """
+        if self.sampling.logprobs is None:
+            return Choice(token, None, ())
+        row = _row(logits, self.vocab_size)
+        return Choice(token, *_report(row, _peak(row, position), token, self.sampling.logprobs))
+
     def _choose(self, row: _Row, peak: int, history: History, position: int) -> Choice:
         if self.sampling.is_greedy:
             token = self._warped(row, peak, history, position)[1]

@@ -7,7 +7,7 @@ from plait.engine.context_store import ContextStore
 from plait.engine.contexts import APE, ContextReport, ParallelExample
 from plait.engine.edits import Edit, EditReport, TokenEdit
 from plait.engine.engine import Engine
-from plait.engine.language_model import LanguageModel, Message
+from plait.engine.language_model import Beam, LanguageModel, Message, Suggestion
 from plait.engine.loading import load
 from plait.engine.metrics import Metrics
 from plait.engine.request import FinishReason, Generation, Piece, Request
@@ -22,6 +22,7 @@ __all__ = [
     "ContextStore",
     "Edit",
     "EditReport",
+    "Beam",
     "Engine",
     "FinishReason",
     "Generation",
@@ -36,5 +37,6 @@ __all__ = [
     "Session",
     "Stream",
     "TokenEdit",
+    "Suggestion",
     "load",
 ]

@@ -338,8 +338,18 @@ class Engine:
         return Feed(sequence, sequence.past, tokens, tree)
 
     def _propose(self, sequence: RunningSequence, room: int) -> Tree:
-        remaining = sequence.request.max_new_tokens - len(sequence.choices)
-        context = Context(sequence.tokens, budget=min(room, remaining - 1), positions=sequence.max_positions)
+        # Tokens up to the end of the answer or of the model's context; the last of them is never fed.
+        remaining = min(
+            sequence.request.max_new_tokens - len(sequence.choices),
+            sequence.max_positions - len(sequence.tokens),
+        )
+        context = Context(
+            sequence.tokens,
+            budget=min(room, remaining - 1),
+            positions=sequence.max_positions,
+            sampler=sequence.sampler,
+            history=sequence.history,
+        )
         tree = self._speculators[sequence].propose(context)
         tree.check(context, self.model.config.vocab_size)
         return tree

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 from plait.decode import Sampling
+from plait.decode.ngrams import NgramCounts
+from plait.decode.search import BeamSearch, Superposed, beam_search, superposed_drafts
 from plait.decode.speculate import SpeculatorConfig
 from plait.engine.engine import Engine
 from plait.engine.prefill import ROWS_PER_PASS, read_packed
@@ -19,9 +21,41 @@ from plait.memory import MemoryPlan
 from plait.nn import Transformer
 from plait.text import ChatTemplate, Tokenizer
 
-__all__ = ["LanguageModel", "Message"]
+__all__ = ["Beam", "LanguageModel", "Message", "Suggestion"]
 
 Message = Mapping[str, Any]
+
+
+class Beam(NamedTuple):
+    """A continuation that a beam search found.
+
+    Attributes:
+        text: without the end token.
+        tokens: ids, the end token included where there is one.
+        logprob: sum of the model's log-probabilities of the tokens, in nats.
+        score: that sum with the diversity penalties, divided by the length to the length penalty.
+        group: which group found it, from 0 on.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+    score: float
+    group: int
+
+
+class Suggestion(NamedTuple):
+    """A short draft of what may follow.
+
+    Attributes:
+        text: without the end token.
+        tokens: ids, the end token included where there is one.
+        logprob: sum of the model's log-probabilities, in nats, when the draft is read alone.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
 
 
 class LanguageModel:
@@ -34,6 +68,10 @@ class LanguageModel:
         chat_template: how a conversation becomes a prompt; None for a model without one.
         plan: how the past of a sequence is kept.
         draft: how continuations are guessed.
+        draft_model: a cheaper model of the same vocabulary to guess with, where the draft takes one.
+
+    Raises:
+        ConfigError: the draft cannot work with these models.
     """
 
     def __init__(
@@ -45,20 +83,33 @@ class LanguageModel:
         chat_template: ChatTemplate | None,
         plan: MemoryPlan,
         draft: SpeculatorConfig,
+        draft_model: Transformer | None = None,
     ) -> None:
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.plan = plan
+        self.draft_model = draft_model
         self.draft = draft
+
+    @property
+    def draft(self) -> SpeculatorConfig:
+        """How continuations are guessed; setting it takes effect from the next request on."""
+        return self._draft
+
+    @draft.setter
+    def draft(self, draft: SpeculatorConfig) -> None:
+        # Made once and kept, so that what a draft learns in one request helps the next.
+        self._new_speculator = draft.for_model(self.model, self.draft_model)
+        self._draft = draft
 
     def __repr__(self) -> str:
         return f"<LanguageModel {self.name}: memory={str(self.plan)!r}, draft={str(self.draft)!r}>"
 
     def new_engine(self, **options: Any) -> Engine:
         """An engine for many requests; `options` are those of `Engine`."""
-        return Engine(self.model, self.tokenizer, self.plan, new_speculator=self.draft.build, **options)
+        return Engine(self.model, self.tokenizer, self.plan, new_speculator=self._new_speculator, **options)
 
     def session(self) -> Session:
         """A conversation or document that is read once and continued many times."""
@@ -127,6 +178,95 @@ class LanguageModel:
         finally:
             if not sequence.is_finished:
                 engine.cancel(sequence)
+
+    def beam_search(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 32,
+        ignore_end: bool = False,
+        rank_by: Literal["group", "score", "logprob"] = "group",
+        **settings: Any,
+    ) -> list[Beam]:
+        """Several likely continuations of a prompt (text or ids) by beam search or diverse beam search.
+
+        Args:
+            prompt: what to continue.
+            max_new_tokens: most tokens of each continuation.
+            ignore_end: go on after an end-of-sequence token.
+            rank_by: order of the result: group after group and best score first, or best score or
+                log-probability of all first.
+            settings: fields of `plait.decode.search.BeamSearch`.
+
+        Raises:
+            ConfigError: an unknown setting, or a value outside its limits.
+            CapacityError: the prompt fills the model's context.
+
+        Example:
+            >>> lm.beam_search("The sea is", num_beams=6, num_groups=3)  # doctest: +SKIP
+        """
+        if rank_by not in ("group", "score", "logprob"):
+            raise ConfigError(f"rank_by must be group, score or logprob. Got {rank_by!r}.")
+        found = beam_search(
+            self.model,
+            self.plan,
+            self.encode(prompt) if isinstance(prompt, str) else prompt,
+            BeamSearch.from_json(settings),
+            max_new_tokens=max_new_tokens,
+            end_tokens=frozenset() if ignore_end else self.tokenizer.eos_ids,
+        )
+        if rank_by != "group":
+            found.sort(key=lambda hypothesis: -getattr(hypothesis, rank_by))
+        return [
+            Beam(self._draft_text(each.tokens, each.ended), each.tokens, each.logprob, each.score, each.group)
+            for each in found
+        ]
+
+    def suggest(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 10,
+        ngrams: NgramCounts | None = None,
+        **settings: Any,
+    ) -> list[Suggestion]:
+        """A few short drafts of what may follow a prompt (text or ids), for one forward pass a token.
+
+        Approximate, by superposed decoding (Shen et al. 2024, arXiv:2405.18400): for suggestions while
+        somebody types.
+
+        Args:
+            prompt: what to continue.
+            max_new_tokens: tokens of a draft; quality falls with its length.
+            ngrams: counts over texts of the same kind, from `count_ngrams`; they keep the drafts apart.
+            settings: fields of `plait.decode.search.Superposed`.
+
+        Returns:
+            Drafts, best first.
+
+        Raises:
+            ConfigError: an unknown setting, or a value outside its limits.
+            CapacityError: the prompt fills the model's context.
+        """
+        found = superposed_drafts(
+            self.model,
+            self.plan,
+            self.encode(prompt) if isinstance(prompt, str) else prompt,
+            Superposed.from_json(settings),
+            max_new_tokens=max_new_tokens,
+            end_tokens=self.tokenizer.eos_ids,
+            ngrams=ngrams,
+        )
+        return [
+            Suggestion(self._draft_text(each.tokens, each.ended), each.tokens, each.logprob) for each in found
+        ]
+
+    def count_ngrams(self, texts: Iterable[str]) -> NgramCounts:
+        """What followed every run of 1 to 5 tokens in some texts, for `suggest`."""
+        return NgramCounts(self.tokenizer.encode(text) for text in texts)
+
+    def _draft_text(self, tokens: Sequence[int], ended: bool) -> str:
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens, continues=True)
 
     def request(
         self,

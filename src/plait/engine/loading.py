@@ -8,10 +8,10 @@ from typing import Literal
 
 from plait.decode.speculate import SPECULATORS
 from plait.engine.language_model import LanguageModel
-from plait.errors import ConfigError
+from plait.errors import ConfigError, IncompatibleError
 from plait.hub import Progress, resolve
 from plait.memory import MemoryPlan
-from plait.nn import load_transformer, lower
+from plait.nn import Transformer, load_transformer, lower
 from plait.nn.checkpoints import Checkpoint, open_checkpoint
 from plait.text import ChatTemplate, Tokenizer
 from plait.weights import FORMATS
@@ -26,6 +26,7 @@ def load(
     weights: str = "auto",
     memory: str = "full",
     draft: str = "none",
+    draft_model: str | Path | None = None,
     angles: Literal["fp64", "fp32"] = "fp64",
     offline: bool | None = None,
     progress: Progress | None = None,
@@ -38,25 +39,35 @@ def load(
             each as it is stored, or `auto`: as stored where the native operations can multiply them so
             (their activations are then rounded to 8 bits), else `fp32`.
         memory: codec and policy of the past, such as `full`, `window:size=1024` or `dense:dtype=bf16`.
-        draft: how continuations are guessed: `none` or `prompt-lookup`. The answer does not depend on it.
+        draft: how continuations are guessed, such as `none`, `prompt-lookup` or `token-recycling:nodes=16`.
+            The law of the answer does not depend on it.
+        draft_model: a smaller model of the same vocabulary for drafts that guess with one, such as `chain`
+            and `rsd-s`; named as `name` is, and held in the same `weights`.
         angles: precision of rotary angles; `fp32` repeats the rounding of Hugging Face Transformers.
         offline: never touch the network; the environment variable PLAIT_OFFLINE decides when left out.
         progress: told how a download goes.
 
     Raises:
         UnknownNameError: no model, format, method or speculator has that name.
+        IncompatibleError: the draft model has another vocabulary, or the draft has no use for one.
         ModelFileError: the files are damaged, incomplete or of an unknown kind.
         DownloadError: the model is not here and could not be brought.
     """
     plan = MemoryPlan.parse(memory)
     speculator = SPECULATORS.parse(draft)
-    format = None if weights in ("auto", "file") else FORMATS.parse(weights)
+    if weights not in ("auto", "file"):
+        FORMATS.parse(weights)
     path = resolve(str(name), progress=progress, offline=offline)
-    with open_checkpoint(path) as checkpoint:
-        model = load_transformer(checkpoint, format, angles=angles)
-        if not lower(model) and weights == "auto":
-            model = load_transformer(checkpoint, FP32(), angles=angles)
-        tokenizer, template = read_text_side(checkpoint)
+    model, tokenizer, template = _open(path, weights, angles)
+    guesser = None
+    if draft_model is not None:
+        guesser_path = resolve(str(draft_model), progress=progress, offline=offline)
+        guesser, guesser_tokenizer, _ = _open(guesser_path, weights, angles)
+        if not tokenizer.has_ids_of(guesser_tokenizer):
+            raise IncompatibleError(
+                f"{name} and {draft_model} number their tokens differently. "
+                "Choose a draft model of the same family."
+            )
     return LanguageModel(
         name=str(name),
         model=model,
@@ -64,7 +75,20 @@ def load(
         chat_template=template,
         plan=plan,
         draft=speculator,
+        draft_model=guesser,
     )
+
+
+def _open(
+    path: Path, weights: str, angles: Literal["fp64", "fp32"]
+) -> tuple[Transformer, Tokenizer, ChatTemplate | None]:
+    """A model and its text side, with matrices kept as `weights` of `load` says."""
+    format = None if weights in ("auto", "file") else FORMATS.parse(weights)
+    with open_checkpoint(path) as checkpoint:
+        model = load_transformer(checkpoint, format, angles=angles)
+        if not lower(model) and weights == "auto":
+            model = load_transformer(checkpoint, FP32(), angles=angles)
+        return model, *read_text_side(checkpoint)
 
 
 def read_text_side(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatTemplate | None]:

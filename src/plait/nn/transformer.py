@@ -5,7 +5,10 @@ Shapes: N packed rows, W width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -121,6 +124,29 @@ class Transformer(nn.Module):
                 f"{self.config.learned_positions} positions. Choose memory='full' or 'window'."
             )
         return Past([block.mixer.new_memory(plan) for block in self._blocks()])
+
+    def with_blocks(self, indices: Sequence[int]) -> Transformer:
+        """A shallower model of some of the blocks, in order; parameters are shared, not copied.
+
+        It has no `program`; `plait.nn.lower` may give it one.
+
+        Raises:
+            ConfigError: no block, one that does not exist, or blocks out of order.
+        """
+        count = len(self.blocks)
+        if not indices or any(not 0 <= index < count for index in indices):
+            raise ConfigError(f"with_blocks takes indices of the {count} blocks. Got {list(indices)}.")
+        if any(second <= first for first, second in pairwise(indices)):
+            raise ConfigError(f"with_blocks takes increasing indices. Got {list(indices)}.")
+        twin = copy.copy(self)
+        # A module's children are held in this table; the copy must not change those of the original.
+        twin._modules = dict(self._modules)
+        twin.blocks = nn.ModuleList(self.blocks[index] for index in indices)
+        twin.config = dataclasses.replace(
+            self.config, blocks=tuple(self.config.blocks[index] for index in indices)
+        )
+        twin.program = None
+        return twin
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embedding rows of token ids (N,), scaled as the model expects: (N, embedding width).

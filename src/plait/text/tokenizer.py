@@ -151,6 +151,11 @@ class Tokenizer:
         """The id of a token as the model file writes it, such as `"<|im_end|>"`; None if there is none."""
         return self._backend.id_of(token)
 
+    def has_ids_of(self, other: Tokenizer) -> bool:
+        """Whether both give every id that they share to the same token; one may have more ids."""
+        count = min(self.vocab_size, other.vocab_size)
+        return list(self._vocabulary.pieces[:count]) == list(other._vocabulary.pieces[:count])
+
     def __repr__(self) -> str:
         return f"<Tokenizer {self.name}, {self.vocab_size} tokens>"
 

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING
-
 from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from plait.decode import Sampling
-    from plait.engine import LanguageModel
 
 __all__ = ["CLAIM"]
 
 
-def _answer(
-    lm: LanguageModel, prompt: Sequence[int], sampling: Sampling, max_new_tokens: int
-) -> tuple[list[int], int]:
-    """The tokens of an answer, and how many forward passes chose them."""
-    engine = lm.new_engine()
-    sequence = engine.submit(lm.request(prompt, max_new_tokens=max_new_tokens, sampling=sampling))
-    passes = sum(len(piece.choices) > 0 for _, piece in engine.run())
-    return list(sequence.result().tokens), passes
-
-
 def _measure(run: Run) -> Measurements:
+    from plait.claims.drafts import answer, with_draft
     from plait.claims.prompts import chat_prompts, copying_prompts
     from plait.decode import Sampling
-    from plait.decode.speculate import SPECULATORS
     from plait.engine import load
 
     yield "loading SmolLM2"
     plain = load("smollm2")
-    drafting = copy.copy(plain)
-    drafting.draft = SPECULATORS.parse("prompt-lookup")
+    drafting = with_draft(plain, "prompt-lookup")
     kinds = {"copying": copying_prompts(plain), "chat": chat_prompts(plain)}
     kinds = run.pick(kinds, {kind: prompts[:1] for kind, prompts in kinds.items()})
     max_new_tokens = run.pick(200, 16)
@@ -52,11 +32,11 @@ def _measure(run: Run) -> Measurements:
                 "sampled": Sampling(temperature=0.8, top_p=0.95, seed=run.seed + count),
             }
             for law, sampling in laws.items():
-                expected, _ = _answer(plain, prompt, sampling, max_new_tokens)
-                drafted, needed = _answer(drafting, prompt, sampling, max_new_tokens)
-                same[law] += drafted == expected
+                expected = answer(plain, prompt, sampling, max_new_tokens)
+                drafted = answer(drafting, prompt, sampling, max_new_tokens)
+                same[law] += drafted.tokens == expected.tokens
                 if law == "greedy":
-                    tokens, passes = tokens + len(drafted), passes + needed
+                    tokens, passes = tokens + len(drafted.tokens), passes + drafted.passes
         per_pass[f"tokens_per_pass_{kind}"] = Quantity(tokens / passes, "tokens/pass", samples=passes)
     return {
         "identical_greedy": Quantity(same["greedy"] / count, "of prompts", samples=count),

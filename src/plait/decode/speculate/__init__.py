@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from plait.decode.speculate.base import SPECULATORS, Nothing, Speculator, SpeculatorConfig
+from plait.decode.speculate.chain import Chain
+from plait.decode.speculate.draft_model import DraftModelConfig, DraftModelSpeculator
 from plait.decode.speculate.prompt_lookup import PromptLookup
+from plait.decode.speculate.rejection import Rejection
+from plait.decode.speculate.rsd_c import RSDC
+from plait.decode.speculate.rsd_s import RSDS
+from plait.decode.speculate.token_recycling import TokenRecycling
 from plait.decode.speculate.tree import Context, Tree
 from plait.decode.speculate.verify import verify
 
 __all__ = [
+    "RSDC",
+    "RSDS",
     "SPECULATORS",
+    "Chain",
     "Context",
+    "DraftModelConfig",
+    "DraftModelSpeculator",
     "Nothing",
     "PromptLookup",
+    "Rejection",
     "Speculator",
     "SpeculatorConfig",
+    "TokenRecycling",
     "Tree",
     "verify",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from plait.decode.speculate.tree import Context, Tree
+from plait.errors import IncompatibleError
+from plait.nn import Transformer
 from plait.spec import Axis, Spec
 
 __all__ = ["SPECULATORS", "Nothing", "Speculator", "SpeculatorConfig"]
@@ -32,6 +33,10 @@ class Speculator:
             logits: (nodes, V), raw.
         """
 
+    def nbytes(self) -> int:
+        """Bytes allocated for guessing; what several sequences share counts in each."""
+        return 0
+
 
 class SpeculatorConfig(Spec, axis=SPECULATORS):
     """How to make a speculator.
@@ -40,7 +45,24 @@ class SpeculatorConfig(Spec, axis=SPECULATORS):
     class and the `Speculator` it builds, and one import in that folder's `__init__.py`.
     """
 
-    def build(self) -> Any:
+    def for_model(self, target: Transformer, draft: Transformer | None = None) -> Callable[[], Speculator]:
+        """What makes a new speculator for each sequence of a model.
+
+        What the sequences share is made here, once. A method that needs nothing of the model defines
+        `build` alone.
+
+        Args:
+            target: the model that answers.
+            draft: a cheaper model of the same vocabulary to guess with.
+
+        Raises:
+            IncompatibleError: a draft model was given to a method that has no use for one.
+        """
+        if draft is not None:
+            raise IncompatibleError(f"{self.name} has no use for a draft model. Leave the draft model out.")
+        return self.build
+
+    def build(self) -> Speculator:
         """A new speculator for one sequence."""
         raise NotImplementedError
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
+
+from plait.decode.history import History
+from plait.decode.sampler import Sampler
 from plait.errors import ConfigError
 
 __all__ = ["Context", "Tree"]
@@ -18,24 +22,45 @@ class Context(NamedTuple):
         tokens: every token so far, prompt and answer; the last is the root of the tree.
         budget: most nodes that may be proposed besides the root.
         positions: the model's context in tokens.
+        sampler: how the sequence's tokens are chosen.
+        history: of the sequence, root included; to be left as it is.
     """
 
     tokens: Sequence[int]
     budget: int
     positions: int
+    sampler: Sampler
+    history: History
 
 
 @dataclass(frozen=True)
 class Tree:
     """Candidate continuations of the last token, which is the root, node 0.
 
+    A node that was drawn at random may be declared as such; then it is judged by rejection sampling, and
+    what that needs is declared with it. The answer has the model's law only if the declaration is true:
+
+    - given the path to its parent and the siblings drawn before it, a drawn node has the declared law;
+    - siblings stand in the order in which they were drawn;
+    - nothing that was drawn is left out because of what it is. How many are drawn may depend on anything
+      known before, or on the perturbed scores of stochastic beam search, but not on the tokens drawn;
+    - the draws are independent of the numbers of `context.sampler.streams` of purpose `verify`.
+
+    A node that is not declared as drawn may be chosen in any way at all.
+
     Args:
         tokens: token of each node; `tokens[0]` is the last token of the sequence.
         parents: parent of each node; `parents[0] == -1` and `parents[i] < i`.
+        drawn: the nodes that were drawn.
+        laws: for each parent of drawn nodes, the law of its first draw, (V,).
+        replacement: whether siblings were drawn independently; else each without those before it.
     """
 
     tokens: list[int]
     parents: list[int]
+    drawn: frozenset[int] = frozenset()
+    laws: Mapping[int, Tensor] = field(default_factory=dict)
+    replacement: bool = False
 
     @classmethod
     def root(cls, token: int) -> Tree:
@@ -59,6 +84,13 @@ class Tree:
         """The nodes below a node, in order."""
         return [child for child, parent in enumerate(self.parents) if parent == node]
 
+    def depths(self) -> list[int]:
+        """How many nodes each node stands below the root."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(depths[parent] + 1 if depths else 0)
+        return depths
+
     def check(self, context: Context, vocab_size: int) -> None:
         """Raise `ConfigError` for a tree that cannot be scored."""
         if not self.tokens or self.tokens[0] != context.tokens[-1] or self.parents[0] != -1:
@@ -74,3 +106,7 @@ class Tree:
                 )
             if node and not 0 <= parent < node:
                 raise ConfigError(f"Node {node} has parent {parent}. A parent comes before its child.")
+            if node in self.drawn and (parent not in self.laws or self.laws[parent].shape != (vocab_size,)):
+                raise ConfigError(
+                    f"Node {node} was drawn, so its parent {parent} needs a draft law of shape ({vocab_size},)."
+                )

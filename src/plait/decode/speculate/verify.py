@@ -1,16 +1,20 @@
-"""The lossless verifier: settle a draft tree against the model's own choices.
+"""The lossless verifier: settle a draft tree against the model's own law.
 
-At each node the next token is chosen exactly as plain decoding would choose it, with the uniform of
-its own position; if a child proposes that token the walk goes on there, for free. So the tokens are
-those of plain decoding, whatever was proposed: a proposal changes cost, never the answer.
+At a node whose children were not drawn at random, the next token is chosen exactly as plain decoding would
+choose it, with the uniform of its own position; if a child proposes that token the walk goes on there, for
+free. Drawn children are tried first, in the order of drawing, by rejection sampling. Either way the next
+token has the model's law, whatever was proposed: a proposal changes cost, never the law. Without drawn
+nodes, and in greedy decoding, the tokens are those of plain decoding with the same seed.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from plait.decode.history import History
-from plait.decode.sampler import Choice, Sampler
+from plait.decode.sampler import Choice, Sampler, draw
+from plait.decode.speculate.rejection import Rejection
 from plait.decode.speculate.tree import Tree
 
 __all__ = ["verify"]
@@ -28,19 +32,38 @@ def verify(tree: Tree, logits: Tensor, sampler: Sampler, history: History) -> tu
     Returns:
         The accepted nodes from the root on, and the tokens chosen: one for each accepted node.
     """
-    node, path, choices = 0, [0], [sampler.choose(logits[0], history, len(history))]
-    if len(tree) == 1:
-        return path, choices
+    path: list[int] = [0]
+    choices: list[Choice] = []
     length = len(history)
     try:
         while True:
-            token = choices[-1].token
-            child = next((child for child in tree.children(node) if tree.tokens[child] == token), None)
+            choice, child = _settle(tree, path[-1], logits[path[-1]], sampler, history)
+            choices.append(choice)
             if child is None:
                 return path, choices
-            node = child
-            path.append(node)
-            history.append(token)
-            choices.append(sampler.choose(logits[node], history, len(history)))
+            path.append(child)
+            history.append(choice.token)
     finally:
         history.truncate(length)
+
+
+def _settle(
+    tree: Tree, node: int, logits: Tensor, sampler: Sampler, history: History
+) -> tuple[Choice, int | None]:
+    """The token that follows a node, and the child that proposed it."""
+    position = len(history)
+    children = tree.children(node)
+    drawn = [child for child in children if child in tree.drawn]
+    # A greedy law has a single token: rejection sampling would keep exactly the child that proposes it.
+    if not drawn or sampler.sampling.is_greedy:
+        choice = sampler.choose(logits, history, position)
+    else:
+        rounds = Rejection(sampler.law(logits, history), tree.laws[node], replacement=tree.replacement)
+        for number, child in enumerate(drawn, start=1):
+            token = tree.tokens[child]
+            if rounds.accepts(token, sampler.streams.uniform(position, number)):
+                return sampler.report(logits, token, position), child
+            rounds.reject(token)
+        token = draw(torch.from_numpy(rounds.target), sampler.streams.uniform(position))
+        choice = sampler.report(logits, token, position)
+    return choice, next((child for child in children if tree.tokens[child] == choice.token), None)
