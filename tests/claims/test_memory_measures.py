@@ -13,7 +13,7 @@ from plait.memory import Heads, MemoryPlan
 
 @pytest.mark.model
 def test_only_a_memory_that_loses_something_moves_the_laws() -> None:
-    lm = plait.load("smollm2")
+    lm = plait.load("smollm2", weights="fp32")
     plans = {
         "exact": MemoryPlan(),
         "observed": MemoryPlan.parse("think:ratio=0"),

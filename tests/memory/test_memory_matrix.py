@@ -18,14 +18,24 @@ from memory_oracle import (
     within,
 )
 
-from plait.errors import IncompatibleError
-from plait.memory import Memory, MemoryPlan, Notes, Rows, attend
+from plait.errors import ConfigError, IncompatibleError
+from plait.memory import POLICIES, Memory, MemoryPlan, Notes, Rows, attend
 from plait.memory.arrangements import ParallelGroup
 from plait.memory.policies import window as window_policy
 
+
+def is_refused(codec: CodecEntry, policy: PolicyEntry) -> bool:
+    """Whether the two say of each other that they cannot work together."""
+    return POLICIES.parse(policy.spec).stores and MemoryPlan.parse(codec.spec).codec.learns_from_prompt
+
+
+PAIRS = [(codec, policy) for codec in CODEC_ENTRIES for policy in POLICY_ENTRIES]
 pytestmark = [
-    pytest.mark.parametrize("codec", CODEC_ENTRIES, ids=lambda entry: entry.spec),
-    pytest.mark.parametrize("policy", POLICY_ENTRIES, ids=lambda entry: entry.spec),
+    pytest.mark.parametrize(
+        ("codec", "policy"),
+        [pair for pair in PAIRS if not is_refused(*pair)],
+        ids=lambda entry: entry.spec,
+    ),
     pytest.mark.parametrize("window", MODEL_WINDOWS, ids=lambda window: f"model-window-{window}"),
 ]
 
@@ -144,6 +154,11 @@ def test_one_parallel_context_is_ordinary_reading(case: Case) -> None:
     group = ParallelGroup([reader.pieces(42, 48)])
     if refuses_moved_tokens(case.memory):
         with pytest.raises(IncompatibleError, match="parallel contexts"):
+            case.memory.append_strand(group)
+        return
+    if case.memory.plan.policy.name == "prflash":
+        # It sees blocks by chance and so would have to cut the group, whose contexts share positions.
+        with pytest.raises(ConfigError, match="cannot be cut"):
             case.memory.append_strand(group)
         return
     case.memory.append_strand(group)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from memory_methods import CODEC_ENTRIES, POLICY_ENTRIES, CodecEntry, PolicyEntry
 
-from plait.errors import ConfigError, UnknownNameError
+from plait.errors import ConfigError, IncompatibleError, UnknownNameError
 from plait.memory import CODECS, POLICIES, MemoryPlan
 from plait.memory.codecs import Dense
 from plait.memory.policies import Full, Window
@@ -77,3 +77,10 @@ def test_every_registered_method_is_in_the_matrix() -> None:
 
     assert names(CODEC_ENTRIES) == set(CODECS.names())
     assert names(POLICY_ENTRIES) == set(POLICIES.names())
+
+
+@pytest.mark.parametrize("codec", ["think:ratio=0.4", "think:ratio=0.4,gear:bits=4"])
+def test_a_policy_that_stores_while_reading_refuses_a_codec_that_waits_for_the_end(codec: str) -> None:
+    with pytest.raises(IncompatibleError, match=r"infllm.*think"):
+        MemoryPlan.parse(f"infllm,{codec}")
+    MemoryPlan.parse("infllm,think:ratio=0,gear:bits=4")

@@ -137,6 +137,11 @@ class Codec(Spec, axis=CODECS):
     def observe(self, memory: Memory, seen: Seen) -> None:
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
 
+    @property
+    def learns_from_prompt(self) -> bool:
+        """Whether the form of a stored token depends on a whole prompt, so that none is stored while it is read."""
+        return False
+
     def check_heads(self, heads: Heads) -> None:
         """Raise `ConfigError` if layers of this geometry cannot be stored."""
 
@@ -262,11 +267,21 @@ class MemoryPlan:
         codec: how strands are stored.
         policy: which strands a query sees.
         device: where strands live.
+
+    Raises:
+        IncompatibleError: the policy has tokens stored while a prompt is read, the codec only behind it.
     """
 
     codec: Codec = field(default_factory=lambda: CODECS.parse("dense"))
     policy: Policy = field(default_factory=lambda: POLICIES.parse("full"))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        if self.policy.stores and self.codec.learns_from_prompt:
+            raise IncompatibleError(
+                f"Policy {self.policy.name} stores blocks while a prompt is read, but codec {self.codec.name} chooses "
+                f"what to keep at its end. Use another codec with {self.policy.name}, such as gear."
+            )
 
     @property
     def observes(self) -> bool:

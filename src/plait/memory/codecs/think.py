@@ -113,6 +113,10 @@ class ThinK(Codec, name="think"):
     def _keeps_all(self) -> bool:
         return self.ratio == self.value_ratio == 0
 
+    @property
+    def learns_from_prompt(self) -> bool:
+        return not self._keeps_all
+
     def whole(self, count: int) -> int:
         return self.inner.whole(count)
 
