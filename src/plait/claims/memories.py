@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import TYPE_CHECKING
+
+from plait.claims.claim import Quantity, Run
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,7 +16,14 @@ if TYPE_CHECKING:
     from plait.engine import LanguageModel
     from plait.memory import Heads, MemoryPlan, Past
 
-__all__ = ["Fidelity", "attention_seconds", "fidelity", "fp16_bytes"]
+__all__ = [
+    "Fidelity",
+    "add_fidelity",
+    "attention_against_dense",
+    "attention_seconds",
+    "fidelity",
+    "fp16_bytes",
+]
 
 # Rows that are read at the end of a past that is otherwise written directly, so that codecs see queries.
 _READ = 64
@@ -102,6 +112,40 @@ def fp16_bytes(lm: LanguageModel, tokens: int) -> int:
     heads = [layer.heads for layer in lm.model.new_past(lm.plan).layers if isinstance(layer, Memory)]
     sizes = [one.num_kv_heads * (one.head_dim + (one.value_dim or one.head_dim)) for one in heads]
     return 2 * tokens * sum(sizes)
+
+
+def add_fidelity(quantities: dict[str, Quantity], found: Mapping[str, Fidelity]) -> None:
+    """Note the means over windows of what `fidelity` found, for each memory."""
+    for name, one in found.items():
+        windows = len(one.divergence)
+        quantities[f"{name}_divergence"] = Quantity(mean(one.divergence), "nats", samples=windows)
+        quantities[f"{name}_increase"] = Quantity(mean(one.nats), "nats", samples=windows)
+        quantities[f"{name}_agreement"] = Quantity(mean(one.agreement), "", samples=windows)
+
+
+def attention_against_dense(
+    run: Run, name: str, plan: MemoryPlan, *, quick_tokens: int
+) -> Generator[str, None, dict[str, Quantity]]:
+    """Time of a step's attention through a memory beside the dense one, at 8,192 tokens and 8 sequences.
+
+    SmolLM2's geometry: 9 query and 3 key/value heads of size 64.
+    """
+    from plait.memory import Heads, MemoryPlan
+
+    seconds = yield from attention_seconds(
+        Heads(9, 3, 64, scale=64**-0.5),
+        {"dense": MemoryPlan(), name: plan},
+        tokens=run.pick(8192, quick_tokens),
+        batch=run.pick(8, 2),
+        rounds=run.pick(9, 2),
+        seed=run.seed,
+    )
+    ratios = [dense / other for dense, other in zip(seconds["dense"], seconds[name], strict=True)]
+    return {
+        "attention_seconds_dense": Quantity.median(seconds["dense"], "s"),
+        f"attention_seconds_{name}": Quantity.median(seconds[name], "s"),
+        "attention_speed": Quantity.median(ratios, "x"),
+    }
 
 
 def attention_seconds(

@@ -18,6 +18,7 @@ from plait.errors import ConfigError, IncompatibleError
 from plait.files import write_bytes
 from plait.memory import FrozenStrand, Heads, Strand, allocated_bytes
 from plait.nn import Transformer
+from plait.weights import Packed
 
 __all__ = ["Context", "ContextKey", "ContextStore", "fingerprint"]
 
@@ -155,6 +156,8 @@ class ContextStore:
             total -= size
 
 
+# Rows of a matrix that are unpacked at a time.
+_ROWS_AT_ONCE = 1024
 _FINGERPRINTS: weakref.WeakKeyDictionary[Transformer, str] = weakref.WeakKeyDictionary()
 
 
@@ -164,6 +167,12 @@ def fingerprint(model: Transformer) -> str:
         digest = hashlib.sha256(repr(model.config).encode())
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             _add(digest, name, tensor)
+        for name, module in model.named_modules():
+            if isinstance(module, Packed) and module.native is not None:
+                # Its tensors gave way to the native form, so the numbers themselves are read.
+                for start in range(0, module.shape[0], _ROWS_AT_ONCE):
+                    rows = slice(start, start + _ROWS_AT_ONCE)
+                    _add(digest, f"{name}.{module.format}.{start}", module.unpack_rows(rows))
         _FINGERPRINTS[model] = digest.hexdigest()
     return _FINGERPRINTS[model]
 

@@ -89,6 +89,7 @@ class Engine:
         self.plan = plan
         self.new_speculator = new_speculator
         self.rows_per_step = rows_per_step
+        self._longest = plan.longest(model.config.max_positions)
         self._empty = model.new_past(plan)
         # A memory that keeps every token as it is: its bytes can be told beforehand.
         self._is_plain = self._empty.is_shareable
@@ -126,8 +127,11 @@ class Engine:
             CapacityError: the prompt fills the model's context, or prompt and answer could not be
                 remembered within `memory_bytes`.
         """
-        vocab_size = self.model.config.vocab_size
-        limit = self.plan.longest(self.model.config.max_positions)
+        self._checked(request)
+
+    def _checked(self, request: Request) -> Sampler:
+        """The sampler of a request that `check` has nothing to say against."""
+        vocab_size, limit = self.model.config.vocab_size, self._longest
         outside = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise ConfigError(f"Token ids must be in [0, {vocab_size}). Got {outside}.")
@@ -145,7 +149,7 @@ class Engine:
                 f"may need {most} bytes of memory; the engine has {self._budget.limit}. "
                 "Shorten the prompt or ask for fewer new tokens."
             )
-        Sampler(request.sampling, vocab_size)
+        return Sampler(request.sampling, vocab_size)
 
     def submit(self, request: Request, past: Past | None = None) -> RunningSequence:
         """Queue a request.
@@ -158,12 +162,10 @@ class Engine:
         Raises:
             ConfigError, CapacityError: see `check`.
         """
-        self.check(request)
+        sampler = self._checked(request)
         if past is not None and len(past) >= len(request.prompt):
             past.truncate(len(request.prompt) - 1)
-        sampler = Sampler(request.sampling, self.model.config.vocab_size)
-        limit = self.plan.longest(self.model.config.max_positions)
-        sequence = RunningSequence(request, past, self.tokenizer, sampler, limit)
+        sequence = RunningSequence(request, past, self.tokenizer, sampler, self._longest)
         self._scheduler.add(sequence)
         self._account(sequence)
         return sequence

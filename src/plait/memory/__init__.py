@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from plait.memory.memory import Memory, attend
+from plait.memory.fold import attend
+from plait.memory.memory import Memory
 from plait.memory.past import Past
 from plait.memory.plan import CODECS, POLICIES, Codec, MemoryPlan, Notes, Policy, Seen, Visit
 from plait.memory.rows import Rows, Segment, check_pasts

@@ -195,7 +195,7 @@ class FrozenStrand(Strand):
     def gathered(cls, strands: Sequence[FrozenStrand]) -> FrozenStrand:
         """The tokens of one or more strands in storage of their own, as one strand that starts where the first does."""
         first = strands[0]
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             keys = torch.cat([strand.keys for strand in strands], dim=1)
             values = torch.cat([strand.values for strand in strands], dim=1)
         return FrozenStrand(first.heads, keys, values, offset=first.offset, start=first.start)
@@ -280,10 +280,7 @@ class FrozenStrand(Strand):
             if self.keys.dtype != torch.float32 or (rope is not None and rope.rule is not None):
                 return None
             later = later.reframed(self.offset)
-        with torch.inference_mode(False), torch.no_grad():
-            keys = torch.cat([self.keys, later.keys], dim=1)
-            values = torch.cat([self.values, later.values], dim=1)
-        return FrozenStrand(self.heads, keys, values, offset=self.offset, start=self.start)
+        return self.gathered([self, later])
 
     def tensors(self) -> list[Tensor]:
         return [self._keys, self._values]

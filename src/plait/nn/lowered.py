@@ -105,7 +105,8 @@ class Lowered:
         """Hidden rows, normalised for the head, and their logits; None where the program does not apply.
 
         It applies to causal, full and tree masks, and to memories of dense strands on the CPU in which
-        nobody observes and every query of a segment sees what the segment's mask and a window show. Nothing is written where it does not.
+        nobody observes and every query of a segment sees what the segment's mask and a window show.
+        Nothing is written where it does not.
 
         Args:
             tokens: (N,) int64 ids; None when `embeddings` (N, W) is given.

@@ -72,7 +72,7 @@ def _measure(run: Run) -> Measurements:
     from plait.engine import load
 
     yield "loading SmolLM2"
-    lm = load("smollm2")
+    lm = load("smollm2", weights="fp32")
     starts = run.pick(_STARTS, _STARTS[:2])
     distinct: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     openings: dict[str, list[float]] = {kind: [] for kind in _KINDS}

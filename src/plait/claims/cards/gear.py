@@ -25,21 +25,19 @@ _MEMORIES = {
 def _measure(run: Run) -> Measurements:
     import torch
 
-    from plait.claims.memories import attention_seconds, fidelity, fp16_bytes
+    from plait.claims.memories import add_fidelity, attention_against_dense, fidelity, fp16_bytes
     from plait.claims.texts import token_runs
     from plait.engine import load
     from plait.memory import Heads, Memory, MemoryPlan
 
-    lm = load("smollm2")
+    lm = load("smollm2", weights="fp32")
     prompt, following = run.pick((_PROMPT, _NEXT), (160, 16))
     windows = token_runs(lm.tokenizer, [prompt + following] * run.pick(8, 1))
     plans = {name: MemoryPlan.parse(spec) for name, spec in _MEMORIES.items()}
     found = yield from fidelity(lm, plans, windows, prompt)
     quantities: dict[str, Quantity] = {}
+    add_fidelity(quantities, found)
     for name, one in found.items():
-        quantities[f"{name}_divergence"] = Quantity(mean(one.divergence), "nats", samples=len(windows))
-        quantities[f"{name}_increase"] = Quantity(mean(one.nats), "nats", samples=len(windows))
-        quantities[f"{name}_agreement"] = Quantity(mean(one.agreement), "", samples=len(windows))
         share = one.nbytes[0] / fp16_bytes(lm, prompt)
         quantities[f"{name}_bytes_of_fp16"] = Quantity(share, "x")
     for name in ("kcvt_4_bits", "kivi_4_bits", "kivi_2_bits"):
@@ -58,15 +56,9 @@ def _measure(run: Run) -> Measurements:
         memory.commit()
     quantities["fewer_bytes_than_fp16"] = Quantity(2 * tokens * 3 * 64 * 2 / memory.nbytes(), "x")
 
-    speed = {"dense": MemoryPlan(), "gear": plans["kcvt_4_bits_gear"]}
-    seconds = yield from attention_seconds(
-        heads, speed, tokens=run.pick(8192, 256), batch=run.pick(8, 2), rounds=run.pick(9, 2), seed=run.seed
+    return quantities | (
+        yield from attention_against_dense(run, "gear", plans["kcvt_4_bits_gear"], quick_tokens=256)
     )
-    ratios = [dense / gear for dense, gear in zip(seconds["dense"], seconds["gear"], strict=True)]
-    quantities["attention_seconds_dense"] = Quantity.median(seconds["dense"], "s")
-    quantities["attention_seconds_gear"] = Quantity.median(seconds["gear"], "s")
-    quantities["attention_speed"] = Quantity.median(ratios, "x")
-    return quantities
 
 
 CLAIM = Claim(

@@ -14,7 +14,7 @@ def _measure(run: Run) -> Measurements:
     from plait.engine import load
 
     yield "loading SmolLM2"
-    plain = load("smollm2")
+    plain = load("smollm2", weights="fp32")
     drafting = with_draft(plain, "prompt-lookup")
     kinds = {"copying": copying_prompts(plain), "chat": chat_prompts(plain)}
     kinds = run.pick(kinds, {kind: prompts[:1] for kind, prompts in kinds.items()})

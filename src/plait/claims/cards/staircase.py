@@ -26,7 +26,7 @@ def _measure(run: Run) -> Measurements:
     from plait.engine import load
     from plait.memory import MemoryPlan
 
-    lm = load("smollm2")
+    lm = load("smollm2", weights="fp32")
     prompt, following = run.pick((2048, 128), (512, 16))
     windows = token_runs(lm.tokenizer, [prompt + following] * run.pick(6, 1))
     plans = {name: MemoryPlan.parse(spec) for name, spec in _MEMORIES.items()}

@@ -48,20 +48,17 @@ def _plans(seed: int) -> dict[str, MemoryPlan]:
 
 
 def _measure(run: Run) -> Measurements:
-    from plait.claims.memories import attention_seconds, fidelity, fp16_bytes
+    from plait.claims.memories import add_fidelity, attention_against_dense, fidelity, fp16_bytes
     from plait.claims.texts import token_runs
     from plait.engine import load
-    from plait.memory import Heads, MemoryPlan
+    from plait.memory import MemoryPlan
 
-    lm = load("smollm2")
+    lm = load("smollm2", weights="fp32")
     prompt, following = run.pick((1024, 128), (192, 16))
     windows = token_runs(lm.tokenizer, [prompt + following] * run.pick(8, 1))
     found = yield from fidelity(lm, _plans(run.seed), windows, prompt)
     quantities: dict[str, Quantity] = {}
-    for name, one in found.items():
-        quantities[f"{name}_divergence"] = Quantity(mean(one.divergence), "nats", samples=len(windows))
-        quantities[f"{name}_increase"] = Quantity(mean(one.nats), "nats", samples=len(windows))
-        quantities[f"{name}_agreement"] = Quantity(mean(one.agreement), "", samples=len(windows))
+    add_fidelity(quantities, found)
     fp16 = fp16_bytes(lm, prompt)
     divergence = {name: mean(one.divergence) for name, one in found.items()}
     quantities["of_keys_only"] = Quantity(divergence["think"] / divergence["keys_only"], "x")
@@ -71,20 +68,8 @@ def _measure(run: Run) -> Measurements:
     for name in ("think_and_codes", "think_and_gear"):
         quantities[f"{name}_fewer_bytes_than_fp16"] = Quantity(fp16 / found[name].nbytes[0], "x")
 
-    plans = {"dense": MemoryPlan(), "think": MemoryPlan.parse("think:ratio=0.4")}
-    seconds = yield from attention_seconds(
-        Heads(9, 3, 64, scale=64**-0.5),
-        plans,
-        tokens=run.pick(8192, 512),
-        batch=run.pick(8, 2),
-        rounds=run.pick(9, 2),
-        seed=run.seed,
-    )
-    ratios = [dense / think for dense, think in zip(seconds["dense"], seconds["think"], strict=True)]
-    quantities["attention_seconds_dense"] = Quantity.median(seconds["dense"], "s")
-    quantities["attention_seconds_think"] = Quantity.median(seconds["think"], "s")
-    quantities["attention_speed"] = Quantity.median(ratios, "x")
-    return quantities
+    plan = MemoryPlan.parse("think:ratio=0.4")
+    return quantities | (yield from attention_against_dense(run, "think", plan, quick_tokens=512))
 
 
 CLAIM = Claim(

@@ -15,7 +15,7 @@ def _measure(run: Run) -> Measurements:
     from plait.engine import load
 
     yield "loading SmolLM2"
-    plain = load("smollm2")
+    plain = load("smollm2", weights="fp32")
     kinds = {"code": code_prompts(plain), "chat": chat_prompts(plain)[:5]}
     kinds = run.pick(kinds, {kind: prompts[:2] for kind, prompts in kinds.items()})
     max_new_tokens = run.pick(128, 12)
