@@ -18,16 +18,10 @@ from plait.decode.speculate.draft_model import DraftModelConfig, Level, Reader
 from plait.errors import ConfigError
 from plait.memory import Rows
 from plait.memory import Tree as TreeMask
-from plait.nn import (
-    BlockConfig,
-    FeedForwardConfig,
-    NormConfig,
-    RandomParameters,
-    Transformer,
-    TransformerConfig,
-)
+from plait.nn import Transformer
 from plait.nn.mixers import AttentionConfig
 from plait.nn.rotary import RopeConfig
+from small_models import small_transformer
 
 SIZE = 4
 LENGTH = 3
@@ -165,20 +159,10 @@ def test_siblings_never_repeat_a_token_and_have_their_law() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    block = BlockConfig(
-        mixer=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, rope=RopeConfig(theta=10000.0, dim=8)),
-        feed_forward=FeedForwardConfig(size=16),
+    mixer = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, rope=RopeConfig(theta=10000.0, dim=8))
+    return small_transformer(
+        mixer, mixer, mixer, seed=5, vocab_size=40, width=16, inner=16, max_positions=2000, logit_scale=2.0
     )
-    config = TransformerConfig(
-        family="llama",
-        vocab_size=40,
-        width=16,
-        blocks=(block,) * 3,
-        norm=NormConfig(),
-        max_positions=2000,
-        logit_scale=2.0,
-    )
-    return Transformer(config, RandomParameters(seed=5)).eval()
 
 
 @pytest.mark.parametrize("chain", [True, False])

@@ -14,16 +14,10 @@ from plait.decode.ngrams import NgramCounts
 from plait.decode.search import Superposed, superposed_drafts
 from plait.errors import ConfigError
 from plait.memory import MemoryPlan, Rows
-from plait.nn import (
-    BlockConfig,
-    FeedForwardConfig,
-    NormConfig,
-    RandomParameters,
-    Transformer,
-    TransformerConfig,
-)
+from plait.nn import Transformer
 from plait.nn.mixers import AttentionConfig
 from plait.nn.rotary import RopeConfig
+from small_models import small_transformer
 
 SIZE = 23
 WEIGHTS = (0.01, 0.04, 0.15, 0.18, 0.12)
@@ -34,21 +28,18 @@ FULL = MemoryPlan()
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    block = BlockConfig(
-        mixer=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, rope=RopeConfig(theta=10000.0, dim=8)),
-        feed_forward=FeedForwardConfig(size=32),
-    )
-    config = TransformerConfig(
-        family="llama",
+    mixer = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8, rope=RopeConfig(theta=10000.0, dim=8))
+    return small_transformer(
+        mixer,
+        mixer,
+        seed=8,
         vocab_size=SIZE,
         width=16,
-        blocks=(block,) * 2,
-        norm=NormConfig(),
+        inner=32,
         max_positions=128,
         embedding_scale=4.0,
         logit_scale=2.0,
     )
-    return Transformer(config, RandomParameters(seed=8)).eval()
 
 
 def shares(texts: list[list[int]], tokens: list[int], candidate: int) -> float:

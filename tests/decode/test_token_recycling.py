@@ -12,15 +12,9 @@ from plait.decode import History, Sampler, Sampling
 from plait.decode.speculate import Context, Speculator, TokenRecycling, Tree
 from plait.decode.speculate.token_recycling import TEMPLATE, Table
 from plait.errors import ConfigError, IncompatibleError
-from plait.nn import (
-    BlockConfig,
-    FeedForwardConfig,
-    NormConfig,
-    RandomParameters,
-    Transformer,
-    TransformerConfig,
-)
+from plait.nn import Transformer
 from plait.nn.mixers import AttentionConfig
+from small_models import small_transformer
 
 SIZE = 50
 
@@ -43,14 +37,8 @@ def speculator_of(
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    block = BlockConfig(
-        mixer=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=8),
-        feed_forward=FeedForwardConfig(size=8),
-    )
-    config = TransformerConfig(
-        family="llama", vocab_size=SIZE, width=8, blocks=(block,), norm=NormConfig(), max_positions=64
-    )
-    return Transformer(config, RandomParameters(seed=0)).eval()
+    mixer = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=8)
+    return small_transformer(mixer, seed=0, vocab_size=SIZE, width=8, inner=8, max_positions=64)
 
 
 def paths_of(tree: Tree) -> set[tuple[int, ...]]:

@@ -10,18 +10,12 @@ import pytest
 from plait.decode.speculate import SPECULATORS
 from plait.engine import LanguageModel, load
 from plait.memory import MemoryPlan
-from plait.nn import (
-    BlockConfig,
-    FeedForwardConfig,
-    NormConfig,
-    RandomParameters,
-    Transformer,
-    TransformerConfig,
-)
+from plait.nn import Transformer
 from plait.nn.checkpoints.gguf import GGUFCheckpoint
 from plait.nn.mixers import AttentionConfig
 from plait.nn.rotary import RopeConfig
 from plait.text import Tokenizer
+from small_models import small_transformer
 
 # A tokenizer whose ids are bytes: 0 ends a text, 1..256 are the bytes.
 BYTE_TOKENIZER_SIZE = 257
@@ -48,22 +42,17 @@ def byte_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def small_model() -> Transformer:
     """Two blocks of random weights whose logits vary by several units."""
-    block = BlockConfig(
-        mixer=AttentionConfig(
-            num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig(theta=10000.0, dim=16)
-        ),
-        feed_forward=FeedForwardConfig(size=96),
-    )
-    config = TransformerConfig(
-        family="llama",
+    mixer = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig(theta=10000.0, dim=16))
+    return small_transformer(
+        mixer,
+        mixer,
+        seed=3,
         vocab_size=BYTE_TOKENIZER_SIZE,
         width=64,
-        blocks=(block, block),
-        norm=NormConfig(),
+        inner=96,
         max_positions=512,
         logit_scale=3.0,
     )
-    return Transformer(config, RandomParameters(seed=3)).eval()
 
 
 @pytest.fixture

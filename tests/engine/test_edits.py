@@ -15,18 +15,12 @@ from plait.engine import Edit, EditReport, LanguageModel, Session
 from plait.engine.edits import token_edits
 from plait.errors import CapacityError, ConfigError, IncompatibleError
 from plait.memory import FrozenStrand, Memory, MemoryPlan, Past
-from plait.nn import (
-    BlockConfig,
-    FeedForwardConfig,
-    NormConfig,
-    RandomParameters,
-    Transformer,
-    TransformerConfig,
-)
+from plait.nn import MixerConfig
 from plait.nn.mixers import AttentionConfig
 from plait.nn.mixers.linear_attention import LinearAttentionConfig
 from plait.nn.rotary import RopeConfig
 from plait.text import Tokenizer
+from small_models import small_transformer
 
 Make = Callable[..., LanguageModel]
 TEXT = "def area(width, height):\n    return width * height\n\n\ndef edge(width):\n    return 4 * width\n"
@@ -300,27 +294,14 @@ def test_tokens_that_are_no_text_can_be_edited_as_tokens_only(make_small: Make) 
     assert session.text == "abc"
 
 
-def make_other(tokenizer: Tokenizer, **changes: Any) -> LanguageModel:
-    """A model of one block with other positions, or another mixer."""
-    block = changes.pop(
-        "block",
-        BlockConfig(
-            mixer=AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=16),
-            feed_forward=FeedForwardConfig(size=32),
-        ),
-    )
-    config = TransformerConfig(
-        family="other",
-        vocab_size=257,
-        width=32,
-        blocks=(block,),
-        norm=NormConfig(),
-        max_positions=256,
-        **changes,
-    )
+def make_other(tokenizer: Tokenizer, *mixers: MixerConfig, seed: int = 1, **changes: Any) -> LanguageModel:
+    """A model with other positions, or other mixers."""
+    mixers = mixers or (AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=16),)
     return LanguageModel(
         name="other",
-        model=Transformer(config, RandomParameters(seed=1)).eval(),
+        model=small_transformer(
+            *mixers, seed=seed, vocab_size=257, width=32, inner=32, max_positions=256, **changes
+        ),
         tokenizer=tokenizer,
         chat_template=None,
         plan=MemoryPlan(),
@@ -335,10 +316,7 @@ def test_learned_positions_and_recurrent_states_refuse_by_name(byte_tokenizer: T
     # A replacement by as many tokens moves nothing.
     assert learned.edit(5, 6, "x").moved == 0
     assert len(learned.past) == len(TEXT) - 16
-    block = BlockConfig(
-        mixer=LinearAttentionConfig(num_heads=2, head_dim=16), feed_forward=FeedForwardConfig(size=32)
-    )
-    recurrent = read(make_other(byte_tokenizer, block=block), TEXT)
+    recurrent = read(make_other(byte_tokenizer, LinearAttentionConfig(num_heads=2, head_dim=16)), TEXT)
     with pytest.raises(IncompatibleError, match="state"):
         recurrent.edit(5, 5, "x")
     assert learned.text == TEXT[:5] + "x" + TEXT[6:]
@@ -346,21 +324,11 @@ def test_learned_positions_and_recurrent_states_refuse_by_name(byte_tokenizer: T
 
 
 def test_each_layer_turns_keys_by_its_own_speeds(byte_tokenizer: Tokenizer) -> None:
-    def block(theta: float, window: int | None) -> BlockConfig:
+    def mixer(theta: float, window: int | None) -> AttentionConfig:
         rope = RopeConfig(theta=theta, dim=16)
-        mixer = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16, rope=rope, window=window)
-        return BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(size=32))
+        return AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16, rope=rope, window=window)
 
-    config = TransformerConfig(
-        family="two",
-        vocab_size=257,
-        width=32,
-        blocks=(block(1e4, 40), block(1e6, None)),
-        norm=NormConfig(),
-        max_positions=256,
-    )
-    lm = make_other(byte_tokenizer)
-    lm.model = Transformer(config, RandomParameters(seed=2)).eval()
+    lm = make_other(byte_tokenizer, mixer(1e4, 40), mixer(1e6, None), seed=2)
     session = read(lm, TEXT)
     session.edit(3, 3, "inserted ", refresh=10_000)
     moved = read(lm, TEXT)

@@ -14,16 +14,9 @@ from plait.decode.speculate import SPECULATORS
 from plait.engine import LanguageModel, load
 from plait.errors import CapacityError, ConfigError, IncompatibleError, ModelFileError, UnknownNameError
 from plait.memory import MemoryPlan, Rows
-from plait.nn import (
-    BlockConfig,
-    FeedForwardConfig,
-    NormConfig,
-    RandomParameters,
-    Transformer,
-    TransformerConfig,
-)
 from plait.nn.mixers.linear_attention import LinearAttentionConfig
 from plait.text import Tokenizer
+from small_models import small_transformer
 
 Make = Callable[..., LanguageModel]
 
@@ -246,15 +239,10 @@ def test_a_session_goes_back_further_than_its_memory_can(make_small: Make, memor
 
 
 def test_sessions_work_with_a_recurrent_model(byte_tokenizer: Tokenizer) -> None:
-    block = BlockConfig(
-        mixer=LinearAttentionConfig(num_heads=2, head_dim=16), feed_forward=FeedForwardConfig(size=32)
-    )
-    config = TransformerConfig(
-        family="linear", vocab_size=257, width=32, blocks=(block,) * 2, norm=NormConfig(), max_positions=256
-    )
+    mixer = LinearAttentionConfig(num_heads=2, head_dim=16)
     lm = LanguageModel(
         name="recurrent",
-        model=Transformer(config, RandomParameters(seed=1)).eval(),
+        model=small_transformer(mixer, mixer, seed=1, vocab_size=257, width=32, inner=32, max_positions=256),
         tokenizer=byte_tokenizer,
         chat_template=None,
         plan=MemoryPlan(),

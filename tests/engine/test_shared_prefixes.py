@@ -12,16 +12,9 @@ from plait.decode import Sampling
 from plait.decode.speculate import SPECULATORS
 from plait.engine import Engine, LanguageModel, Request, RunningSequence
 from plait.memory import FrozenStrand, MemoryPlan
-from plait.nn import (
-    BlockConfig,
-    FeedForwardConfig,
-    NormConfig,
-    RandomParameters,
-    Transformer,
-    TransformerConfig,
-)
 from plait.nn.mixers.linear_attention import LinearAttentionConfig
 from plait.text import Tokenizer
+from small_models import small_transformer
 
 Make = Callable[..., LanguageModel]
 
@@ -202,13 +195,8 @@ def test_memories_that_cannot_be_shared_take_no_part(make_small: Make, memory: s
 
 
 def test_recurrent_models_take_no_part(byte_tokenizer: Tokenizer) -> None:
-    block = BlockConfig(
-        mixer=LinearAttentionConfig(num_heads=2, head_dim=16), feed_forward=FeedForwardConfig(size=32)
-    )
-    config = TransformerConfig(
-        family="linear", vocab_size=257, width=32, blocks=(block,) * 2, norm=NormConfig(), max_positions=256
-    )
-    model = Transformer(config, RandomParameters(seed=1)).eval()
+    mixer = LinearAttentionConfig(num_heads=2, head_dim=16)
+    model = small_transformer(mixer, mixer, seed=1, vocab_size=257, width=32, inner=32, max_positions=256)
     plan, none = MemoryPlan(), SPECULATORS.parse("none")
     engine = Engine(model, byte_tokenizer, plan, new_speculator=none.build, memory_bytes=BUDGET)
     first, second = finish(engine, ask([*COMMON, 1]), ask([*COMMON, 1]))

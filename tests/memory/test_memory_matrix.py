@@ -18,7 +18,7 @@ from memory_oracle import (
     within,
 )
 
-from plait.errors import ConfigError, IncompatibleError
+from plait.errors import IncompatibleError
 from plait.memory import POLICIES, Memory, MemoryPlan, Notes, Rows, attend
 from plait.memory.arrangements import ParallelGroup
 from plait.memory.policies import window as window_policy
@@ -157,11 +157,10 @@ def test_one_parallel_context_is_ordinary_reading(case: Case) -> None:
             case.memory.append_strand(group)
         return
     new = ids_of(5, seed=1)
-    if case.memory.plan.policy.name == "prflash":
-        # It sees blocks by chance and so would have to cut the group, whose contexts share positions.
-        with pytest.raises(ConfigError, match="cannot be cut"):
+    if case.memory.plan.policy.cuts:
+        # The contexts of a group share positions.
+        with pytest.raises(IncompatibleError, match="prflash"):
             case.memory.append_strand(group)
-            case.check(case.table.write(case.memory, new, [1]), PAST, new)
         return
     case.memory.append_strand(group)
     case.check(case.table.write(case.memory, new, [1]), PAST, new)

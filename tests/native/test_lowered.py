@@ -10,6 +10,7 @@ import torch
 from native_support import extension, running, switched_off
 from torch import Tensor
 
+from plait.engine.context_store import fingerprint
 from plait.errors import ConfigError, IncompatibleError
 from plait.memory import Memory, MemoryPlan, Past, Policy, Rows, Segment, Visit
 from plait.nn.config import BlockConfig, FeedForwardConfig, NormConfig, TransformerConfig
@@ -248,3 +249,12 @@ class Pinned(Policy):
 
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
         return [Visit(strand, memory.window, Causal()) for strand in memory.all_strands()]
+
+
+def test_context_stores_tell_lowered_models_apart() -> None:
+    one, same, other = model(), model(), model()
+    for part in other.blocks[0].mixer.qkv.weight.pieces():
+        part.blocks = part.blocks.roll(1, dims=0)
+    assert all(lower(each) for each in (one, same, other))
+    assert fingerprint(one) == fingerprint(same)
+    assert fingerprint(one) != fingerprint(other)

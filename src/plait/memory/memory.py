@@ -308,7 +308,8 @@ class Memory:
         Raises:
             ConfigError: it does not start where the sequence ends, or the policy would cut a strand that cannot
                 be cut; the memory is of no use then.
-            IncompatibleError: codec or policy keep notes that say nothing of its tokens.
+            IncompatibleError: codec or policy keep notes that say nothing of its tokens, or the policy sees
+                strands in pieces.
         """
         if strand.position != len(self):
             raise ConfigError(
@@ -316,6 +317,11 @@ class Memory:
             )
         for notes in self.notes:
             notes.check_splice()
+        if self.plan.policy.cuts:
+            raise IncompatibleError(
+                f"Policy {self.plan.policy.name} sees the past in pieces, and a strand such as parallel contexts cannot "
+                "be cut. Use memory='full', or read the texts one after the other."
+            )
         self.freeze()
         self._stand_behind([strand])
         self.plan.policy.visits(self, Segment(0, 1, len(self), Causal()))

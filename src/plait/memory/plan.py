@@ -208,6 +208,11 @@ class Policy(Spec, axis=POLICIES):
         """Whether this policy has tokens stored itself (`Codec.encode`); the codec seals none then."""
         return False
 
+    @property
+    def cuts(self) -> bool:
+        """Whether queries see pieces of strands that this policy makes, so that every strand must be divisible."""
+        return False
+
     def check_layer(self, heads: Heads) -> None:
         """Raise `IncompatibleError` if this policy cannot serve a layer of that geometry."""
         if self.max_distance is not None and heads.rope is not None and heads.rope.rule is not None:

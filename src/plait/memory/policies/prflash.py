@@ -83,6 +83,10 @@ class PrFlash(Policy, name="prflash"):
         """Blocks of keys that block `row` of queries sees in a layer, in order; its own is the last."""
         return _kept(self, layer, row)
 
+    @property
+    def cuts(self) -> bool:
+        return True
+
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
         depths = segment.mask.depths(segment.length).tolist()
         blocks = [(segment.position + depth) // self.block for depth in depths]
