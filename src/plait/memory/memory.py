@@ -102,19 +102,17 @@ class Memory:
         self.tail.append(keys, values)
         self._await(keys.shape[0], draft)
 
-    def extend(self, count: int, draft: Tree | None = None) -> tuple[Tensor, Tensor, int]:
-        """Make room for rows behind the tail; they are pending, and the caller writes them.
+    def extend(self, count: int, draft: Tree | None = None) -> int:
+        """Make room for rows behind the tail; they are pending, and the caller writes them there.
 
         Returns:
-            The tail's storage, keys (G, capacity, D) and values (G, capacity, V), and the index of the
-            first row to write. Raises as `append` does.
+            The index, in the tail, of the first row to write. Raises as `append` does.
         """
         self.check_append(draft)
-        keys, values = self.tail.storage(count)
-        first = len(self.tail)
+        first = self.tail.length
         self.tail.extend(count)
         self._await(count, draft)
-        return keys, values, first
+        return first
 
     def _await(self, count: int, draft: Tree | None) -> None:
         self.pending += count
@@ -139,7 +137,7 @@ class Memory:
         kept = self.check_commit(path)
         for notes in self.notes:
             notes.commit(kept, self.pending)
-        if kept != list(range(self.pending)):
+        if path is not None and kept != list(range(self.pending)):
             index = torch.tensor(kept, dtype=torch.int64, device=self.tail.keys.device)
             self.tail.keep(index, len(self.tail) - self.pending)
         self.pending, self.draft = 0, None
@@ -174,8 +172,9 @@ class Memory:
     def freeze(self) -> None:
         """Make the tail a strand that other memories can share. Pending rows are committed.
 
-        Later results equal those of before up to rounding, because the past is cut differently. Strands
-        of a few tokens are joined, so that a memory that is forked at every token does not become a chain.
+        Later results equal those of before: bit for bit in a native program, elsewhere up to rounding, because
+        the past is cut differently. Strands of a few tokens are joined, so that a memory that is forked at every
+        token does not become a chain.
 
         Raises:
             ConfigError: a draft tree is pending.
@@ -207,8 +206,8 @@ class Memory:
     def run(self, start: int, stop: int) -> list[Strand]:
         """The strands of tokens [start, stop), which other memories may then begin with (`adopt`).
 
-        What is remembered stays the same. Borders between strands are put at `start` and `stop`, so later
-        results equal those without them up to rounding.
+        What is remembered stays the same. Borders between strands are put at `start` and `stop`; later results
+        equal those without them, bit for bit in a native program and elsewhere up to rounding.
 
         Raises:
             ConfigError: rows are pending, or there are no such tokens.
@@ -358,8 +357,10 @@ class Memory:
                 f"Call commit before writing next to the {self.pending} rows that are pending."
             )
 
-    def check_commit(self, path: Sequence[int] | Tensor | None = None) -> list[int]:
+    def check_commit(self, path: Sequence[int] | Tensor | None = None) -> Sequence[int]:
         """The pending rows that `commit(path)` would keep, or the error that it would raise."""
+        if path is None and self.draft is None:
+            return range(self.pending)
         kept = list(range(self.pending)) if path is None else [int(row) for row in path]
         parents = range(-1, self.pending - 1) if self.draft is None else self.draft.parents
         for before, row in pairwise([-1, *kept]):

@@ -91,18 +91,25 @@ class Rows:
         """
         key = (rope, tuple(offsets))
         if key not in self._angles:
-            parts = [
-                self._angles_of(segment, rope, offset)
-                for segment, offset in zip(self.segments, offsets, strict=True)
-            ] or [rope.angles(self.positions)]
-            self._angles[key] = Angles(torch.cat([a.cos for a in parts]), torch.cat([a.sin for a in parts]))
+            if rope.rule is None or not self.segments:
+                lengths = torch.tensor([segment.length for segment in self.segments], dtype=torch.int64)
+                shift = torch.tensor(list(offsets), dtype=torch.int64).repeat_interleave(lengths)
+                self._angles[key] = rope.looked_up(self.positions - shift.to(self.device))
+            else:
+                parts = [
+                    self._angles_of(segment, rope, offset)
+                    for segment, offset in zip(self.segments, offsets, strict=True)
+                ]
+                self._angles[key] = Angles(
+                    torch.cat([a.cos for a in parts]), torch.cat([a.sin for a in parts])
+                )
         return self._angles[key]
 
     def angles_at(self, rope: Rope, position: int) -> Angles:
         """Rotary angles of every row as if all of them stood at one frame position; shared by layers."""
         key = (rope, position)
         if key not in self._pinned:
-            at = rope.angles(torch.tensor([position], device=self.device))
+            at = rope.looked_up(torch.tensor([position], device=self.device))
             self._pinned[key] = Angles(at.cos.expand(len(self), -1), at.sin.expand(len(self), -1))
         return self._pinned[key]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from plait import ops
 from plait.errors import CapacityError, ConfigError
 from plait.ops import Angles, Mask, Partial, Rope, rotate
 
-__all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Strand", "allocated_bytes"]
+__all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Layout", "Strand", "allocated_bytes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +171,28 @@ def allocated_bytes(holders: Iterable[HoldsTensors]) -> int:
     return sum(storages.values())
 
 
+class Layout(NamedTuple):
+    """Where the storage of a dense strand lies, for native code.
+
+    Attributes:
+        keys, values: addresses of the first numbers.
+        key_head_stride, key_stride, value_head_stride, value_stride: in numbers.
+        capacity: tokens there is room for.
+        dtype: of the numbers.
+        is_cpu: whether the addresses are those of the processor's memory.
+    """
+
+    keys: int
+    values: int
+    key_head_stride: int
+    key_stride: int
+    value_head_stride: int
+    value_stride: int
+    capacity: int
+    dtype: torch.dtype
+    is_cpu: bool
+
+
 class FrozenStrand(Strand):
     """Keys and values as plain numbers that never change again, so that several memories can share them.
 
@@ -190,6 +212,17 @@ class FrozenStrand(Strand):
         self.start = start
         self.length = keys.shape[1]
         self._keys, self._values = keys, values
+        self._layout: tuple[Tensor, Layout] | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Where the storage lies; found once for each storage, because a forward pass asks in every layer."""
+        keys, values = self._keys, self._values
+        if self._layout is None or self._layout[0] is not keys:
+            strides = *keys.stride()[:2], *values.stride()[:2]
+            addresses = keys.data_ptr(), values.data_ptr()
+            self._layout = keys, Layout(*addresses, *strides, keys.shape[1], keys.dtype, keys.is_cpu)
+        return self._layout[1]
 
     @classmethod
     def gathered(cls, strands: Sequence[FrozenStrand]) -> FrozenStrand:
@@ -324,7 +357,7 @@ class DenseStrand(FrozenStrand):
             values: (n, G, V).
         """
         stop = self.length + keys.shape[0]
-        self.storage(keys.shape[0])
+        self._reserve(stop)
         keys, values = keys.detach(), values.detach()
         if len(keys) == 1:
             # Decoding writes one row at a time: the short way is twice as fast.
@@ -335,16 +368,9 @@ class DenseStrand(FrozenStrand):
             self._values[:, self.length : stop] = values.transpose(0, 1)
         self.length = stop
 
-    def storage(self, room: int) -> tuple[Tensor, Tensor]:
-        """The whole of the storage, (G, capacity, D) and (G, capacity, V), with room for more tokens.
-
-        Whoever writes them behind the last one says so with `extend`. Valid until the next call.
-        """
-        self._reserve(self.length + room)
-        return self._keys, self._values
-
     def extend(self, count: int) -> None:
-        """Count tokens that were, or are about to be, written to `storage`."""
+        """Make room for tokens and count them; whoever asked writes them behind the last one (see `layout`)."""
+        self._reserve(self.length + count)
         self.length += count
 
     def keep(self, rows: Tensor, first: int) -> None:

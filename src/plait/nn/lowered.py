@@ -5,13 +5,14 @@ Shapes: N packed rows, W width, V vocabulary, S segments.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import FrozenStrand, Memory, Past, Rows, Visit, check_pasts
+from plait.memory import FrozenStrand, Memory, Past, Rows, check_pasts
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.mixers.attention import Attention
 from plait.nn.transformer import Block, Transformer
@@ -149,8 +150,8 @@ class Lowered:
         logits = torch.empty(len(chosen), self.head_rows) if with_logits else None
         tables, targets, visits = plan
         self._program.run(
-            x.contiguous(), segments, tables.angles, torch.tensor(targets, dtype=torch.int64).view(-1, 10),
-            torch.tensor(visits, dtype=torch.int64).view(-1, 13), trees, chosen.view(-1, 1), hidden, logits,
+            x.contiguous(), segments, tables.angles, _table(targets, 10), _table(visits, 13), trees,
+            chosen.view(-1, 1), hidden, logits,
         )  # fmt: skip
         return hidden, None if logits is None else self.finish(logits)
 
@@ -163,22 +164,29 @@ class Lowered:
             memories = [memory for past in pasts if isinstance(memory := past.layers[layer], Memory)]
             key_table = tables.index(rope, [memory.tail.offset for memory in memories])
             for index, (segment, memory) in enumerate(zip(rows.segments, memories, strict=True)):
-                draft = segment.mask if isinstance(segment.mask, Tree) else None
-                keys, values, first = memory.extend(segment.length, draft)
-                targets += (*_layout(keys, values), keys.shape[1], first, NUMBERS[keys.dtype], key_table)
-                for visit in memory.plan.policy.visits(memory, segment):
-                    strand = visit.strand
-                    if not isinstance(strand, FrozenStrand) or visit != Visit(
-                        strand, visit.window, turned_at=visit.turned_at
+                first = memory.extend(
+                    segment.length, segment.mask if isinstance(segment.mask, Tree) else None
+                )
+                at = memory.tail.layout
+                targets += (*at[:7], first, NUMBERS[at.dtype], key_table)
+                for strand, window, mask, turned_at, queries, log_weight in memory.plan.policy.visits(
+                    memory, segment
+                ):
+                    if (
+                        not isinstance(strand, FrozenStrand)
+                        or mask is not None
+                        or queries is not None
+                        or log_weight
                     ):
                         return None
-                    if visit.turned_at is None:
-                        table = tables.index(rope, [strand.offset] * len(memories))
+                    if turned_at is None:
+                        table = tables.at(rope, strand.offset)
                     else:
-                        table = tables.pinned(rope, visit.turned_at)
+                        table = tables.pinned(rope, turned_at)
                     tables.strands.append(strand)
-                    visits += (layer, index, *_layout(strand.keys, strand.values), len(strand))
-                    visits += (NUMBERS[strand.keys.dtype], strand.position, visit.window or 0, table)
+                    at = strand.layout
+                    visits += (layer, index, *at[:6], strand.length)
+                    visits += (NUMBERS[at.dtype], strand.offset + strand.start, window or 0, table)
         return tables, targets, visits
 
     def _add(self, block: Block) -> None:
@@ -217,35 +225,54 @@ class _Tables:
         self.angles: list[tuple[Tensor, Tensor]] = []
         # Visited by address, so they must live as long as the call.
         self.strands: list[FrozenStrand] = []
-        self.known: dict[tuple[Rope, tuple[int, ...] | int], int] = {}
+        self.known: dict[tuple[Rope, str, tuple[int, ...] | int], int] = {}
 
     def index(self, rope: Rope | None, offsets: list[int]) -> int:
+        """The table in which the rows of each segment stand in the frame that starts at its offset."""
         if rope is None:
             return -1
-        return self._table((rope, tuple(offsets)), lambda: self.rows.angles(rope, offsets))
+        if len(set(offsets)) == 1:
+            return self.at(rope, offsets[0])
+        return self._table((rope, "frames", tuple(offsets)), lambda: self.rows.angles(rope, offsets))
+
+    def at(self, rope: Rope | None, offset: int) -> int:
+        """The table in which all rows stand in one frame."""
+        if rope is None:
+            return -1
+        offsets = len(self.rows.segments)
+        return self._table((rope, "frame", offset), lambda: self.rows.angles(rope, [offset] * offsets))
 
     def pinned(self, rope: Rope | None, position: int) -> int:
         """The table in which every row stands at one position."""
         if rope is None:
             return -1
-        return self._table((rope, position), lambda: self.rows.angles_at(rope, position))
+        return self._table((rope, "pinned", position), lambda: self.rows.angles_at(rope, position))
 
-    def _table(self, key: tuple[Rope, tuple[int, ...] | int], make: Callable[[], Angles]) -> int:
-        if key not in self.known:
-            self.known[key] = len(self.angles)
+    def _table(self, key: tuple[Rope, str, tuple[int, ...] | int], make: Callable[[], Angles]) -> int:
+        found = self.known.get(key)
+        if found is None:
+            found = self.known[key] = len(self.angles)
             angles = make()
             self.angles.append((angles.cos.contiguous(), angles.sin.contiguous()))
-        return self.known[key]
+        return found
 
 
 def _segments(rows: Rows) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
-    table, trees = [], []
+    table: list[int] = []
+    trees = []
     for index, segment in enumerate(rows.segments):
         if isinstance(segment.mask, Tree):
             depths = segment.mask.depths(segment.length)
             trees.append((index, depths.contiguous(), tree_bits(segment.mask)))
-        table.append((segment.start, segment.length, segment.position, _MASKS[type(segment.mask)]))
-    return torch.tensor(table, dtype=torch.int64).view(-1, 4), trees
+        table += (segment.start, segment.length, segment.position, _MASKS[type(segment.mask)])
+    return _table(table, 4), trees
+
+
+def _table(numbers: Sequence[int], columns: int) -> Tensor:
+    """Rows of int64; much faster than a tensor made of a list."""
+    if not numbers:
+        return torch.zeros(0, columns, dtype=torch.int64)
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64).view(-1, columns)
 
 
 def _is_plain(memory: object) -> bool:
@@ -253,13 +280,8 @@ def _is_plain(memory: object) -> bool:
     return (
         isinstance(memory, Memory)
         and not memory.plan.observes
-        and all(isinstance(strand, FrozenStrand) and strand.keys.is_cpu for strand in memory.held())
+        and all(isinstance(strand, FrozenStrand) and strand.layout.is_cpu for strand in memory.held())
     )
-
-
-def _layout(keys: Tensor, values: Tensor) -> tuple[int, int, int, int, int, int]:
-    addresses = keys.data_ptr(), values.data_ptr()
-    return (*addresses, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1))
 
 
 def _projection(linear: Linear) -> Projection:

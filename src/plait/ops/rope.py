@@ -15,6 +15,9 @@ from torch import Tensor
 
 __all__ = ["Angles", "Rope", "rotate"]
 
+_TABLE_CHUNK = 256
+_LONGEST_TABLE = 1 << 16
+
 
 @dataclass(frozen=True, eq=False)
 class Angles:
@@ -60,6 +63,42 @@ class Rope:
         """Cosine and sine at integer positions (N,)."""
         turn = positions.to(self.dtype)[:, None] * self.frequencies.to(positions.device, self.dtype)
         return Angles((turn.cos() * self.amplitude).float(), (turn.sin() * self.amplitude).float())
+
+    def looked_up(self, positions: Tensor) -> Angles:
+        """As `angles`, from a table that is made once and grows by whole chunks of positions.
+
+        A position has the same bits whatever positions it is asked with, which a cosine of many numbers at once
+        does not promise. Positions below 0 or from 65,536 on are computed.
+        """
+        if positions.device.type != "cpu" or not positions.numel():
+            return self.angles(positions)
+        low, high = (int(end) for end in positions.aminmax())
+        if low < 0 or high >= _LONGEST_TABLE:
+            inside = (positions >= 0) & (positions < _LONGEST_TABLE)
+            near = self.looked_up(positions.where(inside, 0))
+            far = self.angles(positions)
+            return Angles(*(near_of.where(inside[:, None], of) for near_of, of in
+                            ((near.cos, far.cos), (near.sin, far.sin))))  # fmt: skip
+        table = self._table.get("angles")
+        if table is None or len(table.cos) <= high:
+            # Replaced as a whole: several threads may look up at once.
+            table = self._table["angles"] = self._longer(table, high // _TABLE_CHUNK + 1)
+        return Angles(table.cos.index_select(0, positions), table.sin.index_select(0, positions))
+
+    @cached_property
+    def _table(self) -> dict[str, Angles]:
+        return {}
+
+    def _longer(self, table: Angles | None, chunks: int) -> Angles:
+        """A table of so many chunks, each computed by itself; those that there are stay."""
+        parts = [] if table is None else [table]
+        held = 0 if table is None else len(table.cos) // _TABLE_CHUNK
+        with torch.inference_mode(False), torch.no_grad():
+            parts += [
+                self.angles(torch.arange(start, start + _TABLE_CHUNK))
+                for start in range(held * _TABLE_CHUNK, chunks * _TABLE_CHUNK, _TABLE_CHUNK)
+            ]
+            return Angles(torch.cat([part.cos for part in parts]), torch.cat([part.sin for part in parts]))
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:

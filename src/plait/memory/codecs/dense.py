@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from plait.memory.plan import Codec, Notes
 from plait.memory.strand import FrozenStrand
+
+if TYPE_CHECKING:
+    from plait.memory.memory import Memory
 
 __all__ = ["DTYPES", "Dense"]
 
@@ -37,6 +40,9 @@ class Dense(Codec, name="dense"):
     @property
     def is_shareable(self) -> bool:
         return True
+
+    def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
+        """Tokens stay where they are: the tail holds them in this form already."""
 
     def encode(self, strand: FrozenStrand, notes: Notes | None) -> FrozenStrand:
         keys, values = (numbers.to(self.tail_dtype, copy=True) for numbers in (strand.keys, strand.values))
