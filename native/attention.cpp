@@ -2,14 +2,20 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 namespace plait {
 namespace {
 
-// Rows of one key/value head that are answered together; their scores stay in the second-level cache.
+// Rows of one key/value head that are answered together, of one segment and of several that share a chunk; their
+// scores stay in the second-level cache.
 constexpr int64_t kBlockRows = 64;
+constexpr int64_t kUnitRows = 96;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t floor_to_chunk(int64_t position) {
+    return (position >= 0 ? position : position - kKeyChunk + 1) / kKeyChunk * kKeyChunk;
+}
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return std::min(std::max(x, low), high); }
 
 struct Range {
@@ -29,106 +35,280 @@ Range visible_range(const Mask& mask, int64_t i, int64_t length) {
 
 }  // namespace
 
+// What a chunk's visit points to, in a thread's scratch.
+struct AttentionPlan::Ready {
+    Visit visit;
+    float* q;
+    int64_t *low, *high;  // [piece][query]
+    Piece* pieces;
+    DraftNodes* nodes;
+};
+
 void AttentionPlan::reset(const Heads& heads, int threads) {
     heads_ = heads;
     threads_ = threads;
     group_ = heads.num_heads / heads.num_kv_heads;
     padded_dim_ = round_up(heads.head_dim, kLanes);
     padded_value_ = round_up(heads.value_dim, kLanes);
-    block_queries_ = std::max<int64_t>(1, kBlockRows / group_);
     visits_.clear();
     segments_.clear();
-    jobs_.clear();
-    units_.clear();
 }
 
-bool AttentionPlan::is_visible(const Job& job, const StrandVisit& visit, int64_t begin, int64_t end) const {
-    // Ranges move up with the query except in a tree, whose queries are few.
-    for (int64_t i = job.first_query; i < job.first_query + job.num_queries; ++i) {
-        const Range range = visible_range(visit.mask, i, visit.length);
-        if (range.low < std::min(end, range.high) && range.high > begin) return true;
+// Put a piece to the last chunk where it continues it: behind it, in the same frame.
+void AttentionPlan::add_piece(size_t first_chunk, const PlanPiece& piece, int64_t position) {
+    if (chunks_.size() > first_chunk && chunks_.back().position == position) {
+        const PlanPiece& last = pieces_.back();
+        const bool is_behind = piece.is_draft || (!last.is_draft && piece.slot >= last.slot + last.count);
+        if (is_behind && visits_[size_t(last.visit)].q == visits_[size_t(piece.visit)].q) {
+            pieces_.push_back(piece);
+            chunks_.back().last_piece = int64_t(pieces_.size());
+            return;
+        }
+    }
+    pieces_.push_back(piece);
+    chunks_.push_back({int64_t(pieces_.size()) - 1, int64_t(pieces_.size()), position});
+}
+
+void AttentionPlan::cut_into_chunks(const SegmentQueries& segment) {
+    const size_t first_chunk = chunks_.size();
+    for (int64_t v = segment.first_visit; v < segment.last_visit; ++v) {
+        const StrandVisit& visit = visits_[size_t(v)];
+        const Mask& mask = visit.mask;
+        const bool is_tree = mask.kind == MaskKind::tree;
+        const int64_t run = is_tree ? clamp(mask.first_query - mask.first_key, 0, visit.length) : visit.length;
+        for (int64_t first = 0; first < run;) {
+            const int64_t position = mask.first_key + first, chunk = floor_to_chunk(position);
+            const int64_t count = std::min(chunk + kKeyChunk - position, run - first);
+            add_piece(first_chunk, {v, first, count, position - chunk, false}, chunk);
+            first += count;
+        }
+        if (run == visit.length) continue;
+        // A node stands at the position of its depth, wherever it is stored.
+        const int64_t deepest = *std::max_element(mask.depths, mask.depths + segment.num_queries);
+        const int64_t last = mask.first_query + clamp(deepest, 0, segment.num_queries - 1);
+        for (int64_t chunk = floor_to_chunk(mask.first_query); chunk <= last; chunk += kKeyChunk)
+            add_piece(first_chunk, {v, run, visit.length - run, 0, true}, chunk);
+    }
+}
+
+bool AttentionPlan::is_visible(const Block& block, const PlanChunk& chunk) const {
+    for (int64_t p = chunk.first_piece; p < chunk.last_piece; ++p) {
+        const PlanPiece& piece = pieces_[size_t(p)];
+        if (piece.is_draft) return true;
+        const StrandVisit& visit = visits_[size_t(piece.visit)];
+        const auto sees = [&](Range range) { return range.low < piece.first + piece.count && range.high > piece.first; };
+        const int64_t last = block.first_query + block.num_queries - 1;
+        if (visit.mask.kind == MaskKind::tree) {
+            for (int64_t i = block.first_query; i <= last; ++i)
+                if (sees(visible_range(visit.mask, i, visit.length))) return true;
+        } else {
+            // Ranges move up with the query.
+            const Range first = visible_range(visit.mask, block.first_query, visit.length);
+            if (sees({first.low, visible_range(visit.mask, last, visit.length).high})) return true;
+        }
     }
     return false;
 }
 
+void AttentionPlan::add_blocks(int64_t segment, int64_t first_chunk, int64_t last_chunk) {
+    const int64_t block_queries = std::max<int64_t>(1, kBlockRows / group_), queries = segments_[size_t(segment)].num_queries;
+    for (int64_t first = 0; first < queries; first += block_queries) {
+        Block block{segment, first, std::min(block_queries, queries - first), int64_t(steps_.size()), 0};
+        for (int64_t c = first_chunk; c < last_chunk; ++c)
+            if (is_visible(block, chunks_[size_t(c)])) steps_.push_back({c, -1, 0});
+        block.last_step = int64_t(steps_.size());
+        blocks_.push_back(block);
+    }
+}
+
+// Whether two chunks are the same keys of the same strands.
+bool AttentionPlan::is_same(const PlanChunk& a, const PlanChunk& b) const {
+    if (a.position != b.position || a.last_piece - a.first_piece != b.last_piece - b.first_piece) return false;
+    for (int64_t p = 0; p < a.last_piece - a.first_piece; ++p) {
+        const PlanPiece &x = pieces_[size_t(a.first_piece + p)], &y = pieces_[size_t(b.first_piece + p)];
+        const StrandVisit &u = visits_[size_t(x.visit)], &w = visits_[size_t(y.visit)];
+        if (x.is_draft || y.is_draft || x.first != y.first || x.count != y.count || x.slot != y.slot) return false;
+        if (u.keys != w.keys || u.values != w.values || u.number != w.number || u.key_stride != w.key_stride) return false;
+        if (u.value_stride != w.value_stride || u.key_head_stride != w.key_head_stride) return false;
+        if (u.value_head_stride != w.value_head_stride) return false;
+    }
+    return true;
+}
+
+void AttentionPlan::add_unit(const Member* members, int64_t count) {
+    Unit unit{int64_t(members_.size()), 0, 0, 0};
+    for (const Member* m = members; m != members + count; ++m) {
+        Step& step = steps_[size_t(m->step)];
+        step.unit = int64_t(units_.size());
+        step.row = unit.num_rows;
+        unit.num_rows += blocks_[size_t(m->block)].num_queries * group_;
+        members_.push_back(*m);
+    }
+    unit.last_member = int64_t(members_.size());
+    units_.push_back(unit);
+}
+
+// Units of the chunks that several blocks see: one product for the queries of all.
+void AttentionPlan::share_chunks() {
+    strands_.clear();
+    for (const StrandVisit& visit : visits_) strands_.push_back(visit.keys);
+    std::sort(strands_.begin(), strands_.end());
+    const auto is_shared = [&](const void* keys) {
+        const auto found = std::lower_bound(strands_.begin(), strands_.end(), keys);
+        return found + 1 != strands_.end() && found[1] == keys;
+    };
+    together_.clear();
+    for (size_t b = 0; b < blocks_.size(); ++b) {
+        if (2 * blocks_[b].num_queries * group_ > kUnitRows) continue;
+        for (int64_t s = blocks_[b].first_step; s < blocks_[b].last_step; ++s) {
+            const PlanChunk& chunk = chunks_[size_t(steps_[size_t(s)].chunk)];
+            const PlanPiece& last = pieces_[size_t(chunk.last_piece) - 1];
+            if (!last.is_draft && is_shared(visits_[size_t(last.visit)].keys)) together_.push_back({int64_t(b), s});
+        }
+    }
+    const auto chunk_of = [&](const Member& m) -> const PlanChunk& { return chunks_[size_t(steps_[size_t(m.step)].chunk)]; };
+    const auto place = [&](const Member& m) {
+        const PlanPiece& last = pieces_[size_t(chunk_of(m).last_piece) - 1];
+        return std::make_tuple(chunk_of(m).position, visits_[size_t(last.visit)].keys, last.slot + last.count, m.block);
+    };
+    std::sort(together_.begin(), together_.end(), [&](const Member& a, const Member& b) { return place(a) < place(b); });
+    for (size_t first = 0; first < together_.size();) {
+        size_t last = first;
+        int64_t rows = 0;
+        while (last < together_.size() && is_same(chunk_of(together_[first]), chunk_of(together_[last]))) {
+            const int64_t more = blocks_[size_t(together_[last].block)].num_queries * group_;
+            if (rows + more > kUnitRows) break;
+            rows += more;
+            ++last;
+        }
+        if (last - first > 1) add_unit(&together_[first], int64_t(last - first));
+        first = last;
+    }
+}
+
 void AttentionPlan::finish(AttentionScratch& room) {
     room_ = &room;
-    int64_t most_queries = 1;
+    pieces_.clear();
+    chunks_.clear();
+    blocks_.clear();
+    steps_.clear();
+    units_.clear();
+    members_.clear();
     for (size_t s = 0; s < segments_.size(); ++s) {
-        const SegmentQueries& segment = segments_[s];
-        most_queries = std::max(most_queries, std::min(segment.num_queries, block_queries_));
-        for (int64_t first = 0; first < segment.num_queries; first += block_queries_) {
-            const int64_t count = std::min(block_queries_, segment.num_queries - first);
-            for (int64_t g = 0; g < heads_.num_kv_heads; ++g) {
-                Job job{int64_t(s), g, first, count, int64_t(units_.size()), 0};
-                for (int64_t v = segment.first_visit; v < segment.last_visit; ++v)
-                    for (int64_t begin = 0; begin < visits_[size_t(v)].length; begin += kKeyChunk) {
-                        const int64_t end = std::min(begin + kKeyChunk, visits_[size_t(v)].length);
-                        if (is_visible(job, visits_[size_t(v)], begin, end))
-                            units_.push_back({int64_t(jobs_.size()), v, begin, end});
-                    }
-                job.last_unit = int64_t(units_.size());
-                jobs_.push_back(job);
+        const int64_t first = int64_t(chunks_.size());
+        cut_into_chunks(segments_[s]);
+        add_blocks(int64_t(s), first, int64_t(chunks_.size()));
+    }
+    if (segments_.size() > 1) share_chunks();
+    // Chunks of one block go to several threads only where blocks are too few to keep all busy. Each chunk is
+    // folded by itself and the folds are merged in order either way, so the result is the same.
+    const int64_t jobs = int64_t(blocks_.size()) * heads_.num_kv_heads;
+    if (threads_ > 1 && jobs < 8 * threads_ && steps_.size() > blocks_.size()) {
+        for (size_t b = 0; b < blocks_.size(); ++b)
+            for (int64_t s = blocks_[b].first_step; s < blocks_[b].last_step; ++s) {
+                const Member alone{int64_t(b), s};
+                if (steps_[size_t(s)].unit < 0) add_unit(&alone, 1);
+            }
+    }
+    most_rows_ = group_;
+    most_pieces_ = 1;
+    int64_t folds = 0;
+    for (const Block& block : blocks_) most_rows_ = std::max(most_rows_, block.num_queries * group_);
+    for (const PlanChunk& chunk : chunks_) most_pieces_ = std::max(most_pieces_, chunk.last_piece - chunk.first_piece);
+    for (Unit& unit : units_) {
+        most_rows_ = std::max(most_rows_, unit.num_rows);
+        unit.fold = folds;
+        folds += fold_numbers(unit.num_rows) * heads_.num_kv_heads;
+    }
+    most_queries_ = most_rows_ / group_;
+    const int64_t ready = most_pieces_ * int64_t(sizeof(Piece) + sizeof(DraftNodes)) / int64_t(sizeof(float));
+    scratch_numbers_ = round_up(attend_scratch(most_rows_, padded_dim_, padded_value_) + most_rows_ * padded_dim_ +
+                                    2 * fold_numbers(most_rows_) + ready + 4 * most_pieces_ * most_queries_, kLanes);
+    const size_t scratch = sizeof(float) * size_t(scratch_numbers_) * size_t(threads_);
+    if (room.scratch.size() < scratch) room.scratch = Buffer(scratch);
+    if (room.folds.size() < sizeof(float) * size_t(folds)) room.folds = Buffer(sizeof(float) * size_t(folds));
+}
+
+int64_t AttentionPlan::fold_numbers(int64_t rows) const { return round_up(rows * (2 + padded_value_), kLanes); }
+
+Fold AttentionPlan::fold_at(float* base, int64_t rows) const { return {base, base + rows, base + 2 * rows}; }
+
+// Scale and pad the queries of all members, and find what each sees of the pieces of its chunk.
+void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_head, float* base, Ready& ready) const {
+    ready.q = base;
+    ready.low = reinterpret_cast<int64_t*>(base + most_rows_ * padded_dim_);
+    ready.high = ready.low + most_pieces_ * most_queries_;
+    ready.pieces = reinterpret_cast<Piece*>(ready.high + most_pieces_ * most_queries_);
+    ready.nodes = reinterpret_cast<DraftNodes*>(ready.pieces + most_pieces_);
+    const Kernels& k = kernels();
+    int64_t query = 0, num_pieces = 0;
+    for (const Member* m = members; m != members + count; ++m) {
+        const Block& block = blocks_[size_t(m->block)];
+        const PlanChunk& chunk = chunks_[size_t(steps_[size_t(m->step)].chunk)];
+        num_pieces = chunk.last_piece - chunk.first_piece;
+        for (int64_t i = 0; i < block.num_queries; ++i, ++query) {
+            const StrandVisit& frame = visits_[size_t(pieces_[size_t(chunk.first_piece)].visit)];
+            const float* from = frame.q + (block.first_query + i) * frame.q_stride + kv_head * group_ * heads_.head_dim;
+            for (int64_t h = 0; h < group_; ++h) {
+                float* to = ready.q + (query * group_ + h) * padded_dim_;
+                k.scale(from + h * heads_.head_dim, heads_.scale, heads_.head_dim, to);
+                for (int64_t c = heads_.head_dim; c < padded_dim_; ++c) to[c] = 0.0f;
+            }
+            for (int64_t p = 0; p < num_pieces; ++p) {
+                const PlanPiece& piece = pieces_[size_t(chunk.first_piece + p)];
+                const StrandVisit& visit = visits_[size_t(piece.visit)];
+                const Range range = visible_range(visit.mask, block.first_query + i, visit.length);
+                const int64_t low = clamp(range.low - piece.first, 0, piece.count);
+                ready.low[p * most_queries_ + query] = low;
+                ready.high[p * most_queries_ + query] = clamp(range.high - piece.first, low, piece.count);
             }
         }
     }
-    // Chunks of one job go to several threads only where jobs are too few to keep all busy. Each chunk is
-    // folded by itself and the folds are merged in order either way, so the result is the same.
-    is_split_ = threads_ > 1 && int64_t(jobs_.size()) < 8 * threads_ && units_.size() > jobs_.size();
-    block_rows_ = most_queries * group_;
-    fold_numbers_ = round_up(block_rows_ * (2 + padded_value_), kLanes);
-    scratch_numbers_ = attend_scratch(block_rows_, padded_dim_, padded_value_) + block_rows_ * padded_dim_ +
-                       2 * fold_numbers_ + round_up(4 * most_queries, kLanes);
-    const size_t scratch = sizeof(float) * size_t(scratch_numbers_) * size_t(threads_);
-    if (room.scratch.size() < scratch) room.scratch = Buffer(scratch);
-    const size_t folds = is_split_ ? sizeof(float) * size_t(fold_numbers_) * units_.size() : 0;
-    if (room.folds.size() < folds) room.folds = Buffer(folds);
-}
-
-float* AttentionPlan::scratch_of(int thread) const {
-    return reinterpret_cast<float*>(room_->scratch.data()) + scratch_numbers_ * thread;
-}
-
-Fold AttentionPlan::fold_at(float* base) const {
-    return {base, base + block_rows_, base + 2 * block_rows_};
-}
-
-// Scale and pad the job's queries, and find what each sees.
-void AttentionPlan::prepare(const Job& job, const StrandVisit& visit, Team& team, Visit& prepared) {
-    float* base = scratch_of(team.index) + attend_scratch(block_rows_, padded_dim_, padded_value_);
-    float* q = base;
-    int64_t* low = reinterpret_cast<int64_t*>(base + block_rows_ * padded_dim_ + 2 * fold_numbers_);
-    int64_t* high = low + job.num_queries;
-    const Kernels& k = kernels();
-    for (int64_t i = 0; i < job.num_queries; ++i) {
-        const Range range = visible_range(visit.mask, job.first_query + i, visit.length);
-        low[i] = range.low;
-        high[i] = range.high;
-        const float* from = visit.q + (job.first_query + i) * visit.q_stride + job.kv_head * group_ * heads_.head_dim;
-        for (int64_t h = 0; h < group_; ++h) {
-            float* to = q + (i * group_ + h) * padded_dim_;
-            k.scale(from + h * heads_.head_dim, heads_.scale, heads_.head_dim, to);
-            for (int64_t c = heads_.head_dim; c < padded_dim_; ++c) to[c] = 0.0f;
-        }
+    // What is left is the same for all members; a draft has one.
+    const Block& block = blocks_[size_t(members->block)];
+    const PlanChunk& chunk = chunks_[size_t(steps_[size_t(members->step)].chunk)];
+    for (int64_t p = 0; p < num_pieces; ++p) {
+        const PlanPiece& piece = pieces_[size_t(chunk.first_piece + p)];
+        const StrandVisit& visit = visits_[size_t(piece.visit)];
+        const Mask& mask = visit.mask;
+        const int64_t width = nbytes_of(visit.number);
+        const int64_t key = kv_head * visit.key_head_stride + piece.first * visit.key_stride;
+        const int64_t value = kv_head * visit.value_head_stride + piece.first * visit.value_stride;
+        if (piece.is_draft)
+            ready.nodes[p] = {mask.ancestors + block.first_query * mask.words,
+                              mask.words,
+                              segments_[size_t(block.segment)].num_queries,
+                              piece.first - (mask.first_query - mask.first_key),
+                              mask.window,
+                              mask.depths + block.first_query,
+                              mask.depths,
+                              mask.first_query - chunk.position};
+        ready.pieces[p] = {static_cast<const char*>(visit.keys) + key * width,
+                           static_cast<const char*>(visit.values) + value * width,
+                           visit.key_stride,
+                           visit.value_stride,
+                           piece.count,
+                           piece.slot,
+                           visit.number,
+                           ready.low + p * most_queries_,
+                           ready.high + p * most_queries_,
+                           piece.is_draft ? &ready.nodes[p] : nullptr};
     }
-    const int64_t width = nbytes_of(visit.number);
-    const bool is_tree = visit.mask.kind == MaskKind::tree;
-    prepared = {q, job.num_queries * group_, group_, heads_.head_dim, heads_.value_dim, padded_dim_, padded_value_,
-                static_cast<const char*>(visit.keys) + job.kv_head * visit.key_head_stride * width,
-                static_cast<const char*>(visit.values) + job.kv_head * visit.value_head_stride * width,
-                visit.key_stride, visit.value_stride, visit.number, heads_.softcap, low, high,
-                is_tree ? visit.mask.ancestors + job.first_query * visit.mask.words : nullptr,
-                is_tree ? visit.mask.words : 0,
-                is_tree ? std::min(visit.mask.first_query - visit.mask.first_key, visit.length) : 0,
-                segments_[size_t(job.segment)].num_queries, visit.mask.window,
-                is_tree ? visit.mask.depths + job.first_query : nullptr, visit.mask.depths};
+    ready.visit = {ready.q,     query * group_, group_,         heads_.head_dim, heads_.value_dim, padded_dim_,
+                   padded_value_, heads_.softcap, ready.pieces, num_pieces};
 }
 
-void AttentionPlan::finish_job(const Job& job, Fold fold) {
-    const SegmentQueries& segment = segments_[size_t(job.segment)];
-    for (int64_t i = 0; i < job.num_queries; ++i)
+void AttentionPlan::attend(const Member* members, int64_t count, int64_t kv_head, float* scratch, Fold fold) const {
+    Ready ready;
+    prepare(members, count, kv_head, scratch + attend_scratch(most_rows_, padded_dim_, padded_value_), ready);
+    kernels().attend_chunk(ready.visit, scratch, fold);
+}
+
+void AttentionPlan::finish_block(const Block& block, int64_t kv_head, Fold fold) const {
+    const SegmentQueries& segment = segments_[size_t(block.segment)];
+    for (int64_t i = 0; i < block.num_queries; ++i)
         for (int64_t h = 0; h < group_; ++h) {
-            const int64_t query = job.first_query + i, head = job.kv_head * group_ + h;
+            const int64_t query = block.first_query + i, head = kv_head * group_ + h;
             kernels().finish_fold(fold, i * group_ + h, heads_.value_dim, padded_value_,
                                   segment.out + query * segment.out_stride + head * heads_.value_dim,
                                   segment.lse == nullptr ? nullptr : segment.lse + query * heads_.num_heads + head);
@@ -137,50 +317,41 @@ void AttentionPlan::finish_job(const Job& job, Fold fold) {
 
 void AttentionPlan::run(Team& team) {
     const Kernels& k = kernels();
-    float* scratch = scratch_of(team.index);
-    float* own_folds = scratch + attend_scratch(block_rows_, padded_dim_, padded_value_) + block_rows_ * padded_dim_;
-    const Fold total = fold_at(own_folds), fresh = fold_at(own_folds + fold_numbers_);
-    const auto clear = [&](Fold fold, int64_t rows) {
-        std::fill(fold.top, fold.top + rows, -__builtin_inff());
-        std::fill(fold.total, fold.total + rows, 0.0f);
+    float* scratch = reinterpret_cast<float*>(room_->scratch.data()) + scratch_numbers_ * team.index;
+    float* folds = reinterpret_cast<float*>(room_->folds.data());
+    float* own = scratch + scratch_numbers_ - 2 * fold_numbers(most_rows_);
+    const int64_t num_units = int64_t(units_.size()), num_blocks = int64_t(blocks_.size()), num_heads = heads_.num_kv_heads;
+    const auto stored = [&](const Unit& unit, int64_t head) {
+        return fold_at(folds + unit.fold + head * fold_numbers(unit.num_rows), unit.num_rows);
     };
-    if (!is_split_) {
-        team.share(int64_t(jobs_.size()), 1, [&](int64_t begin, int64_t end) {
-            for (int64_t j = begin; j < end; ++j) {
-                const Job& job = jobs_[size_t(j)];
-                const int64_t rows = job.num_queries * group_;
-                clear(total, rows);
-                Visit visit;
-                int64_t prepared = -1;
-                for (int64_t u = job.first_unit; u < job.last_unit; ++u) {
-                    const Unit& unit = units_[size_t(u)];
-                    if (unit.visit != prepared) prepare(job, visits_[size_t(unit.visit)], team, visit);
-                    prepared = unit.visit;
-                    k.attend_chunk(visit, unit.begin, unit.end, scratch, fresh);
-                    k.merge_folds(total, fresh, rows, padded_value_);
-                }
-                finish_job(job, total);
+    if (num_units > 0)
+        team.share(num_units * num_heads, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const Unit& unit = units_[size_t(i % num_units)];
+                attend(&members_[size_t(unit.first_member)], unit.last_member - unit.first_member, i / num_units, scratch,
+                       stored(unit, i / num_units));
             }
         });
-        return;
-    }
-    float* folds = reinterpret_cast<float*>(room_->folds.data());
-    team.share(int64_t(units_.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t u = begin; u < end; ++u) {
-            const Unit& unit = units_[size_t(u)];
-            Visit visit;
-            prepare(jobs_[size_t(unit.job)], visits_[size_t(unit.visit)], team, visit);
-            k.attend_chunk(visit, unit.begin, unit.end, scratch, fold_at(folds + u * fold_numbers_));
-        }
-    });
-    team.share(int64_t(jobs_.size()), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j) {
-            const Job& job = jobs_[size_t(j)];
-            const int64_t rows = job.num_queries * group_;
-            clear(total, rows);
-            for (int64_t u = job.first_unit; u < job.last_unit; ++u)
-                k.merge_folds(total, fold_at(folds + u * fold_numbers_), rows, padded_value_);
-            finish_job(job, total);
+    team.share(num_blocks * num_heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const Block& block = blocks_[size_t(i % num_blocks)];
+            const int64_t head = i / num_blocks, rows = block.num_queries * group_;
+            const Fold total = fold_at(own, rows), fresh = fold_at(own + fold_numbers(most_rows_), rows);
+            std::fill(total.top, total.top + rows, -__builtin_inff());
+            std::fill(total.total, total.total + rows, 0.0f);
+            for (int64_t s = block.first_step; s < block.last_step; ++s) {
+                const Step& step = steps_[size_t(s)];
+                Fold from = fresh;
+                if (step.unit >= 0) {
+                    from = stored(units_[size_t(step.unit)], head);
+                    from = {from.top + step.row, from.total + step.row, from.sum + step.row * padded_value_};
+                } else {
+                    const Member alone{i % num_blocks, s};
+                    attend(&alone, 1, head, scratch, fresh);
+                }
+                k.merge_folds(total, from, rows, padded_value_);
+            }
+            finish_block(block, head, total);
         }
     });
 }

@@ -54,6 +54,10 @@ struct AttentionScratch {
 };
 
 // The work of one layer, cut into pieces that depend on shapes only.
+//
+// Every segment sees chunks of 256 positions from multiples of 256, each made of pieces of its strands. A chunk that
+// several segments have in common is visited once with the queries of all. The folds of a row's chunks are merged in
+// their order, so the bits of a row depend on what it sees and at which positions, on nothing else.
 class AttentionPlan {
 public:
     void reset(const Heads& heads, int threads);
@@ -63,32 +67,63 @@ public:
     // Makes room in `scratch`; call before `run`, with all segments added.
     void finish(AttentionScratch& scratch);
     void run(Team& team);
+    // Visits to chunks, of one key/value head each, that were not made because blocks share one.
+    int64_t saved_visits() const { return int64_t(members_.size() - units_.size()) * heads_.num_kv_heads; }
 
 private:
-    // One key/value head and one block of queries of one segment.
-    struct Job {
-        int64_t segment, kv_head, first_query, num_queries;
-        int64_t first_unit, last_unit;
+    // Keys [first, first + count) of a visited strand; nodes of a draft, or a run of tokens.
+    struct PlanPiece {
+        int64_t visit, first, count, slot;
+        bool is_draft;
     };
-    // One chunk of one visit of a job.
+    // Pieces that lie in one chunk and are visited in one frame.
+    struct PlanChunk {
+        int64_t first_piece, last_piece, position;
+    };
+    struct Block {
+        int64_t segment, first_query, num_queries;
+        int64_t first_step, last_step;
+    };
+    // A chunk that a block sees. Its fold is computed with the block, or stored in a unit from `row` on.
+    struct Step {
+        int64_t chunk, unit, row;
+    };
+    // Blocks that visit one chunk together: members [first, last).
     struct Unit {
-        int64_t job, visit, begin, end;
+        int64_t first_member, last_member, num_rows;
+        int64_t fold;  // where the fold of key/value head 0 is, in numbers
     };
-    void prepare(const Job& job, const StrandVisit& visit, Team& team, Visit& prepared);
-    void finish_job(const Job& job, Fold fold);
-    bool is_visible(const Job& job, const StrandVisit& visit, int64_t begin, int64_t end) const;
-    Fold fold_at(float* base) const;
-    float* scratch_of(int thread) const;
+    struct Member {
+        int64_t block, step;
+    };
+    struct Ready;  // a visit of the kernel and what it points to
+
+    void cut_into_chunks(const SegmentQueries& segment);
+    void add_piece(size_t first_chunk, const PlanPiece& piece, int64_t position);
+    void add_blocks(int64_t segment, int64_t first_chunk, int64_t last_chunk);
+    void share_chunks();
+    void add_unit(const Member* members, int64_t count);
+    bool is_visible(const Block& block, const PlanChunk& chunk) const;
+    bool is_same(const PlanChunk& a, const PlanChunk& b) const;
+    void prepare(const Member* members, int64_t count, int64_t kv_head, float* scratch, Ready& ready) const;
+    void attend(const Member* members, int64_t count, int64_t kv_head, float* scratch, Fold fold) const;
+    void finish_block(const Block& block, int64_t kv_head, Fold fold) const;
+    Fold fold_at(float* base, int64_t rows) const;
+    int64_t fold_numbers(int64_t rows) const;
 
     Heads heads_{};
     int threads_ = 1;
-    int64_t group_ = 1, padded_dim_ = 0, padded_value_ = 0, block_queries_ = 1;
-    int64_t block_rows_ = 1, fold_numbers_ = 0, scratch_numbers_ = 0;
-    bool is_split_ = false;
+    int64_t group_ = 1, padded_dim_ = 0, padded_value_ = 0;
+    int64_t most_rows_ = 1, most_pieces_ = 1, most_queries_ = 1, scratch_numbers_ = 0;
     std::vector<StrandVisit> visits_;
     std::vector<SegmentQueries> segments_;
-    std::vector<Job> jobs_;
+    std::vector<PlanPiece> pieces_;
+    std::vector<PlanChunk> chunks_;
+    std::vector<Block> blocks_;
+    std::vector<Step> steps_;
     std::vector<Unit> units_;
+    std::vector<Member> members_, together_;
+    std::vector<const void*> strands_;
     AttentionScratch* room_ = nullptr;
 };
 

@@ -102,7 +102,7 @@ void expect(bool is_right, const char* what) {
 
 using Tree = std::tuple<int64_t, ConstArray, ConstArray>;  // segment, depths, ancestors
 
-void run(BoundProgram& self, const Array& x, const ConstArray& segments,
+int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
          const std::vector<std::tuple<ConstArray, ConstArray>>& tables, const ConstArray& targets,
          const ConstArray& visits, const std::vector<Tree>& trees, const ConstArray& logit_rows,
          const std::optional<Array>& hidden, const std::optional<Array>& logits) {
@@ -220,7 +220,7 @@ void run(BoundProgram& self, const Array& x, const ConstArray& segments,
     }
     nb::gil_scoped_release free;
     std::lock_guard<std::mutex> lock(self.running);
-    program.run(a);
+    return program.run(a);
 }
 
 }  // namespace

@@ -1,10 +1,15 @@
-// Attention of queries over one chunk of a strand, and the fold of chunks.
+// Attention of queries over one chunk of positions, and the fold of chunks.
 //
-// A chunk starts at a multiple of 256 keys counted from the strand's first, whatever the queries. A hidden key
-// has weight 0, which changes no sum, so a row's result does not depend on the rows beside it.
+// A chunk covers 256 positions from a multiple of 256, in whatever strands they lie. A key's score stands in the slot
+// of its position, and a slot that is hidden or empty has weight 0, which changes no sum: a row's result depends
+// neither on the rows beside it nor on where strands begin and end. The nodes of a draft tree stand in the slots of
+// their depths, so that a path has the bits of the same tokens in a row.
 #pragma once
 
 #include "kernel_math.h"
+
+// Functions that are called from many places and are long: one copy of each keeps code and compile time small.
+#define PLAIT_APART __attribute__((noinline))
 
 namespace plait {
 namespace {
@@ -27,92 +32,103 @@ struct Attention {
         for (int64_t at = 0; at < count * kSize; at += 64) __builtin_prefetch(start + at);
     }
 
-    // Scores of `Rows` rows against keys [0, count) of `keys`, four at a time. Lane l sums channels
-    // l, l + 16, ...; the lanes are added by `sum`. Scores behind the last key are meaningless. The values of the
-    // keys, where given, are asked for meanwhile.
+    // Numbers of the keys or of the values of a piece.
+    struct Source {
+        const void* at;
+        int64_t stride, dim;
+        Number number;
+    };
+
+    // Scores of `Rows` rows against `count` keys, four at a time: keys 0, 1, ... or those of `order`. Lane l sums
+    // channels l, l + 16, ...; the lanes are added by `sum`. Up to three scores behind the last are meaningless. The
+    // values of the keys, where given, are asked for meanwhile.
     template <Number N, int Rows>
-    static void scores(const float* q, int64_t padded_dim, const void* keys, int64_t stride, int64_t head_dim,
-                       int64_t count, const void* values, int64_t value_stride, int64_t value_dim, float* out) {
+    static void scores(const float* q, int64_t padded_dim, Source keys, const int64_t* order, int64_t count,
+                       const Source* values, float* out) {
         using R = Reader<S, N>;
+        constexpr int kKeys = S::keys_at_once(Rows);
         for (int64_t j = 0; j < count; j += 4) {
             F sum[Rows][4];
             int64_t at[4];
-            for (int r = 0; r < Rows; ++r)
-                for (int k = 0; k < 4; ++k) sum[r][k] = S::zero();
-            for (int k = 0; k < 4; ++k) at[k] = smaller(j + k, count - 1) * stride;
             for (int k = 0; k < 4; ++k) {
-                fetch<N>(keys, (j + kAhead + k) * stride, head_dim);
-                if (values != nullptr) fetch<N>(values, (j + k) * value_stride, value_dim);
+                const int64_t key = smaller(j + k, count - 1);
+                at[k] = (order == nullptr ? key : order[key]) * keys.stride;
+                fetch<N>(keys.at, (j + kAhead + k) * keys.stride, keys.dim);
+                if (values != nullptr) fetch<N>(values->at, (j + k) * values->stride, values->dim);
             }
-            int64_t c = 0;
-            for (; c + kLanes <= head_dim; c += kLanes) {
-                F key[4];
-                for (int k = 0; k < 4; ++k) key[k] = R::load(keys, at[k] + c);
-                for (int r = 0; r < Rows; ++r) {
-                    const F v = S::load(q + r * padded_dim + c);
-                    for (int k = 0; k < 4; ++k) sum[r][k] = S::fma(key[k], v, sum[r][k]);
-                }
-            }
-            if (c < head_dim) {
-                for (int k = 0; k < 4; ++k) {
-                    const F key = R::load_some(keys, at[k] + c, head_dim - c);
-                    for (int r = 0; r < Rows; ++r)
-                        sum[r][k] = S::fma(key, S::load(q + r * padded_dim + c), sum[r][k]);
-                }
-            }
-            S::template store_sums<Rows>(sum, out + j, kKeyChunk);
-        }
-    }
-
-    // sum[row] += weight[row][j] * value[j], j ascending, for four vectors of channels at a time.
-    template <Number N, int Rows>
-    static void values(const float* weights, const void* values, int64_t stride, int64_t value_dim,
-                       int64_t padded_value, int64_t first, int64_t last, float* sum) {
-        using R = Reader<S, N>;
-        int64_t c = 0;
-        for (; c + 4 * kLanes <= value_dim; c += 4 * kLanes) {
-            F total[Rows][4];
-            for (int r = 0; r < Rows; ++r)
-                for (int k = 0; k < 4; ++k) total[r][k] = S::zero();
-            for (int64_t j = first; j < last; ++j) {
-                F v[4];
-                for (int k = 0; k < 4; ++k) v[k] = R::load(values, j * stride + c + k * kLanes);
-                for (int r = 0; r < Rows; ++r) {
-                    const F w = S::set1(weights[r * kKeyChunk + j]);
-                    for (int k = 0; k < 4; ++k) total[r][k] = S::fma(w, v[k], total[r][k]);
-                }
-            }
-            for (int r = 0; r < Rows; ++r)
-                for (int k = 0; k < 4; ++k) S::store(sum + r * padded_value + c + k * kLanes, total[r][k]);
-        }
-        for (; c < value_dim; c += kLanes) {
-            const int64_t n = smaller(value_dim - c, kLanes);
-            F total[Rows];
-            for (int r = 0; r < Rows; ++r) total[r] = S::zero();
-            for (int64_t j = first; j < last; ++j) {
-                const F v = n == kLanes ? R::load(values, j * stride + c) : R::load_some(values, j * stride + c, n);
+            for (int first = 0; first < 4; first += kKeys) {
+                F own[Rows][kKeys];
                 for (int r = 0; r < Rows; ++r)
-                    total[r] = S::fma(S::set1(weights[r * kKeyChunk + j]), v, total[r]);
+                    for (int k = 0; k < kKeys; ++k) own[r][k] = S::zero();
+                int64_t c = 0;
+                for (; c + kLanes <= keys.dim; c += kLanes) {
+                    F key[kKeys];
+                    for (int k = 0; k < kKeys; ++k) key[k] = R::load(keys.at, at[first + k] + c);
+                    for (int r = 0; r < Rows; ++r) {
+                        const F v = S::load(q + r * padded_dim + c);
+                        for (int k = 0; k < kKeys; ++k) own[r][k] = S::fma(key[k], v, own[r][k]);
+                    }
+                }
+                if (c < keys.dim) {
+                    for (int k = 0; k < kKeys; ++k) {
+                        const F key = R::load_some(keys.at, at[first + k] + c, keys.dim - c);
+                        for (int r = 0; r < Rows; ++r)
+                            own[r][k] = S::fma(key, S::load(q + r * padded_dim + c), own[r][k]);
+                    }
+                }
+                for (int r = 0; r < Rows; ++r)
+                    for (int k = 0; k < kKeys; ++k) sum[r][first + k] = own[r][k];
             }
-            for (int r = 0; r < Rows; ++r) S::store(sum + r * padded_value + c, total[r]);
+            S::template store_sums<Rows>(sum, out + j, kScoreStride);
+        }
+    }
+    template <int Rows>
+    PLAIT_APART static void scores_of(const float* q, int64_t padded_dim, Source keys, const int64_t* order, int64_t count,
+                          const Source* values, float* out) {
+        switch (keys.number) {
+            case Number::fp32: return scores<Number::fp32, Rows>(q, padded_dim, keys, order, count, values, out);
+            case Number::bf16: return scores<Number::bf16, Rows>(q, padded_dim, keys, order, count, values, out);
+            case Number::fp16: return scores<Number::fp16, Rows>(q, padded_dim, keys, order, count, values, out);
         }
     }
 
-    // The same sums for one row, leaving out keys of weight 0: where a hidden key's value is infinite or NaN,
-    // 0 times it would be NaN.
-    template <Number N>
-    static void careful_values(const float* weights, const void* values, int64_t stride, int64_t value_dim, int64_t first,
-                               int64_t last, float* sum) {
+    // sum[row] += weight[row][j] * value[j], j ascending, for some vectors of channels at a time.
+    template <Number N, int Rows, int Vectors>
+    static void some_values(const float* weights, Source values, int64_t channel, int64_t padded_value, int64_t first,
+                            int64_t last, float* sum) {
         using R = Reader<S, N>;
-        for (int64_t c = 0; c < value_dim; c += kLanes) {
-            const int64_t n = smaller(value_dim - c, kLanes);
-            F total = S::zero();
-            for (int64_t j = first; j < last; ++j) {
-                if (weights[j] == 0.0f) continue;
-                const F v = n == kLanes ? R::load(values, j * stride + c) : R::load_some(values, j * stride + c, n);
-                total = S::fma(S::set1(weights[j]), v, total);
+        F total[Rows][Vectors];
+        for (int r = 0; r < Rows; ++r)
+            for (int k = 0; k < Vectors; ++k) total[r][k] = S::load(sum + r * padded_value + channel + k * kLanes);
+        const int64_t width = values.dim - channel;
+        for (int64_t j = first; j < last; ++j) {
+            F v[Vectors];
+            for (int k = 0; k < Vectors; ++k) {
+                const int64_t at = j * values.stride + channel + k * kLanes;
+                v[k] = Vectors == 1 && width < kLanes ? R::load_some(values.at, at, width) : R::load(values.at, at);
             }
-            S::store(sum + c, total);
+            for (int r = 0; r < Rows; ++r) {
+                const F w = S::set1(weights[r * kScoreStride + j]);
+                for (int k = 0; k < Vectors; ++k) total[r][k] = S::fma(w, v[k], total[r][k]);
+            }
+        }
+        for (int r = 0; r < Rows; ++r)
+            for (int k = 0; k < Vectors; ++k) S::store(sum + r * padded_value + channel + k * kLanes, total[r][k]);
+    }
+    template <Number N, int Rows>
+    static void values(const float* weights, Source values, int64_t padded_value, int64_t first, int64_t last, float* sum) {
+        constexpr int kVectors = S::vectors_at_once(Rows);
+        int64_t c = 0;
+        for (; c + kVectors * kLanes <= values.dim; c += kVectors * kLanes)
+            some_values<N, Rows, kVectors>(weights, values, c, padded_value, first, last, sum);
+        for (; c < values.dim; c += kLanes) some_values<N, Rows, 1>(weights, values, c, padded_value, first, last, sum);
+    }
+    template <int Rows>
+    PLAIT_APART static void values_of(const float* weights, Source from, int64_t padded_value, int64_t first, int64_t last, float* sum) {
+        switch (from.number) {
+            case Number::fp32: return values<Number::fp32, Rows>(weights, from, padded_value, first, last, sum);
+            case Number::bf16: return values<Number::bf16, Rows>(weights, from, padded_value, first, last, sum);
+            case Number::fp16: return values<Number::fp16, Rows>(weights, from, padded_value, first, last, sum);
         }
     }
 
@@ -122,36 +138,71 @@ struct Attention {
         return S::sum(poison) == 0.0f;
     }
 
-    static bool is_shown(const Visit& v, int64_t query, int64_t key) {
-        if (v.tree == nullptr || key < v.tree_start) return true;
-        const int64_t node = key - v.tree_start;
-        if (node >= v.num_nodes || node >= 64 * v.tree_words) return false;
-        if (v.window > 0 && v.query_depths[query] - v.node_depths[node] >= v.window) return false;
-        return v.tree[query * v.tree_words + node / 64] >> (node % 64) & 1;
+    // Slot of the node that key `key` of a piece is, where the query sees it in this chunk; else -1.
+    static int64_t node_slot(const Piece& piece, int64_t query, int64_t key) {
+        const DraftNodes& of = *piece.nodes;
+        const int64_t node = of.first_node + key;
+        if (node >= of.num_nodes || node >= 64 * of.words) return -1;
+        if (!(of.ancestors[query * of.words + node / 64] >> (node % 64) & 1)) return -1;
+        if (of.window > 0 && of.query_depths[query] - of.node_depths[node] >= of.window) return -1;
+        const int64_t slot = of.first_slot + of.node_depths[node];
+        return slot >= 0 && slot < kKeyChunk ? slot : -1;
+    }
+    // Call body(key, slot) for the nodes of a piece that a query sees, in their order.
+    template <class Body>
+    static void each_node(const Piece& piece, int64_t query, Body body) {
+        for (int64_t key = piece.low[query]; key < piece.high[query]; ++key) {
+            const int64_t slot = node_slot(piece, query, key);
+            if (slot >= 0) body(key, slot);
+        }
     }
 
-    // Scores of a row to weights, in place, over the whole chunk; returns (top, total).
-    static void soften(const Visit& v, int64_t query, int64_t begin, int64_t end, float* row, float* top, float* total) {
-        const int64_t low = smaller(larger(v.low[query] - begin, 0), end - begin);
-        const int64_t high = larger(smaller(v.high[query] - begin, end - begin), low);
+    // The scores of the nodes that a query sees, in their slots.
+    PLAIT_APART static void score_nodes(const Visit& v, const Piece& piece, int64_t query, const float* q, float* row) {
+        int64_t keys[64], slots[64], count = 0;
+        alignas(64) float found[64 + kLanes];
+        const auto write = [&] {
+            scores_of<1>(q, v.padded_dim, keys_of(v, piece, nullptr), keys, count, nullptr, found);
+            if (v.softcap != 0.0f) cap(v.softcap, found, count);
+            for (int64_t i = 0; i < count; ++i) row[slots[i]] = found[i];
+            count = 0;
+        };
+        each_node(piece, query, [&](int64_t key, int64_t slot) {
+            keys[count] = key;
+            slots[count++] = slot;
+            if (count == 64) write();
+        });
+        if (count > 0) write();
+    }
+
+    PLAIT_APART static void cap(float softcap, float* x, int64_t count) {
+        const F most = S::set1(softcap);
+        M::map(count, x, [&](int64_t at, int64_t n) {
+            return S::mul(most, M::tanh(S::div(M::at(x, at, n), most)));
+        });
+    }
+
+    // Scores of a row to weights, in place, over slots [begin, end), multiples of 16; returns (top, total).
+    PLAIT_APART static void soften(const Visit& v, int64_t query, const float* q, int64_t begin, int64_t end, float* row, float* top,
+                       float* total) {
         const float hidden = -__builtin_inff();
-        const int64_t padded = (end - begin + kLanes - 1) / kLanes * kLanes;
-        for (int64_t j = 0; j < low; ++j) row[j] = hidden;
-        for (int64_t j = high; j < padded; ++j) row[j] = hidden;
-        if (v.softcap != 0.0f) {
-            const F cap = S::set1(v.softcap);
-            M::map(high - low, row + low, [&](int64_t at, int64_t n) {
-                return S::mul(cap, M::tanh(S::div(M::at(row + low, at, n), cap)));
-            });
+        int64_t at = begin;
+        for (int64_t i = 0; i < v.num_pieces; ++i) {
+            const Piece& piece = v.pieces[i];
+            if (piece.nodes != nullptr) break;
+            const int64_t low = piece.slot + piece.low[query], high = piece.slot + piece.high[query];
+            if (low >= high) continue;
+            for (; at < low; ++at) row[at] = hidden;
+            if (v.softcap != 0.0f) cap(v.softcap, row + low, high - low);
+            at = high;
         }
-        if (v.tree != nullptr && begin + high > v.tree_start) {
-            for (int64_t j = larger(low, v.tree_start - begin); j < high; ++j)
-                if (!is_shown(v, query, begin + j)) row[j] = hidden;
-        }
+        for (; at < end; ++at) row[at] = hidden;
+        for (int64_t i = 0; i < v.num_pieces; ++i)
+            if (v.pieces[i].nodes != nullptr) score_nodes(v, v.pieces[i], query, q, row);
         // A NaN score passes max (which returns its second operand) and so poisons its own row only.
         F most = S::set1(hidden);
         F poison = S::zero();
-        for (int64_t j = 0; j < padded; j += kLanes) {
+        for (int64_t j = begin; j < end; j += kLanes) {
             const F s = S::load(row + j);
             most = S::max(s, most);
             poison = S::add(poison, S::select_less(S::set1(0.0f), S::abs(s), S::zero(), S::mul(s, S::zero())));
@@ -161,11 +212,12 @@ struct Attention {
         if (nan != 0.0f) *top = nan;
         if (*top == hidden) {
             *total = 0.0f;
+            for (int64_t j = begin; j < end; ++j) row[j] = 0.0f;
             return;
         }
         const F shift = S::set1(*top);
         F sum = S::zero();
-        for (int64_t j = 0; j < padded; j += kLanes) {
+        for (int64_t j = begin; j < end; j += kLanes) {
             const F weight = M::exp(S::sub(S::load(row + j), shift));
             S::store(row + j, weight);
             sum = S::add(sum, weight);
@@ -173,105 +225,151 @@ struct Attention {
         *total = S::sum(sum);
     }
 
-    template <Number N, int Rows>
-    static void rows_of(const Visit& v, int64_t row, int64_t begin, int64_t end, const void* keys, int64_t key_stride,
-                        const void* value_rows, int64_t value_stride, bool is_value_pass, float* weights, Fold fold) {
-        // Keys that some row of this block sees.
-        int64_t low = end, high = begin;
-        for (int64_t query = row / v.group; query <= (row + Rows - 1) / v.group; ++query) {
-            low = smaller(low, v.low[query]);
-            high = larger(high, v.high[query]);
+    struct Range {
+        int64_t low, high;
+    };
+    // Keys of a piece that some row of a block sees.
+    static Range seen(const Visit& v, const Piece& piece, int64_t row, int rows) {
+        Range range{piece.count, 0};
+        for (int64_t query = row / v.group; query <= (row + rows - 1) / v.group; ++query) {
+            if (piece.low[query] >= piece.high[query]) continue;
+            range.low = smaller(range.low, piece.low[query]);
+            range.high = larger(range.high, piece.high[query]);
         }
-        low = larger(low, begin) - begin;
-        high = smaller(high, end) - begin;
-        float* own = weights + row * kKeyChunk;
-        if (!is_value_pass) {
-            if (low < high) {
-                // Four keys at a time from a fixed place; a score depends on its own key only.
-                const int64_t first = low / 4 * 4;
-                scores<N, Rows>(v.q + row * v.padded_dim, v.padded_dim, at<N>(keys, first * key_stride), key_stride,
-                                v.head_dim, high - first, row == 0 ? value_rows : nullptr, value_stride, v.value_dim,
-                                own + first);
+        return range;
+    }
+
+    static const void* moved(const void* base, int64_t index, Number number) {
+        return static_cast<const char*>(base) + index * nbytes_of(number);
+    }
+    // Where the keys or values of a piece are read: in the strand, or widened, each in its slot.
+    static Source keys_of(const Visit& v, const Piece& piece, const float* wide) {
+        if (wide == nullptr || piece.nodes != nullptr) return {piece.keys, piece.key_stride, v.head_dim, piece.number};
+        return {wide + piece.slot * v.padded_dim, v.padded_dim, v.head_dim, Number::fp32};
+    }
+    static Source values_of_piece(const Visit& v, const Piece& piece, const float* wide) {
+        if (wide == nullptr || piece.nodes != nullptr) return {piece.values, piece.value_stride, v.value_dim, piece.number};
+        return {wide + piece.slot * v.padded_value, v.padded_value, v.value_dim, Number::fp32};
+    }
+
+    template <int Rows>
+    static void weigh(const Visit& v, int64_t row, const float* wide, float* weights, Fold fold) {
+        float* own = weights + row * kScoreStride;
+        int64_t begin = kKeyChunk, end = 0;
+        for (int64_t i = 0; i < v.num_pieces; ++i) {
+            const Piece& piece = v.pieces[i];
+            const Range range = seen(v, piece, row, Rows);
+            if (range.low >= range.high) continue;
+            if (piece.nodes != nullptr) {
+                begin = smaller(begin, larger(piece.nodes->first_slot, 0));
+                end = kKeyChunk;
+                continue;
+            }
+            begin = smaller(begin, piece.slot + range.low);
+            end = larger(end, piece.slot + range.high);
+            Source keys = keys_of(v, piece, wide), later = values_of_piece(v, piece, nullptr);
+            keys.at = moved(keys.at, range.low * keys.stride, keys.number);
+            later.at = moved(later.at, range.low * later.stride, later.number);
+            const bool asks = row == 0 && wide == nullptr;
+            scores_of<Rows>(v.q + row * v.padded_dim, v.padded_dim, keys, nullptr, range.high - range.low,
+                            asks ? &later : nullptr, own + piece.slot + range.low);
+        }
+        begin = begin / kLanes * kLanes;
+        end = (end + kLanes - 1) / kLanes * kLanes;
+        for (int r = 0; r < Rows; ++r)
+            soften(v, (row + r) / v.group, v.q + (row + r) * v.padded_dim, begin, end, own + r * kScoreStride,
+                   fold.top + row + r, fold.total + row + r);
+    }
+
+    // sum += weight * value over the nodes that a row sees; over the keys of a run with a weight where `is_careful`.
+    PLAIT_APART static void add_rows(const Visit& v, const Piece& piece, int64_t query, const float* weights, bool is_careful, float* sum) {
+        const Source from = values_of_piece(v, piece, nullptr);
+        const auto add = [&](int64_t key, int64_t slot) {
+            if (is_careful && weights[slot] == 0.0f) return;
+            Source own = from;
+            own.at = moved(from.at, key * from.stride, from.number);
+            values_of<1>(weights + slot, own, v.padded_value, 0, 1, sum);
+        };
+        if (piece.nodes != nullptr) return each_node(piece, query, add);
+        for (int64_t key = piece.low[query]; key < piece.high[query]; ++key) add(key, piece.slot + key);
+    }
+
+    template <int Rows>
+    static void combine(const Visit& v, int64_t row, const float* wide, const float* weights, Fold fold) {
+        const float* own = weights + row * kScoreStride;
+        float* sum = fold.sum + row * v.padded_value;
+        std::memset(sum, 0, size_t(Rows * v.padded_value) * sizeof(float));
+        for (int64_t i = 0; i < v.num_pieces; ++i) {
+            const Piece& piece = v.pieces[i];
+            const Range range = seen(v, piece, row, Rows);
+            if (range.low >= range.high) continue;
+            if (piece.nodes == nullptr) {
+                values_of<Rows>(own + piece.slot, values_of_piece(v, piece, wide), v.padded_value, range.low, range.high, sum);
+                continue;
             }
             for (int r = 0; r < Rows; ++r)
-                soften(v, (row + r) / v.group, begin, end, own + r * kKeyChunk, fold.top + row + r, fold.total + row + r);
-            return;
+                add_rows(v, piece, (row + r) / v.group, own + r * kScoreStride, false, sum + r * v.padded_value);
         }
-        float* sum = fold.sum + row * v.padded_value;
-        bool is_seen = false;
-        for (int r = 0; r < Rows; ++r) is_seen = is_seen || fold.top[row + r] != -__builtin_inff();
-        if (low >= high || !is_seen) {
-            std::memset(sum, 0, size_t(Rows * v.padded_value) * sizeof(float));
-            return;
+        // Where a hidden key's value is infinite or NaN, 0 times it is NaN: leave keys of weight 0 out then.
+        for (int r = 0; r < Rows; ++r) {
+            float* of_row = sum + r * v.padded_value;
+            if (is_finite(of_row, v.padded_value)) continue;
+            std::memset(of_row, 0, size_t(v.padded_value) * sizeof(float));
+            for (int64_t i = 0; i < v.num_pieces; ++i)
+                add_rows(v, v.pieces[i], (row + r) / v.group, own + r * kScoreStride, true, of_row);
         }
-        for (int r = 0; r < Rows; ++r)
-            if (fold.top[row + r] == -__builtin_inff())
-                for (int64_t j = low; j < high; ++j) own[r * kKeyChunk + j] = 0.0f;
-        values<N, Rows>(own, value_rows, value_stride, v.value_dim, v.padded_value, low, high, sum);
-        for (int r = 0; r < Rows; ++r)
-            if (!is_finite(sum + r * v.padded_value, v.padded_value))
-                careful_values<N>(own + r * kKeyChunk, value_rows, value_stride, v.value_dim, low, high,
-                                  sum + r * v.padded_value);
     }
 
-    template <Number N>
-    static const void* at(const void* base, int64_t index) {
-        return static_cast<const char*>(base) + index * (N == Number::fp32 ? 4 : 2);
+    template <int Rows>
+    static void rows_of(const Visit& v, int64_t row, bool is_value_pass, const float* wide, float* weights, Fold fold) {
+        if (is_value_pass) combine<Rows>(v, row, wide, weights, fold);
+        else weigh<Rows>(v, row, wide, weights, fold);
     }
-
-    template <Number N>
-    static void all_rows(const Visit& v, int64_t begin, int64_t end, const void* keys, int64_t key_stride,
-                         const void* value_rows, int64_t value_stride, bool is_value_pass, float* weights, Fold fold) {
+    static void all_rows(const Visit& v, bool is_value_pass, const float* wide, float* weights, Fold fold) {
         constexpr int kMost = S::kQueryRows;
         int64_t row = 0;
-        for (; row + kMost <= v.rows; row += kMost)
-            rows_of<N, kMost>(v, row, begin, end, keys, key_stride, value_rows, value_stride, is_value_pass, weights, fold);
-        if constexpr (kMost == 4) {
-            if (v.rows - row == 3) {
-                rows_of<N, 3>(v, row, begin, end, keys, key_stride, value_rows, value_stride, is_value_pass, weights, fold);
-                row += 3;
-            }
-            if (v.rows - row == 2) {
-                rows_of<N, 2>(v, row, begin, end, keys, key_stride, value_rows, value_stride, is_value_pass, weights, fold);
-                row += 2;
-            }
+        for (; row + kMost <= v.rows; row += kMost) rows_of<kMost>(v, row, is_value_pass, wide, weights, fold);
+        if constexpr (kMost > 3) {
+            if (v.rows - row == 3) return rows_of<3>(v, row, is_value_pass, wide, weights, fold);
         }
-        for (; row < v.rows; ++row)
-            rows_of<N, 1>(v, row, begin, end, keys, key_stride, value_rows, value_stride, is_value_pass, weights, fold);
+        if constexpr (kMost > 2) {
+            if (v.rows - row == 2) return rows_of<2>(v, row, is_value_pass, wide, weights, fold);
+        }
+        for (; row < v.rows; ++row) rows_of<1>(v, row, is_value_pass, wide, weights, fold);
     }
 
-    // Keys or values of the chunk as fp32, `dim` apart.
+    // Keys or values of a piece as fp32, `padded` apart.
     template <Number N>
-    static void widen(const void* from, int64_t stride, int64_t dim, int64_t padded, int64_t count, float* out) {
+    static void widen(Source from, int64_t padded, int64_t count, float* out) {
         for (int64_t j = 0; j < count; ++j)
-            for (int64_t c = 0; c < dim; c += kLanes)
-                S::store(out + j * padded + c, dim - c >= kLanes ? Reader<S, N>::load(from, j * stride + c)
-                                                                 : Reader<S, N>::load_some(from, j * stride + c, dim - c));
+            for (int64_t c = 0; c < from.dim; c += kLanes)
+                S::store(out + j * padded + c,
+                         from.dim - c >= kLanes ? Reader<S, N>::load(from.at, j * from.stride + c)
+                                                : Reader<S, N>::load_some(from.at, j * from.stride + c, from.dim - c));
     }
-
-    template <Number N>
-    static void chunk_of(const Visit& v, int64_t begin, int64_t end, float* scratch, Fold fold) {
-        float* weights = scratch;
-        const void* keys = at<N>(v.keys, begin * v.key_stride);
-        const void* value_rows = at<N>(v.values, begin * v.value_stride);
-        // With many rows, 16-bit numbers are widened once instead of once for each block of rows.
-        if (N != Number::fp32 && v.rows >= 12) {
-            float* wide = scratch + v.rows * kKeyChunk;
-            widen<N>(keys, v.key_stride, v.head_dim, v.padded_dim, end - begin, wide);
-            all_rows<Number::fp32>(v, begin, end, wide, v.padded_dim, nullptr, 0, false, weights, fold);
-            widen<N>(value_rows, v.value_stride, v.value_dim, v.padded_value, end - begin, wide);
-            all_rows<Number::fp32>(v, begin, end, nullptr, 0, wide, v.padded_value, true, weights, fold);
-            return;
+    static void widen_all(const Visit& v, bool is_value_pass, int64_t padded, float* wide) {
+        for (int64_t i = 0; i < v.num_pieces; ++i) {
+            const Piece& piece = v.pieces[i];
+            if (piece.nodes != nullptr) continue;
+            const Source from = is_value_pass ? values_of_piece(v, piece, nullptr) : keys_of(v, piece, nullptr);
+            float* to = wide + piece.slot * padded;
+            switch (from.number) {
+                case Number::fp32: widen<Number::fp32>(from, padded, piece.count, to); break;
+                case Number::bf16: widen<Number::bf16>(from, padded, piece.count, to); break;
+                case Number::fp16: widen<Number::fp16>(from, padded, piece.count, to); break;
+            }
         }
-        all_rows<N>(v, begin, end, keys, v.key_stride, value_rows, v.value_stride, false, weights, fold);
-        all_rows<N>(v, begin, end, nullptr, 0, value_rows, v.value_stride, true, weights, fold);
     }
 
-    static void attend_chunk(const Visit& v, int64_t begin, int64_t end, float* scratch, Fold fold) {
-        switch (v.number) {
-            case Number::fp32: return chunk_of<Number::fp32>(v, begin, end, scratch, fold);
-            case Number::bf16: return chunk_of<Number::bf16>(v, begin, end, scratch, fold);
-            case Number::fp16: return chunk_of<Number::fp16>(v, begin, end, scratch, fold);
+    static void attend_chunk(const Visit& v, float* scratch, Fold fold) {
+        bool is_narrow = false;
+        for (int64_t i = 0; i < v.num_pieces; ++i) is_narrow = is_narrow || v.pieces[i].number != Number::fp32;
+        // With many rows, 16-bit numbers are widened once instead of once for each block of rows.
+        float* wide = is_narrow && v.rows >= 12 ? scratch + v.rows * kScoreStride : nullptr;
+        for (int pass = 0; pass < 2; ++pass) {
+            const bool is_value_pass = pass == 1;
+            if (wide != nullptr) widen_all(v, is_value_pass, is_value_pass ? v.padded_value : v.padded_dim, wide);
+            all_rows(v, is_value_pass, wide, scratch, fold);
         }
     }
 

@@ -192,7 +192,7 @@ struct Linear {
     template <Number N>
     static void dense_of(const float* x, int64_t ldx, int64_t rows, const void* weight, int64_t stride,
                          int64_t columns, int64_t begin, int64_t end, float* y, int64_t ldy) {
-        constexpr int kRows = S::kQueryRows;
+        constexpr int kRows = S::kDenseRows;
         for (int64_t row = begin; row < end; row += 4) {
             const int outputs = int(end - row < 4 ? end - row : 4);
             int64_t m = 0;

@@ -12,7 +12,8 @@ constexpr int kLanes = 16;
 constexpr int kTile = 16;    // output rows of a packed matrix that are stored together
 constexpr int kBlock = 32;   // columns that share one scale
 constexpr int kRowChunk = 8; // most rows of activations that meet a decoded tile at once
-constexpr int kKeyChunk = 256;  // keys of a strand that one partial covers, from the strand's index 0
+constexpr int kKeyChunk = 256;  // positions that one chunk of attention covers, from position 0 of the sequence
+constexpr int kScoreStride = kKeyChunk + kLanes;  // numbers between the scores of two rows
 
 enum class Number : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 
@@ -71,24 +72,36 @@ struct PackedView {
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3 };
 
-// Queries of one key/value head that visit one strand.
+// The nodes of a draft tree among the keys of a piece: key i is node first_node + i.
+struct DraftNodes {
+    const uint64_t* ancestors;  // per query, `words` words: bit j shows node j
+    int64_t words, num_nodes, first_node;
+    int64_t window;                // nodes `window` or more levels above a query are hidden; 0 for no limit
+    const int64_t* query_depths;   // per query
+    const int64_t* node_depths;
+    int64_t first_slot;            // slot of depth 0; may lie before the chunk or behind it
+};
+
+// Keys of one strand that lie within one chunk. A key's slot is its position, counted from the chunk's first.
+struct Piece {
+    const void* keys;  // [key][head_dim], key_stride numbers apart
+    const void* values;
+    int64_t key_stride, value_stride;
+    int64_t count, slot;  // keys, and the slot of the first of them
+    Number number;
+    const int64_t* low;   // per query: keys outside [low, high) are hidden
+    const int64_t* high;
+    const DraftNodes* nodes;  // where the keys are nodes of a draft, each in the slot of its depth; null for a run
+};
+
+// Queries of one key/value head that visit one chunk.
 struct Visit {
     const float* q;         // [row][padded_dim], scaled, zero behind head_dim; row = query * group + head
     int64_t rows, group;
     int64_t head_dim, value_dim, padded_dim, padded_value;  // the padded ones are multiples of 16
-    const void* keys;       // [key][head_dim], key_stride numbers apart
-    const void* values;
-    int64_t key_stride, value_stride;
-    Number number;
     float softcap;          // 0 for none
-    const int64_t* low;     // per query: keys outside [low, high) are hidden
-    const int64_t* high;
-    const uint64_t* tree;   // per query, tree_words words: bit i shows node i; null for none
-    int64_t tree_words;
-    int64_t tree_start;     // index of node 0 in the strand; negative where the strand holds later nodes only
-    int64_t num_nodes, window;     // of a tree: nodes `window` or more levels above a query are hidden; 0 for no limit
-    const int64_t* query_depths;   // per query
-    const int64_t* node_depths;
+    const Piece* pieces;    // in the order of their slots; those of drafts come last
+    int64_t num_pieces;
 };
 
 // Attention of rows over one chunk of keys or over several: top[r], total[r], sum[r][padded_value], with
@@ -121,8 +134,8 @@ struct Kernels {
                    float* y);
     void (*convert)(const float* x, Number number, int64_t n, void* y);
     void (*widen)(const void* x, Number number, int64_t n, float* y);
-    // Keys [begin, end) of the strand, all within one chunk, into `fold`; scratch holds attend_scratch numbers.
-    void (*attend_chunk)(const Visit&, int64_t begin, int64_t end, float* scratch, Fold fold);
+    // Attention over one chunk into `fold`; scratch holds attend_scratch numbers.
+    void (*attend_chunk)(const Visit&, float* scratch, Fold fold);
     // Merge `from` into `into`, row by row.
     void (*merge_folds)(Fold into, Fold from, int64_t rows, int64_t padded_value);
     // out (value_dim numbers) and lse of row `row` of a fold.
@@ -135,7 +148,7 @@ struct Kernels {
 // Numbers of scratch that attend_chunk needs for this many rows.
 inline int64_t attend_scratch(int64_t rows, int64_t padded_dim, int64_t padded_value) {
     const int64_t widest = padded_dim > padded_value ? padded_dim : padded_value;
-    return rows * kKeyChunk + kKeyChunk * widest;
+    return rows * kScoreStride + kKeyChunk * widest;
 }
 
 const Kernels* scalar_kernels();

@@ -18,7 +18,7 @@ void reserve(Buffer& buffer, int64_t numbers) {
 
 }  // namespace
 
-void Program::run(const RunArguments& a) {
+int64_t Program::run(const RunArguments& a) {
     Pool& pool = Pool::get();
     threads_ = pool.size();
     int64_t widest_qkv = 0, widest_q = 0, widest_out = 0, widest_inner = 0, widest_head = 0;
@@ -43,6 +43,7 @@ void Program::run(const RunArguments& a) {
     inner_.resize(a.rows, widest_inner);
 
     plans_.resize(layers.size());
+    int64_t saved = 0;
     for (size_t index = 0; index < layers.size(); ++index) {
         const Layer& layer = layers[index];
         const Heads& heads = layer.heads;
@@ -64,8 +65,10 @@ void Program::run(const RunArguments& a) {
                               floats_of(attended_) + segment.first_row * out_width, out_width, nullptr});
         }
         plan.finish(room_);
+        saved += plan.saved_visits();
     }
     pool.run([&](Team& team) { walk(team, a); });
+    return saved;
 }
 
 // x += norm(added) where that is given, then norm(x) in int8.

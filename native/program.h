@@ -73,8 +73,8 @@ public:
     std::vector<Layer> layers;
     Projection head;
 
-    // One run at a time; checks nothing: the binding does.
-    void run(const RunArguments& arguments);
+    // One run at a time; checks nothing: the binding does. Returns the visits to chunks that sharing has saved.
+    int64_t run(const RunArguments& arguments);
 
 private:
     void walk(Team& team, const RunArguments& arguments);

@@ -10,10 +10,11 @@ namespace {
 
 struct Avx2 {
     static constexpr int kWideLanes = 8;
-    static constexpr int kQueryRows = 1;
-    static constexpr int kKeyBlock = 4;
-    static constexpr int kValueVectors = 4;
-    static constexpr int kDenseOutputs = 4;
+    static constexpr int kQueryRows = 3;  // of attention that meet a key at once, and of a dense product
+    static constexpr int kDenseRows = 1;
+    // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
+    static constexpr int keys_at_once([[maybe_unused]] int rows) { return rows == 1 ? 4 : 2; }
+    static constexpr int vectors_at_once([[maybe_unused]] int rows) { return rows == 1 ? 4 : 2; }
 
     struct F {
         __m256 lo, hi;
@@ -164,14 +165,28 @@ struct Avx2 {
         return _mm256_add_epi32(even, odd);
     }
 #else
+    // Products of codes with the same four activations, added in pairs. As one piece of code: compilers otherwise load
+    // the activations early and spill them, which costs twice the time of the products.
+    static __m256i products(__m256i codes, const int8_t* x) {
+#if defined(__GNUC__)
+        __m256i result;
+        __asm__("vpbroadcastd %1, %0\n\tvpmaddubsw %0, %2, %0"
+                : "=&x"(result)
+                : "m"(*reinterpret_cast<const int8_t(*)[4]>(x)), "x"(codes));
+        return result;
+#else
+        return _mm256_maddubs_epi16(codes, four(x));
+#endif
+    }
+
     template <int Bits, int Shift, int From, int To>
     static WideInt dot(const Codes<Bits>& codes, const int8_t* x, const int32_t* minus_sum) {
         const __m256i ones = _mm256_set1_epi16(1);
         if constexpr (Bits == 4) {
             // A pair of products is at most 2 * 15 * 127 = 3810, so eight pairs stay below 2^15.
-            __m256i sum = _mm256_maddubs_epi16(codes.at[From], four(x + 4 * From));
+            __m256i sum = products(codes.at[From], x + 4 * From);
             for (int g = From + 1; g < To; ++g)
-                sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes.at[g], four(x + 4 * g)));
+                sum = _mm256_add_epi16(sum, products(codes.at[g], x + 4 * g));
             const __m256i total = _mm256_madd_epi16(sum, ones);
             return Shift < 0 ? total : _mm256_add_epi32(total, correction(minus_sum, Shift < 0 ? 0 : Shift));
         } else if constexpr (Bits == 7) {
@@ -179,7 +194,7 @@ struct Avx2 {
             __m256i total = Shift < 0 ? _mm256_setzero_si256() : correction(minus_sum, Shift < 0 ? 0 : Shift);
             for (int g = From; g < To; ++g)
                 total = _mm256_add_epi32(
-                    total, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.at[g], four(x + 4 * g)), ones));
+                    total, _mm256_madd_epi16(products(codes.at[g], x + 4 * g), ones));
             return total;
         } else {
             // Codes up to 255 would saturate. Give the sign of code - 128 to x instead: a pair of products is

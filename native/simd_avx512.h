@@ -10,10 +10,11 @@ namespace {
 
 struct Avx512 {
     static constexpr int kWideLanes = 16;
-    static constexpr int kQueryRows = 4;
-    static constexpr int kKeyBlock = 4;
-    static constexpr int kValueVectors = 4;
-    static constexpr int kDenseOutputs = 4;
+    static constexpr int kQueryRows = 4;  // of attention that meet a key at once, and of a dense product
+    static constexpr int kDenseRows = 4;
+    // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
+    static constexpr int keys_at_once([[maybe_unused]] int rows) { return 4; }
+    static constexpr int vectors_at_once([[maybe_unused]] int rows) { return 4; }
 
     using F = __m512;
     using Wide = __m512;

@@ -12,10 +12,11 @@ namespace {
 
 struct Scalar {
     static constexpr int kWideLanes = 16;  // lanes of the vectors in which packed rows are multiplied
-    static constexpr int kQueryRows = 2;   // rows and keys that one block of dot products holds
-    static constexpr int kKeyBlock = 4;
-    static constexpr int kValueVectors = 4;  // vectors of one value row that are accumulated at a time
-    static constexpr int kDenseOutputs = 4;
+    static constexpr int kQueryRows = 2;  // of attention that meet a key at once, and of a dense product
+    static constexpr int kDenseRows = 2;
+    // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
+    static constexpr int keys_at_once([[maybe_unused]] int rows) { return 4; }
+    static constexpr int vectors_at_once([[maybe_unused]] int rows) { return 4; }
 
     struct F {
         float at[16];

@@ -89,6 +89,8 @@ class Lowered:
         self._program = native.program(
             model.config.width, model.config.norm.epsilon, _plain(final), _projection(model.head).handle
         )
+        # Of the last call: visits to chunks of strands that were not made, because another sequence's was theirs.
+        self.saved_visits = 0
         self._ropes: list[Rope | None] = []
         for block in _blocks(model):
             self._add(block)
@@ -149,7 +151,7 @@ class Lowered:
         hidden = torch.empty(len(chosen), self.config.width)
         logits = torch.empty(len(chosen), self.head_rows) if with_logits else None
         tables, targets, visits = plan
-        self._program.run(
+        self.saved_visits = self._program.run(
             x.contiguous(), segments, tables.angles, _table(targets, 10), _table(visits, 13), trees,
             chosen.view(-1, 1), hidden, logits,
         )  # fmt: skip

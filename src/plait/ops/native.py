@@ -178,7 +178,7 @@ def partial_attention(
 ) -> Partial:
     """Attention of every query over these keys, as a part that can be merged with others.
 
-    Sums over keys run in chunks of 256 counted from the first key given.
+    Sums over keys run in chunks of 256 positions from multiples of 256; `first_key` says where the keys stand.
     """
     num_queries, num_heads, head_dim = q.shape
     out = torch.empty(num_queries, num_heads, values.shape[2])
