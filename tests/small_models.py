@@ -13,6 +13,7 @@ from plait.nn import (
     Transformer,
     TransformerConfig,
 )
+from plait.weights import WeightFormat
 
 __all__ = ["small_transformer"]
 
@@ -24,9 +25,13 @@ def small_transformer(
     width: int,
     inner: int,
     max_positions: int,
+    format: WeightFormat | None = None,
     **settings: Any,
 ) -> Transformer:
-    """A model with one block for each mixer; `settings` are further fields of `TransformerConfig`."""
+    """A model with one block for each mixer; `settings` are further fields of `TransformerConfig`.
+
+    Its matrices are trainable fp32, or packed in the given format.
+    """
     config = TransformerConfig(
         family="llama",
         vocab_size=vocab_size,
@@ -38,4 +43,4 @@ def small_transformer(
         max_positions=max_positions,
         **settings,
     )
-    return Transformer(config, RandomParameters(seed=seed)).eval()
+    return Transformer(config, RandomParameters(seed, format)).eval()

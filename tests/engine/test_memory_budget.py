@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from plait.decode import Sampling
-from plait.engine import Engine, LanguageModel, Piece, Request, RunningSequence
+from plait.engine import Engine, Generation, LanguageModel, Piece, Request, RunningSequence
 from plait.errors import CapacityError, ConfigError
 from plait.memory import Memory, allocated_bytes
+from plait.nn import Transformer
+from plait.ops import native
 
 Make = Callable[..., LanguageModel]
 
@@ -39,16 +43,25 @@ def random_request(chance: random.Random) -> Request:
     """A request that often has a beginning in common with others; half of them are sampled."""
     prompt = chance.choice(BEGINNINGS)[: chance.choice([0, 32, 50, 96])]
     prompt = prompt + [chance.randrange(1, 257) for _ in range(chance.randrange(1, 60))]
-    sampling = Sampling(temperature=chance.choice([0.0, 0.9]), seed=chance.randrange(1000))
+    sampling = Sampling(temperature=chance.choice([0.0, 0.9]), seed=chance.randrange(1000), logprobs=2)
     return ask(prompt, chance.randrange(1, 16), sampling, chance.choice(["anna", "bert", "carl"]))
 
 
-def alone(lm: LanguageModel, request: Request) -> tuple[int, ...]:
+def answer_alone(lm: LanguageModel, request: Request) -> Generation:
     engine = lm.new_engine(share_prefixes=False)
     sequence = engine.submit(request)
     for _ in engine.run():
         pass
-    return sequence.result().tokens
+    return sequence.result()
+
+
+def alone(lm: LanguageModel, request: Request) -> tuple[int, ...]:
+    return answer_alone(lm, request).tokens
+
+
+def told(answer: Generation) -> tuple[Any, ...]:
+    """What must be the same: natively every bit of what is reported, else the tokens."""
+    return answer.tokens if native.module() is None else answer.choices
 
 
 def bytes_held(engine: Engine) -> int:
@@ -62,8 +75,8 @@ def bytes_held(engine: Engine) -> int:
 
 
 @pytest.mark.parametrize("draft", ["none", "prompt-lookup:match=2,tokens=4,patience=0"])
-def test_a_thousand_requests_answer_as_each_alone(make_small: Make, draft: str) -> None:
-    lm, plain = make_small(draft=draft), make_small()
+def test_a_thousand_requests_answer_as_each_alone(make_packed: Make, draft: str) -> None:
+    lm, plain = make_packed(draft=draft), make_packed()
     budget = 400 * ROW
     engine = lm.new_engine(rows_per_step=48, max_sequences=12, memory_bytes=budget)
     chance = random.Random(7)
@@ -88,11 +101,11 @@ def test_a_thousand_requests_answer_as_each_alone(make_small: Make, draft: str) 
     cancelled = 0
     for sequence, is_doomed in given:
         answer = sequence.result()
-        wanted = alone(plain, sequence.request)
+        wanted = told(answer_alone(plain, sequence.request))
         if is_doomed and answer.finish_reason == "cancelled":
             cancelled += 1
             wanted = wanted[: len(answer.tokens)]
-        assert answer.tokens == wanted
+        assert told(answer) == wanted
     assert cancelled > count // 20
 
 
@@ -165,7 +178,7 @@ class EngineMachine(RuleBasedStateMachine):
     ) -> None:
         for copy in range(copies):
             prompt = [*beginning, *own[copy:], copy + 1]
-            request = ask(prompt, count, Sampling(temperature=temperature, seed=copy), tenant)
+            request = ask(prompt, count, Sampling(temperature=temperature, seed=copy, logprobs=2), tenant)
             self.sequences.append(self.engine.submit(request))
 
     @rule(times=st.integers(1, 5))
@@ -182,14 +195,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def interrupt(self) -> None:
-        block = self.lm.model.blocks[1]
-        hook = block.register_forward_pre_hook(_interrupted)
-        try:
-            self.engine.step()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            hook.remove()
+        with _interrupting(self.lm.model), contextlib.suppress(KeyboardInterrupt):
+            self.pieces += self.engine.step()
 
     @invariant()
     def everything_agrees(self) -> None:
@@ -205,28 +212,49 @@ class EngineMachine(RuleBasedStateMachine):
             self.everything_agrees()
         for sequence in self.sequences:
             answer = sequence.result()
-            wanted = alone(self.lm, sequence.request)
-            assert answer.tokens == wanted[: len(answer.tokens)]
-            assert answer.finish_reason == "cancelled" or answer.tokens == wanted
+            wanted = told(answer_alone(self.lm, sequence.request))
+            assert told(answer) == wanted[: len(answer.tokens)]
+            assert answer.finish_reason == "cancelled" or told(answer) == wanted
             mine = [piece for one, piece in self.pieces if one is sequence]
             assert "".join(piece.text for piece in mine) == answer.text
+
+
+@contextlib.contextmanager
+def _interrupting(model: Transformer) -> Iterator[None]:
+    """Ctrl-C in the middle of every forward pass, when rows were written to the first layers."""
+    program: Any = model.program
+    if program is None:
+        hook = model.blocks[1].register_forward_pre_hook(_interrupted)
+        try:
+            yield
+        finally:
+            hook.remove()
+        return
+    steps, program._program = program._program, SimpleNamespace(run=_interrupted)
+    try:
+        yield
+    finally:
+        program._program = steps
 
 
 def _interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_full_engine_under_any_order_of_events(make_small: Make) -> None:
+def test_a_full_engine_under_any_order_of_events(make_packed: Make) -> None:
     class Machine(EngineMachine):
-        lm = make_small()
+        lm = make_packed()
 
-    # Shared and lone pasts are cut at other places, so a draw on the border of two tokens may fall to either:
-    # the examples are fixed, as they are for the machine that drives a memory.
+    # Natively no bit depends on how the past is cut. In torch it does, so a draw on the border of two tokens may
+    # fall to either: the examples are fixed then.
     Machine.TestCase.settings = settings(
-        max_examples=15, stateful_step_count=25, deadline=None, derandomize=True
+        max_examples=15, stateful_step_count=25, deadline=None, derandomize=native.module() is None
     )
     case = Machine.TestCase()
-    case.runTest()
+    try:
+        case.runTest()
+    finally:
+        del Machine.lm  # Hypothesis keeps the class, and must not keep the model.
 
 
 def test_a_request_that_could_never_fit_is_refused_with_the_numbers(make_small: Make) -> None:
