@@ -219,9 +219,12 @@ class FrozenStrand(Strand):
         """Where the storage lies; found once for each storage, because a forward pass asks in every layer."""
         keys, values = self._keys, self._values
         if self._layout is None or self._layout[0] is not keys:
-            strides = *keys.stride()[:2], *values.stride()[:2]
-            addresses = keys.data_ptr(), values.data_ptr()
-            self._layout = keys, Layout(*addresses, *strides, keys.shape[1], keys.dtype, keys.is_cpu)
+            key_head, key = keys.stride()[:2]
+            value_head, value = values.stride()[:2]
+            self._layout = keys, Layout(
+                keys.data_ptr(), values.data_ptr(), key_head, key, value_head, value, keys.shape[1], keys.dtype,
+                keys.is_cpu,
+            )  # fmt: skip
         return self._layout[1]
 
     @classmethod
