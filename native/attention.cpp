@@ -19,8 +19,8 @@ struct Range {
 // Keys [low, high) that query `i` of the segment may see (a tree's bits come on top).
 Range visible_range(const Mask& mask, int64_t i, int64_t length) {
     const int64_t position = mask.first_query - mask.first_key + (mask.kind == MaskKind::tree ? mask.depths[i] : i);
-    int64_t low = 0, high = length;
-    if (mask.window > 0) low = position - mask.window + 1;
+    int64_t low = mask.first_shown, high = length;
+    if (mask.window > 0) low = std::max(low, position - mask.window + 1);
     if (mask.kind == MaskKind::causal) high = position + 1;
     if (mask.kind == MaskKind::everything && mask.window > 0) high = position + mask.window;
     high = clamp(high, 0, length);
@@ -77,7 +77,12 @@ void AttentionPlan::finish(AttentionScratch& room) {
     is_split_ = threads_ > 1 && int64_t(jobs_.size()) < 8 * threads_ && units_.size() > jobs_.size();
     block_rows_ = most_queries * group_;
     fold_numbers_ = round_up(block_rows_ * (2 + padded_value_), kLanes);
-    scratch_numbers_ = attend_scratch(block_rows_, padded_dim_, padded_value_) + block_rows_ * padded_dim_ +
+    attend_numbers_ = attend_scratch(block_rows_, padded_dim_, padded_value_);
+    for (const StrandVisit& visit : visits_)
+        if (visit.coded_keys != nullptr)
+            attend_numbers_ = std::max(attend_numbers_, coded_scratch(block_rows_, *visit.coded_keys, *visit.coded_values));
+    attend_numbers_ = round_up(attend_numbers_, kLanes);
+    scratch_numbers_ = attend_numbers_ + block_rows_ * padded_dim_ +
                        2 * fold_numbers_ + round_up(4 * most_queries, kLanes);
     const size_t scratch = sizeof(float) * size_t(scratch_numbers_) * size_t(threads_);
     if (room.scratch.size() < scratch) room.scratch = Buffer(scratch);
@@ -95,7 +100,7 @@ Fold AttentionPlan::fold_at(float* base) const {
 
 // Scale and pad the job's queries, and find what each sees.
 void AttentionPlan::prepare(const Job& job, const StrandVisit& visit, Team& team, Visit& prepared) {
-    float* base = scratch_of(team.index) + attend_scratch(block_rows_, padded_dim_, padded_value_);
+    float* base = scratch_of(team.index) + attend_numbers_;
     float* q = base;
     int64_t* low = reinterpret_cast<int64_t*>(base + block_rows_ * padded_dim_ + 2 * fold_numbers_);
     int64_t* high = low + job.num_queries;
@@ -124,6 +129,13 @@ void AttentionPlan::prepare(const Job& job, const StrandVisit& visit, Team& team
                 is_tree ? visit.mask.depths + job.first_query : nullptr, visit.mask.depths};
 }
 
+void AttentionPlan::attend(const Unit& unit, const Visit& prepared, float* scratch, Fold fold) const {
+    const StrandVisit& visit = visits_[size_t(unit.visit)];
+    if (visit.coded_keys == nullptr) return kernels().attend_chunk(prepared, unit.begin, unit.end, scratch, fold);
+    kernels().attend_coded(prepared, *visit.coded_keys, *visit.coded_values, jobs_[size_t(unit.job)].kv_head, unit.begin,
+                           unit.end, scratch, fold);
+}
+
 void AttentionPlan::finish_job(const Job& job, Fold fold) {
     const SegmentQueries& segment = segments_[size_t(job.segment)];
     for (int64_t i = 0; i < job.num_queries; ++i)
@@ -138,7 +150,7 @@ void AttentionPlan::finish_job(const Job& job, Fold fold) {
 void AttentionPlan::run(Team& team) {
     const Kernels& k = kernels();
     float* scratch = scratch_of(team.index);
-    float* own_folds = scratch + attend_scratch(block_rows_, padded_dim_, padded_value_) + block_rows_ * padded_dim_;
+    float* own_folds = scratch + attend_numbers_ + block_rows_ * padded_dim_;
     const Fold total = fold_at(own_folds), fresh = fold_at(own_folds + fold_numbers_);
     const auto clear = [&](Fold fold, int64_t rows) {
         std::fill(fold.top, fold.top + rows, -__builtin_inff());
@@ -156,7 +168,7 @@ void AttentionPlan::run(Team& team) {
                     const Unit& unit = units_[size_t(u)];
                     if (unit.visit != prepared) prepare(job, visits_[size_t(unit.visit)], team, visit);
                     prepared = unit.visit;
-                    k.attend_chunk(visit, unit.begin, unit.end, scratch, fresh);
+                    attend(unit, visit, scratch, fresh);
                     k.merge_folds(total, fresh, rows, padded_value_);
                 }
                 finish_job(job, total);
@@ -170,7 +182,7 @@ void AttentionPlan::run(Team& team) {
             const Unit& unit = units_[size_t(u)];
             Visit visit;
             prepare(jobs_[size_t(unit.job)], visits_[size_t(unit.visit)], team, visit);
-            k.attend_chunk(visit, unit.begin, unit.end, scratch, fold_at(folds + u * fold_numbers_));
+            attend(unit, visit, scratch, fold_at(folds + u * fold_numbers_));
         }
     });
     team.share(int64_t(jobs_.size()), 1, [&](int64_t begin, int64_t end) {

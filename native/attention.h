@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "codes.h"
 #include "kernels.h"
 #include "packed.h"
 #include "threads.h"
@@ -20,6 +21,7 @@ struct Mask {
     const int64_t* depths = nullptr;   // tree: of each query
     const uint64_t* ancestors = nullptr;  // tree: per query, `words` words of bits
     int64_t words = 0;
+    int64_t first_shown = 0;           // keys before this index are hidden from all
 };
 
 struct Heads {
@@ -37,6 +39,9 @@ struct StrandVisit {
     int64_t length;
     Number number;
     Mask mask;
+    // Where the strand is stored in few bits; `keys` and `values` are not used then.
+    const CodedNumbers* coded_keys = nullptr;
+    const CodedNumbers* coded_values = nullptr;
 };
 
 // The queries of one segment: its visits are [first_visit, last_visit) of the plan, oldest first.
@@ -75,6 +80,7 @@ private:
         int64_t job, visit, begin, end;
     };
     void prepare(const Job& job, const StrandVisit& visit, Team& team, Visit& prepared);
+    void attend(const Unit& unit, const Visit& prepared, float* scratch, Fold fold) const;
     void finish_job(const Job& job, Fold fold);
     bool is_visible(const Job& job, const StrandVisit& visit, int64_t begin, int64_t end) const;
     Fold fold_at(float* base) const;
@@ -83,7 +89,7 @@ private:
     Heads heads_{};
     int threads_ = 1;
     int64_t group_ = 1, padded_dim_ = 0, padded_value_ = 0, block_queries_ = 1;
-    int64_t block_rows_ = 1, fold_numbers_ = 0, scratch_numbers_ = 0;
+    int64_t block_rows_ = 1, fold_numbers_ = 0, scratch_numbers_ = 0, attend_numbers_ = 0;
     bool is_split_ = false;
     std::vector<StrandVisit> visits_;
     std::vector<SegmentQueries> segments_;

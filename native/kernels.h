@@ -99,6 +99,8 @@ struct Fold {
     float* sum;
 };
 
+struct CodedNumbers;
+
 struct Kernels {
     const char* name;
 
@@ -123,6 +125,9 @@ struct Kernels {
     void (*widen)(const void* x, Number number, int64_t n, float* y);
     // Keys [begin, end) of the strand, all within one chunk, into `fold`; scratch holds attend_scratch numbers.
     void (*attend_chunk)(const Visit&, int64_t begin, int64_t end, float* scratch, Fold fold);
+    // The same where keys and values are coded, of one head; scratch holds coded_scratch numbers.
+    void (*attend_coded)(const Visit&, const CodedNumbers& keys, const CodedNumbers& values, int64_t head, int64_t begin,
+                         int64_t end, float* scratch, Fold fold);
     // Merge `from` into `into`, row by row.
     void (*merge_folds)(Fold into, Fold from, int64_t rows, int64_t padded_value);
     // out (value_dim numbers) and lse of row `row` of a fold.

@@ -255,6 +255,7 @@ NB_MODULE(_native, m) {
     bind_rows(m);
     bind_linear(m);
     bind_attention(m);
+    bind_codes(m);
     bind_sampling(m);
     bind_program(m);
 }

@@ -424,12 +424,13 @@ class Engine:
             return None
         path, choices = verify(feed.tree, logits, sequence.sampler, sequence.history)
         prompt_rows = len(feed.tokens) - len(feed.tree)
+        # Where the codec stores tokens on the way, the guesses behind that place are made anew.
+        count = past.rows_at_once(prompt_rows + 1, prompt_rows + len(path)) - prompt_rows
+        # A stop inside the accepted path leaves rows of tokens that are not part of the answer.
+        piece = sequence.accept(choices[:count])
+        path = path[: len(piece.choices)]
         kept = [*range(prompt_rows), *(prompt_rows + node for node in path)]
         past.commit(None if len(kept) == len(feed.tokens) else kept)
-        piece = sequence.accept(choices)
-        if len(past) >= len(sequence.tokens):
-            # A stop inside the accepted path left rows of tokens that are not part of the answer.
-            past.truncate(len(sequence.tokens) - 1)
         self._speculators[sequence].observe(sequence.tokens, feed.tree, path, logits)
         return piece
 

@@ -148,6 +148,11 @@ class Memory:
             self.plan.codec.seal(self, is_prompt=is_prompt)
         self.plan.policy.settle(self)
 
+    def rows_at_once(self, least: int, most: int) -> int:
+        """How many of `most` pending rows are committed together; see `Codec.rows_at_once`."""
+        most = self.plan.policy.rows_at_once(self, least, most)
+        return most if self.plan.policy.stores else self.plan.codec.rows_at_once(self, least, most)
+
     def truncate(self, length: int) -> None:
         """Forget every token at position `length` or later. Pending rows before it stay pending.
 
@@ -308,8 +313,7 @@ class Memory:
         Raises:
             ConfigError: it does not start where the sequence ends, or the policy would cut a strand that cannot
                 be cut; the memory is of no use then.
-            IncompatibleError: codec or policy keep notes that say nothing of its tokens, or the policy sees
-                strands in pieces.
+            IncompatibleError: codec or policy keep notes that say nothing of its tokens.
         """
         if strand.position != len(self):
             raise ConfigError(
@@ -317,11 +321,6 @@ class Memory:
             )
         for notes in self.notes:
             notes.check_splice()
-        if self.plan.policy.cuts:
-            raise IncompatibleError(
-                f"Policy {self.plan.policy.name} sees the past in pieces, and a strand such as parallel contexts cannot "
-                "be cut. Use memory='full', or read the texts one after the other."
-            )
         self.freeze()
         self._stand_behind([strand])
         self.plan.policy.visits(self, Segment(0, 1, len(self), Causal()))
@@ -384,6 +383,11 @@ class Memory:
             if 0 < length - strand.position < len(strand):
                 strand.check_split(length - strand.position)
         self.plan.policy.check_truncate(self, length)
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether codec or policy wants to learn from the queries of the next forward pass."""
+        return self.plan.codec.observes(self) or self.plan.policy.observes(self)
 
     def observe(self, seen: Seen) -> None:
         """Tell codec and policy what the queries of a forward pass found."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from plait import ops
 from plait.errors import CapacityError, ConfigError
 from plait.ops import Angles, Mask, Partial, Rope, rotate
+from plait.ops.coded import CodedForm
 
 __all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Strand", "allocated_bytes"]
 
@@ -67,6 +68,9 @@ class Strand:
         start: frame position of the first token.
     """
 
+    # Whether it can be cut anywhere; a policy that sees the past in pieces sees one that cannot as a whole.
+    is_divisible: ClassVar[bool] = True
+
     heads: Heads
     offset: int
     start: int
@@ -91,6 +95,10 @@ class Strand:
         """
         raise NotImplementedError
 
+    def native_form(self) -> CodedForm | None:
+        """How the native operations read this strand's codes; None where they cannot, or there are none."""
+        return None
+
     def split(self, at: int) -> tuple[Self, Self]:
         """Two strands that hold tokens [0, at) and [at, T). They share storage with this one."""
         raise NotImplementedError
@@ -99,6 +107,12 @@ class Strand:
         """The same tokens `by` positions further on. Shares storage; no key is touched."""
         twin = copy.copy(self)
         twin.offset += by
+        return twin
+
+    def weighed_by(self, heads: Heads) -> Self:
+        """The same tokens, sharing storage, with a geometry that differs in the factors on scores only."""
+        twin = copy.copy(self)
+        twin.heads = heads
         return twin
 
     def reframed(self, offset: int) -> Self:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import FrozenStrand, Memory, Past, Rows, Visit, check_pasts
+from plait.memory import FrozenStrand, Memory, Past, Rows, Strand, Visit, check_pasts
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.mixers.attention import Attention
 from plait.nn.transformer import Block, Transformer
 from plait.ops import Angles, Causal, Everything, Mask, Rope, Tree, native
+from plait.ops.coded import CODED
 from plait.ops.native import ACTIVATIONS, NUMBERS, Projection, tree_bits
 from plait.weights import Linear
 
@@ -104,8 +105,8 @@ class Lowered:
     ) -> tuple[Tensor, Tensor | None] | None:
         """Hidden rows, normalised for the head, and their logits; None where the program does not apply.
 
-        It applies to causal, full and tree masks, and to memories of dense strands on the CPU in which
-        nobody observes and every query of a segment sees what the segment's mask and a window show.
+        It applies to causal, full and tree masks, and to memories of dense and coded strands on the CPU in
+        which nobody observes and every query of a segment sees what the segment's mask and a window show.
         Nothing is written where it does not.
 
         Args:
@@ -150,7 +151,7 @@ class Lowered:
         tables, targets, visits = plan
         self._program.run(
             x.contiguous(), segments, tables.angles, torch.tensor(targets, dtype=torch.int64).view(-1, 10),
-            torch.tensor(visits, dtype=torch.int64).view(-1, 13), trees, chosen.view(-1, 1), hidden, logits,
+            torch.tensor(visits, dtype=torch.int64).view(-1, 14), trees, chosen.view(-1, 1), hidden, logits,
         )  # fmt: skip
         return hidden, None if logits is None else self.finish(logits)
 
@@ -168,17 +169,17 @@ class Lowered:
                 targets += (*_layout(keys, values), keys.shape[1], first, NUMBERS[keys.dtype], key_table)
                 for visit in memory.plan.policy.visits(memory, segment):
                     strand = visit.strand
-                    if not isinstance(strand, FrozenStrand) or visit != Visit(
-                        strand, visit.window, turned_at=visit.turned_at
-                    ):
+                    layout = _stored(strand)
+                    if layout is None or visit != Visit(strand, visit.window, turned_at=visit.turned_at):
                         return None
                     if visit.turned_at is None:
                         table = tables.index(rope, [strand.offset] * len(memories))
                     else:
                         table = tables.pinned(rope, visit.turned_at)
                     tables.strands.append(strand)
-                    visits += (layer, index, *_layout(strand.keys, strand.values), len(strand))
-                    visits += (NUMBERS[strand.keys.dtype], strand.position, visit.window or 0, table)
+                    where, number, first = layout
+                    visits += (layer, index, *where, first + len(strand), number, strand.position - first)
+                    visits += (visit.window or 0, table, first)
         return tables, targets, visits
 
     def _add(self, block: Block) -> None:
@@ -216,7 +217,7 @@ class _Tables:
         self.rows = rows
         self.angles: list[tuple[Tensor, Tensor]] = []
         # Visited by address, so they must live as long as the call.
-        self.strands: list[FrozenStrand] = []
+        self.strands: list[Strand] = []
         self.known: dict[tuple[Rope, tuple[int, ...] | int], int] = {}
 
     def index(self, rope: Rope | None, offsets: list[int]) -> int:
@@ -249,12 +250,23 @@ def _segments(rows: Rows) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
 
 
 def _is_plain(memory: object) -> bool:
-    """Whether a memory has dense strands on the CPU only, and nobody observes."""
+    """Whether a memory has strands that the program can read, and nobody observes."""
     return (
         isinstance(memory, Memory)
-        and not memory.plan.observes
-        and all(isinstance(strand, FrozenStrand) and strand.keys.is_cpu for strand in memory.held())
+        and not memory.is_observed
+        and all(_stored(strand) is not None for strand in memory.held())
     )
+
+
+def _stored(strand: Strand) -> tuple[tuple[int, int, int, int, int, int], int, int] | None:
+    """Where and how a strand's numbers lie, and its first token there; None where a kernel cannot read them."""
+    if isinstance(strand, FrozenStrand):
+        keys, values = strand.keys, strand.values
+        return (_layout(keys, values), NUMBERS[keys.dtype], 0) if keys.is_cpu else None
+    form = strand.native_form()
+    if form is None:
+        return None
+    return (form.keys.address(), form.values.address(), 0, 0, 0, 0), CODED, form.first
 
 
 def _layout(keys: Tensor, values: Tensor) -> tuple[int, int, int, int, int, int]:
