@@ -61,7 +61,9 @@ class TokenData:
             self.weights = torch.ones(len(self.ids))
         counts = {sum(self.lengths), len(self.ids), len(self.weights), *map(len, self.notes.values())}
         if len(counts) != 1:
-            raise ConfigError(f"TokenData needs one weight and one note a token. Got lengths {sorted(counts)}.")
+            raise ConfigError(
+                f"TokenData needs one weight and one note a token. Got lengths {sorted(counts)}."
+            )
 
     @classmethod
     def of(cls, documents: Sequence[Sequence[int]]) -> TokenData:
@@ -100,6 +102,10 @@ class TokenData:
         run = slice(sum(lengths))
         notes = {name: note[run] for name, note in self.notes.items()}
         return TokenData(self.ids[run], lengths, self.weights[run], notes)
+
+    def counting_all(self) -> TokenData:
+        """The same documents with every token of weight 1."""
+        return TokenData(self.ids, self.lengths, notes=self.notes)
 
     def with_notes(self, notes: Mapping[str, Tensor]) -> TokenData:
         """The same documents with more notes."""
@@ -181,7 +187,7 @@ class Batches:
         index = int(torch.searchsorted(self._ends, low, right=True))
         batch = []
         while low < high:
-            start, stop = self.pieces[self._order[index]].tolist()
+            stop = int(self.pieces[self._order[index], 1])
             end = int(self._ends[index])
             first = stop - (end - low)
             last = min(stop, first + high - low)

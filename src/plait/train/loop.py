@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -72,8 +72,9 @@ class Trainer:
         parameters = list(model.parameters())
         decaying = [parameter for parameter in parameters if parameter.dim() > 1]
         others = [parameter for parameter in parameters if parameter.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decaying}, {"params": others, "weight_decay": 0.0}],
+            groups,
             lr=training.learning_rate,
             betas=(training.beta1, training.beta2),
             weight_decay=training.weight_decay,
@@ -109,8 +110,9 @@ class Trainer:
             PlaitError: the loss is no longer a number; the last checkpoint stands.
         """
         training = self.config.training
-        if self.step == 0:
+        if not self.evaluations:
             self._evaluate()
+        if self.step == 0:
             self.save()
         with _interrupts() as interrupted, Progress(what, training.steps, self.step) as progress:
             while self.step < training.steps:
@@ -152,7 +154,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.config.objective.loss(self.model, self.batches[self.step], random)
         value = float(loss.value.detach())
-        loss.value.backward()  # type: ignore[no-untyped-call]
+        loss.value.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip)
         if not (torch.isfinite(norm) and torch.isfinite(loss.value)):
             raise PlaitError(

@@ -28,9 +28,10 @@ from plait.train.data import TokenData
 from plait.train.loop import CHECKPOINT, Trainer
 from plait.train.objectives import Objective
 from plait.train.recipes import Recipe
+from plait.weights import Packed
 from plait.weights.ggml import FP32
 
-__all__ = ["RunResult", "fresh_parameters", "open_start", "prepare", "resume", "train_new", "tune"]
+__all__ = ["RunResult", "finish", "fresh_parameters", "open_start", "prepare", "resume", "train_new", "tune"]
 
 _STATE, _DATA, _HELD_OUT, _RESULT = "training", "data.safetensors", "held_out.safetensors", "result.json"
 
@@ -225,11 +226,12 @@ class _Scaled(RandomParameters):
         super().__init__(seed)
         self.scale = scale
 
-    def matrix(self, names: Sequence[str], columns: int, rows: Sequence[int]):  # type: ignore[no-untyped-def]
+    def matrix(self, names: Sequence[str], columns: int, rows: Sequence[int]) -> Packed:
         made = super().matrix(names, columns, rows)
         if names[0].endswith(("mixer.output.weight", "feed_forward.down.weight")):
             with torch.no_grad():
-                made.weight.mul_(self.scale)
+                for weight in made.parameters():
+                    weight.mul_(self.scale)
         return made
 
 

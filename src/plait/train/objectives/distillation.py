@@ -65,4 +65,7 @@ class Distillation(Objective, name="distillation"):
         hard = mean_loss(cross_entropy(logits, found.wanted), found.weights)
         value = self.hard * hard + (1 - self.hard) * soft
         agree = (logits.argmax(dim=-1) == tokens[:, 0]).float().mean()
-        return Loss(value, {"text": float(hard), "teacher": float(soft), "agreement": float(agree)})
+        return Loss(
+            value,
+            {"text": float(hard.detach()), "teacher": float(soft.detach()), "agreement": float(agree)},
+        )

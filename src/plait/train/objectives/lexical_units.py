@@ -93,7 +93,7 @@ class LexicalUnits(Objective, name="lud"):
             wanted.append(piece.ids[1:])
             weights.append(piece.weights[1:])
             first = torch.zeros(count)
-            first[[unit.start for unit in part.units]] = 1.0
+            first[torch.tensor([unit.start for unit in part.units], dtype=torch.int64)] = 1.0
             firsts.append(first[1:] * piece.weights[1:])
             pad_rows.append(torch.arange(segment.start + count, segment.start + segment.length))
             labels.append(part.labels)
@@ -105,7 +105,7 @@ class LexicalUnits(Objective, name="lud"):
         # A unit's loss is that of all its tokens; the first is predicted by a row of the text itself.
         units = mean_loss(losses, torch.cat([*firsts, *pad_weights]))
         value = (1 - self.mix) * text + self.mix * units
-        return Loss(value, {"text": float(text), "units": float(units)})
+        return Loss(value, {"text": float(text.detach()), "units": float(units.detach())})
 
     def _chosen(self, piece: Piece, random: torch.Generator) -> list[Unit]:
         units = find_units(piece.notes["confidence"], piece.weights, self.alpha, self.pads + 1)
@@ -177,5 +177,9 @@ def placeholders(
             weights.append(counts[unit.start + j] * (1.0 if j < unit.length else tail))
     tokens = torch.cat([piece.ids, torch.full((len(labels),), placeholder, dtype=torch.int64)])
     return Placeholders(
-        list(units), tokens, parents, piece.ids[torch.tensor(labels, dtype=torch.int64)], torch.tensor(weights)
+        list(units),
+        tokens,
+        parents,
+        piece.ids[torch.tensor(labels, dtype=torch.int64)],
+        torch.tensor(weights),
     )
