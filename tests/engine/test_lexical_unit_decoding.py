@@ -16,25 +16,25 @@ from plait.text import Tokenizer
 from plait.train import LexicalUnits, ModelShape, TokenData
 from plait.train.runs import fresh_parameters
 
-PHRASES = (b"the cat sat on the mat. ", b"of the united states. ", b"for i in range(9): ", b"once upon a time ")
+PHRASES = ("the cat sat on the mat. ", "of the united states. ", "for i in range(9): ", "once upon a time ")
 PLACEHOLDER = 0
 
 
 @pytest.fixture(scope="module")
-def tuned() -> Transformer:
+def tuned(byte_tokenizer: Tokenizer) -> Transformer:
     """A model of bytes that knows four phrases by heart, with the end token as placeholder."""
     random = torch.Generator().manual_seed(0)
     order = torch.randint(0, len(PHRASES), (400,), generator=random).tolist()
-    text = b"".join(PHRASES[index] for index in order)
-    data = TokenData.of([[1 + byte for byte in text[start : start + 64]] for start in range(0, 6400, 64)])
+    ids = byte_tokenizer.encode("".join(PHRASES[index] for index in order))
+    data = TokenData.of([ids[start : start + 64] for start in range(0, 6400, 64)])
     shape = ModelShape(width=48, blocks=2, heads=2, kv_heads=1, inner=96, vocab_size=258, context=512)
     config = shape.transformer(257, PLACEHOLDER)
     model = Transformer(config, fresh_parameters(config.blocks, 0))
-    objective = LexicalUnits(alpha=0.5, share=0.15)
+    objective = LexicalUnits(alpha=0.5, share=0.25)
     data = data.with_notes({"confidence": torch.ones(len(data))})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     pieces = [data.piece(start, stop) for start, stop in data.pieces(64)]
-    for step in range(70):
+    for step in range(160):
         batch = [pieces[index] for index in torch.randint(0, 100, (4,), generator=random).tolist()]
         optimizer.zero_grad()
         objective.loss(model, batch, torch.Generator().manual_seed(step)).value.backward()
@@ -42,7 +42,9 @@ def tuned() -> Transformer:
     return model.requires_grad_(False).eval()
 
 
-def language_model(model: Transformer, tokenizer: Tokenizer, draft: str, memory: str = "full") -> LanguageModel:
+def language_model(
+    model: Transformer, tokenizer: Tokenizer, draft: str, memory: str = "full"
+) -> LanguageModel:
     return LanguageModel(
         name="phrases", model=model, tokenizer=tokenizer, chat_template=None,
         plan=MemoryPlan.parse(memory), draft=SPECULATORS.parse(draft),
@@ -54,10 +56,8 @@ def answers(lm: LanguageModel, temperature: float = 0.0, count: int = 60) -> tup
     engine = lm.new_engine()
     sampling = Sampling(temperature=temperature, seed=5)
     running = [
-        engine.submit(
-            lm.request(lm.encode(prompt), max_new_tokens=count, ignore_end=True, sampling=sampling)
-        )
-        for prompt in ("the cat sa", "of the uni", "for i in range(9): once", "zzz")
+        engine.submit(lm.request(lm.encode(prompt), max_new_tokens=count, ignore_end=True, sampling=sampling))
+        for prompt in ("the cat sa", "of the uni", "for i in range(9): once", "once upo")
     ]
     passes = 0
     while not engine.is_idle:
@@ -76,7 +76,9 @@ def test_verified_answers_are_those_of_plain_decoding(
         assert answers(language_model(tuned, byte_tokenizer, draft, memory), temperature)[0] == plain
 
 
-def test_a_beta_above_1_is_plain_decoding_in_both_modes(tuned: Transformer, byte_tokenizer: Tokenizer) -> None:
+def test_a_beta_above_1_is_plain_decoding_in_both_modes(
+    tuned: Transformer, byte_tokenizer: Tokenizer
+) -> None:
     plain = answers(language_model(tuned, byte_tokenizer, "none"))
     for mode in ("verified", "lossy"):
         assert answers(language_model(tuned, byte_tokenizer, f"lud:beta=1.01,mode={mode}")) == plain
@@ -87,7 +89,7 @@ def test_known_phrases_take_fewer_passes_and_stay_what_they_are(
 ) -> None:
     plain, passes = answers(language_model(tuned, byte_tokenizer, "none"))
     for mode in ("verified", "lossy"):
-        found, fewer = answers(language_model(tuned, byte_tokenizer, f"lud:beta=0.8,mode={mode}"))
+        found, fewer = answers(language_model(tuned, byte_tokenizer, f"lud:beta=0.5,mode={mode}"))
         assert fewer < 0.6 * passes
         # The text that was learned leaves nothing to doubt, so trusting it changes nothing here.
         assert found[0] == plain[0]

@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 
 from plait.nn import Transformer
-from plait.nn.mixers import AttentionConfig
-from plait.nn.rotary import RopeConfig
-from plait.train import LexicalUnits, ModelShape, NextToken, RunConfig, TokenData, Trainer, Training
+from plait.train import ModelShape, NextToken, RunConfig, TokenData, Trainer, Training
 from plait.train.objectives import Objective
 from plait.train.runs import fresh_parameters
 

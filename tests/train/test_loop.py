@@ -20,6 +20,7 @@ from plait.train import Distillation, LexicalUnits, NextToken, Objective, RunCon
 from plait.train.checkpoint import load_checkpoint
 from plait.train.loop import CHECKPOINT
 
+
 def test_a_run_learns(tmp_path: Path) -> None:
     done = new_trainer(tmp_path, run_config(steps=40, learning_rate=1e-2)).run()
     assert done.losses[-1] < 0.8 * done.losses[0]
@@ -60,7 +61,9 @@ def forked(folder: Path, told: int) -> int:
     try:
         torch.set_num_threads(1)
         started = (folder / CHECKPOINT).exists()
-        trainer = Trainer.resume(small_data(), small_data(3, seed=9), folder) if started else new_trainer(folder)
+        trainer = (
+            Trainer.resume(small_data(), small_data(3, seed=9), folder) if started else new_trainer(folder)
+        )
         update = trainer._update
 
         def slow() -> float:
@@ -135,9 +138,7 @@ def test_a_checkpoint_of_other_data_or_another_model_is_refused(tmp_path: Path) 
     from plait.train.checkpoint import restore
 
     tensors = load_checkpoint(tmp_path / CHECKPOINT).tensors
-    other = Transformer(
-        run_config().model, RandomParameters()
-    ).with_blocks([0])
+    other = Transformer(run_config().model, RandomParameters()).with_blocks([0])
     with pytest.raises(ConfigError, match=r"another model: blocks\.1"):
         restore(other, trainer.optimizer, tensors)
 
@@ -146,7 +147,13 @@ def test_a_damaged_checkpoint_is_one_error(tmp_path: Path) -> None:
     new_trainer(tmp_path).save()
     path = tmp_path / CHECKPOINT
     whole = path.read_bytes()
-    for content in (b"", whole[:100], whole[:-1], b"GGUF" + whole[4:], whole.replace(b'"version', b'"vers1on')):
+    for content in (
+        b"",
+        whole[:100],
+        whole[:-1],
+        b"GGUF" + whole[4:],
+        whole.replace(b'"version', b'"vers1on'),
+    ):
         path.write_bytes(content)
         with pytest.raises(ModelFileError, match="no checkpoint to resume from"):
             load_checkpoint(path)
@@ -196,7 +203,8 @@ def test_configs_are_the_same_after_json(objective: Objective) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["steps=0", "rows=1", "learning_rate=0", "beta1=1", "clip=0", "floor=2", "seed=-1", "save_every=0"]
+    "setting",
+    ["steps=0", "rows=1", "learning_rate=0", "beta1=1", "clip=0", "floor=2", "seed=-1", "save_every=0"],
 )
 def test_settings_outside_their_limits_are_named(setting: str) -> None:
     name = setting.partition("=")[0]

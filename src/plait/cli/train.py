@@ -147,13 +147,13 @@ def lud(
     def start() -> Trainer:
         recipe = _changed(lexical_units(), training)
         recipe = dataclasses.replace(recipe, objective=changed(recipe.objective, objective))
-        base, tokenizer = open_start(model, placeholder=placeholder)
+        base, tokenizer, template = open_start(model, placeholder=placeholder)
         if texts:
             corpus = _read(texts)
             held_out = encoded(corpus.held_out, tokenizer) if corpus.held_out else None
             return tune(
                 recipe, model, base, tokenizer, encoded(corpus.learned, tokenizer), held_out, out,
-                corpus=corpus.description,
+                corpus=corpus.description, template=template,
             )  # fmt: skip
         writer = load(model)
         corpus = python_corpus()
@@ -168,6 +168,7 @@ def lud(
             held_out,
             out,
             corpus=f"its own answers, {corpus.description}",
+            template=template,
         )
 
     given = bool(texts or objective or training)
@@ -198,7 +199,7 @@ def draft(
 
     def start() -> Trainer:
         recipe = dataclasses.replace(_changed(draft_recipe(), training), blocks=blocks)
-        base, tokenizer = open_start(model)
+        base, tokenizer, _ = open_start(model)
         writer = load(model)
         corpus = python_corpus()
         data = own_text(writer, prompts_from(writer, corpus.learned, prompts), 96)

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import torch
 
+from plait.engine.loading import read_text_side
 from plait.errors import ConfigError
 from plait.files import write_text
 from plait.hub import resolve
 from plait.nn import RandomParameters, Transformer, load_transformer, save_transformer
 from plait.nn.checkpoints import open_checkpoint
 from plait.nn.save import GivenParameters, named_tensors, written_settings
-from plait.text import Tokenizer, learn_byte_bpe
+from plait.text import ChatTemplate, Tokenizer, learn_byte_bpe
 from plait.text.byte_bpe import PLACEHOLDER
 from plait.train.config import RunConfig
 from plait.train.corpus import Corpus, encoded
@@ -152,6 +153,7 @@ def tune(
     folder: Path,
     *,
     corpus: str,
+    template: ChatTemplate | None = None,
 ) -> Trainer:
     """A run that starts from a model.
 
@@ -163,6 +165,7 @@ def tune(
         data, held_out: to learn from and to measure on.
         folder: where to.
         corpus: what the data is, in words.
+        template: of the model, to be kept beside it.
 
     Raises:
         ConfigError: more blocks than the model has, or the folder holds a run.
@@ -180,7 +183,10 @@ def tune(
     )
     data = objective.annotate(data, teacher)
     held_out = None if held_out is None else objective.annotate(held_out.first(recipe.measured), teacher)
-    return prepare(folder, config, own, tokenizer, data, held_out)
+    trainer = prepare(folder, config, own, tokenizer, data, held_out)
+    if template is not None:
+        write_text(folder / "chat_template.jinja", template.source)
+    return trainer
 
 
 def spread(chosen: int, count: int) -> list[int]:
@@ -190,8 +196,10 @@ def spread(chosen: int, count: int) -> list[int]:
     return [round(index * (count - 1) / (chosen - 1)) for index in range(chosen)]
 
 
-def open_start(name: str, *, placeholder: str | None = None) -> tuple[Transformer, Tokenizer]:
-    """A model to start from, in fp32 and torch, and its tokenizer.
+def open_start(
+    name: str, *, placeholder: str | None = None
+) -> tuple[Transformer, Tokenizer, ChatTemplate | None]:
+    """A model to start from, in fp32 and torch, with its tokenizer and chat template.
 
     Args:
         name: as `plait.load` takes it.
@@ -200,11 +208,9 @@ def open_start(name: str, *, placeholder: str | None = None) -> tuple[Transforme
     Raises:
         ConfigError: the vocabulary has no token of that name, or it is not one that text never holds.
     """
-    from plait.engine.loading import read_text_side
-
     with open_checkpoint(resolve(name)) as checkpoint:
         model = load_transformer(checkpoint, FP32())
-        tokenizer, _ = read_text_side(checkpoint)
+        tokenizer, template = read_text_side(checkpoint)
     if placeholder is not None and model.config.placeholder is None:
         id = tokenizer.id_of(placeholder)
         if id is None or id not in tokenizer.special_ids or id in tokenizer.eos_ids | {tokenizer.bos_id}:
@@ -213,7 +219,7 @@ def open_start(name: str, *, placeholder: str | None = None) -> tuple[Transforme
                 "a text. Name another one."
             )
         model.config = replace(model.config, placeholder=id)
-    return model, tokenizer
+    return model, tokenizer, template
 
 
 def fresh_parameters(blocks: Sequence[object], seed: int) -> RandomParameters:
