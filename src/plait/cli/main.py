@@ -8,7 +8,7 @@ import typer
 import typer.core
 
 from plait import __version__
-from plait.cli import claims, generate, methods, models
+from plait.cli import claims, generate, methods, models, train
 from plait.cli.common import say
 from plait.errors import PlaitError
 
@@ -71,6 +71,7 @@ app.command("pull")(models.pull)
 app.command("models")(models.models)
 app.command("info")(models.info)
 app.command("methods")(methods.methods)
+app.add_typer(train.app, name="train")
 app.add_typer(claims.app, name="claims")
 
 

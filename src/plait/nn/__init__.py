@@ -6,6 +6,7 @@ from plait.nn.config import BlockConfig, FeedForwardConfig, MixerConfig, NormCon
 from plait.nn.load import describe, load_transformer
 from plait.nn.lowered import lower
 from plait.nn.parameters import CheckpointParameters, Parameters, RandomParameters
+from plait.nn.save import save_transformer
 from plait.nn.transformer import Transformer
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "describe",
     "load_transformer",
     "lower",
+    "save_transformer",
 ]

@@ -234,6 +234,9 @@ class Transformer(nn.Module):
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        if self.config.placeholder is not None:
+            at = torch.tensor([self.config.placeholder], device=logits.device)
+            logits = logits.index_fill(-1, at, -torch.inf)
         return logits
 
     def _learned_positions(self, rows: Rows) -> Tensor:
