@@ -8,6 +8,7 @@
 namespace plait {
 
 constexpr int64_t kMostWidth = 1024;     // channels of a head that is stored in codes
+constexpr int64_t kCodedTokens = 64;     // tokens that are numbers at once; divides a chunk of keys
 constexpr int64_t kLargestGroup = int64_t(1) << 40;
 
 // A matrix (tokens, channels of all heads) as code * scale + minimum. A row of codes is a stream of bits, the lowest
@@ -72,7 +73,7 @@ inline int64_t coded_scratch(int64_t rows, const CodedNumbers& keys, const Coded
     const int64_t widest = wide_k > wide_v ? wide_k : wide_v;
     const int64_t key_factor = keys.stored.width * keys.padded(keys.rank());
     const int64_t value_factor = values.padded(values.rank()) * values.padded(values.dim);
-    return rows * (kKeyChunk + wide_k + wide_v) + kKeyChunk * widest +
+    return rows * (kKeyChunk + wide_k + wide_v) + kCodedTokens * widest +
            (key_factor > value_factor ? key_factor : value_factor);
 }
 

@@ -42,7 +42,7 @@ CASES: list[tuple[Heads, str]] = [
     (GQA, "think:ratio=0.4,dense:dtype=bf16"),
     (ODD, "think:ratio=0.3,value_ratio=0.4,dense:dtype=fp16"),
     (GQA, "think:ratio=0.4,gear:bits=4"),
-    (ODD, "think:ratio=0.5,value_ratio=0.2,gear:bits=3,group=17,buffer=17,rank=2,factor_bits=8"),
+    (ODD, "think:ratio=0.5,value_ratio=0.2,gear:bits=3,group=16,buffer=16,rank=2,factor_bits=8"),
 ]
 CASE = pytest.mark.parametrize(
     ("heads", "memory"), CASES, ids=[f"{heads.head_dim}-{memory}" for heads, memory in CASES]
