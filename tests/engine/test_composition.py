@@ -100,21 +100,18 @@ def _served(engine: Engine, lm: LanguageModel, prompts: list[str]) -> list[tuple
 def packed_prompts(make: Make, memory: str) -> None:
     """Prompts that are read in one pass are remembered as those that are read alone."""
     lm = make(memory)
-    ids = [lm.encode(prompt) for prompt in PROMPTS]
-    for session, prompt in zip(lm.prefill(ids), ids, strict=True):
-        alone = lm.session()
-        alone.read_tokens(prompt)
-        lm.new_engine().read(prompt[:-1], alone.past)
-        assert session.generate(**OPTIONS).tokens == alone.generate(**OPTIONS).tokens
+    sessions = lm.prefill([lm.encode(prompt) for prompt in PROMPTS])
+    for session, prompt in zip(sessions, PROMPTS, strict=True):
+        assert session.generate(**OPTIONS).tokens == tokens_of(lm, prompt)
 
 
 def edits(make: Make, memory: str) -> None:
     """A session whose text is edited goes on from the edited text; what is moved is that of the memory's own tests."""
     session = read(make(memory), PROMPTS[2])
     session.generate(max_new_tokens=1, ignore_end=True)
-    before = session.text
-    session.edit(90, 92, "is not yet")
-    assert session.text == before[:90] + "is not yet" + before[92:]
+    before, new = list(session.tokens), list(b"is not yet")
+    session.edit_tokens(90, 92, new)
+    assert session.tokens == [*before[:90], *new, *before[92:]]
     assert len(session.generate(**OPTIONS).tokens) == 12
 
 

@@ -54,6 +54,9 @@ class Notes:
     Positions are those of the sequence. A memory calls these as it changes.
     """
 
+    # The codec or policy whose notes they are, as users write it.
+    method: ClassVar[str] = ""
+
     def fork(self) -> Notes:
         """Notes of a twin of the memory; neither may see later changes of the other."""
         raise NotImplementedError
@@ -68,7 +71,7 @@ class Notes:
     def check_splice(self) -> None:
         """Raise `IncompatibleError` where `splice` is not implemented."""
         raise IncompatibleError(
-            f"{type(self).__name__} notes where tokens stand and cannot take over moved ones, as edits and parallel "
+            f"{self.method or type(self).__name__} notes where tokens stand and cannot take over moved ones, as edits and parallel "
             "contexts need. Use memory='full', or read the text again."
         )
 

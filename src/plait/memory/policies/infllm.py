@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -359,6 +359,8 @@ class _Block:
 @dataclass
 class _Blocks(Notes):
     """What lies behind the window of one layer."""
+
+    method: ClassVar[str] = "infllm"
 
     policy: InfLLM
     first: FrozenStrand | None = None
