@@ -7,6 +7,7 @@ namespace plait {
 
 void bind_packed(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
+void bind_grid(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_sampling(nanobind::module_& m);

@@ -30,7 +30,7 @@ def plait() -> Callable[..., Result]:
     return call
 
 
-COMMANDS = ["run", "chat", "score", "pull", "models", "info", "methods", "claims"]
+COMMANDS = ["run", "chat", "score", "pull", "models", "info", "quantize", "methods", "claims"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
