@@ -45,7 +45,7 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         envvar="PLAIT_WEIGHTS",
-        help="How matrices are kept: fp32, bf16, q8_0, q4_0, ..., file or auto.",
+        help="How matrices are kept: fp32, bf16, q8_0, bitmod:bits=4, ..., file or auto.",
         rich_help_panel="Model",
     ),
 ]

@@ -8,7 +8,7 @@ import typer
 import typer.core
 
 from plait import __version__
-from plait.cli import claims, generate, methods, models, train
+from plait.cli import claims, generate, methods, models, train, weights
 from plait.cli.common import say
 from plait.errors import PlaitError
 
@@ -70,6 +70,7 @@ app.command("score")(generate.score)
 app.command("pull")(models.pull)
 app.command("models")(models.models)
 app.command("info")(models.info)
+app.command("quantize")(weights.quantize)
 app.command("methods")(methods.methods)
 app.add_typer(train.app, name="train")
 app.add_typer(claims.app, name="claims")
