@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from plait.ops.native import PackedMatrix, Projection, _native, _rows, module
+from plait.ops.native import PackedMatrix, Projection, _rows, extension, module
 
 __all__ = ["GridMatrix", "has_native_grids"]
 
@@ -42,7 +42,7 @@ class GridMatrix(PackedMatrix):
         values: Sequence[int],
         specials: Sequence[int],
     ) -> None:
-        self.handle = _native().GridMatrix(
+        self.handle = extension().GridMatrix(
             shape[0], shape[1], bits, group or shape[1], codes, scales, zeros, types, row_scales,
             list(values), list(specials),
         )  # fmt: skip
@@ -53,7 +53,7 @@ class GridMatrix(PackedMatrix):
         """x (..., I) times the transpose of this matrix, in fp32: (..., O)."""
         rows = _rows(x)
         y = torch.empty(rows.shape[0], self.shape[0])
-        _native().grid_exact(self.handle, rows, y)
+        extension().grid_exact(self.handle, rows, y)
         return y.view(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
 
