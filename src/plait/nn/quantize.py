@@ -15,6 +15,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -353,7 +354,7 @@ def _pack_linear(linear: Linear, names: Sequence[str], format: WeightFormat, sta
         weight = piece.weight.detach()
         if not torch.isfinite(weight).all():
             raise ConfigError(f"{name} has NaN or infinite weights. The model is damaged.")
-        parts.append(_named(name, lambda weight=weight: format.pack(weight, stats)))
+        parts.append(_named(name, partial(format.pack, weight, stats)))
     linear.weight = parts[0] if len(parts) == 1 else Stacked(parts)
 
 

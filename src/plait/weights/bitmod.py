@@ -88,7 +88,8 @@ def _grids(bits: int, types: str) -> list[tuple[int, Tensor, Tensor]]:
     grid: Grid = GRIDS[f"bitmod{bits}"]
     basic = list(grid.values[:-1])
     special = len(basic)
-    choices = [(number, grid.specials[number]) for number in _TYPES[types]] or [(0, None)]
+    choices: list[tuple[int, int | None]] = [(number, grid.specials[number]) for number in _TYPES[types]]
+    choices = choices or [(0, None)]
     grids = []
     for number, value in choices:
         values = [(float(v), code) for code, v in enumerate(basic)]

@@ -161,8 +161,8 @@ class DecoupleQ(UniformFormat, name="decoupleq"):
             for (holder, key), matrix in zip(holders, tunable, strict=True):
                 holder._modules[key] = self.packed(matrix.codes, matrix.levels())
             if not _error(run) <= before:
-                for holder, key, matrix in old:
-                    holder._modules[key] = matrix
+                for holder, key, before_it in old:
+                    holder._modules[key] = before_it
                 for norm, values in zip(norms, saved, strict=True):
                     norm.copy_(values)
 

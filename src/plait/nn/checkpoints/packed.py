@@ -179,7 +179,7 @@ def write_packed(
         file.write(raw)
         for key in order:
             flat = tensors[key].detach().contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _header(file: Path, note: str | None) -> dict[str, Any]:

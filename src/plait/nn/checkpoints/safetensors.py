@@ -131,7 +131,7 @@ class SafetensorsCheckpoint:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise damaged(path, f"it is not a valid safetensors file: {shown(str(error))}") from error
-        self.notes[path.name] = file.metadata() or {}
+        self.notes[path.name] = file.metadata() or {}  # type: ignore[no-untyped-call]
         wanted = set(infos if names is None else names)
         missing = sorted(wanted - infos.keys())
         if missing:
