@@ -43,8 +43,11 @@ claims: $(VENV)/test.stamp
 	$(BIN)/plait claims page --results docs/claims --output docs/claims.md
 	$(BIN)/plait claims page --short --results docs/claims --output README.md
 
+# Peers are compiled and installed into build/peers, and questions are asked one after the other; about an hour.
+QUESTIONS := decode prefill shared_prefix ragged_batch first_token peak_memory roofline
 bench: $(VENV)/test.stamp
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python bench/peers.py install
+	@for question in $(QUESTIONS); do echo "== $$question"; $(BIN)/python bench/$$question.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build docs/_build
