@@ -49,7 +49,7 @@ def small_model() -> Transformer:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_small(small_model: Transformer, byte_tokenizer: Tokenizer) -> Callable[..., LanguageModel]:
     """Make a language model around the small random transformer."""
 

@@ -101,7 +101,7 @@ class Engine:
         self._speculators: dict[RunningSequence, Speculator] = {}
         self._unreturned: list[tuple[RunningSequence, Piece]] = []
         self._counts = Metrics()
-        self._tracer = Tracer(model, plan)
+        self._tracer = Tracer(model)
 
     @property
     def is_idle(self) -> bool:

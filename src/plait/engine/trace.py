@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from plait.decode.speculate import Tree
-from plait.memory import Memory, MemoryPlan, Partial, Past, Rows, Segment, Strand, Visit, allocated_bytes
+from plait.memory import Memory, Partial, Past, Rows, Segment, Strand, Visit, allocated_bytes
 from plait.nn import Transformer
 
 __all__ = ["DraftView", "StrandView", "Trace", "Tracer"]
@@ -66,12 +66,10 @@ class Tracer:
 
     Args:
         model: the transformer.
-        plan: how pasts are kept.
     """
 
-    def __init__(self, model: Transformer, plan: MemoryPlan) -> None:
+    def __init__(self, model: Transformer) -> None:
         self._model = model
-        self._plan = plan
         self._plain: Transformer | None = None
 
     def watch(self, past: Past) -> None:
@@ -108,7 +106,8 @@ class Tracer:
         return Trace(tuple(found[key] for key in sorted(found)), draft)
 
     def _ask(self, past: Past, tokens: Sequence[int]) -> None:
-        if len(past) >= len(tokens) or self._plan.observes:
+        layers = past.layers
+        if len(past) >= len(tokens) or any(isinstance(one, Memory) and one.is_observed for one in layers):
             return
         if self._plain is None:
             self._plain = self._model.with_blocks(range(len(self._model.config.blocks)))
@@ -126,7 +125,7 @@ class _Watch:
     def __init__(self) -> None:
         self.held: list[StrandView] = []
         self.seen: list[tuple[StrandView, range, list[float]]] = []
-        self.first = self.next = 0
+        self.rows = 0
 
     def __call__(
         self,
@@ -137,21 +136,21 @@ class _Watch:
         merged: Partial,
     ) -> None:
         self.held = [_view(strand) for strand in memory.all_strands()]
-        # A segment may come in turns, one run of rows after the other; the last rows are those that are wanted.
-        self.first, self.next = self.next, self.next + segment.length
-        self.seen = []
+        # A segment may come in turns, one run of rows after the other.
+        first, self.rows = self.rows, self.rows + segment.length
         for visit, part in zip(visits, parts, strict=True):
             assert part is not None
             rows = visit.queries or range(segment.length)
             shares = (part.lse + visit.log_weight - merged.lse[rows.start : rows.stop]).exp()
-            self.seen.append((_view(visit.strand), rows, shares.nan_to_num(0.0).mean(dim=-1).tolist()))
+            own = range(first + rows.start, first + rows.stop)
+            self.seen.append((_view(visit.strand), own, shares.nan_to_num(0.0).mean(dim=-1).tolist()))
 
     def views(self, row: int) -> list[StrandView]:
         """Every strand, with the share of a row."""
         weights: dict[StrandView, float] = dict.fromkeys(self.held, 0.0)
         for view, rows, shares in self.seen:
-            if row - self.first in rows:
-                weights[view] = weights.get(view, 0.0) + shares[row - self.first - rows.start]
+            if row in rows:
+                weights[view] = weights.get(view, 0.0) + shares[row - rows.start]
         return [view._replace(weight=weight) for view, weight in weights.items()]
 
 

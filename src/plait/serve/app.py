@@ -35,7 +35,7 @@ _PAGE_HEADERS = {
 }
 
 
-def create_app(lm: LanguageModel, settings: Settings | None = None) -> FastAPI:
+def create_app(lm: LanguageModel, settings: Settings | None = None, *, replica: int | None = None) -> FastAPI:
     """An ASGI application that serves a model.
 
     Example:
@@ -45,9 +45,10 @@ def create_app(lm: LanguageModel, settings: Settings | None = None) -> FastAPI:
     Args:
         lm: the model; used by nobody else while the application runs.
         settings: of the server; those about host, port and replicas are for `plait serve`.
+        replica: the number of this process, where several serve one address.
     """
     settings = settings or Settings()
-    service = Service(lm, settings)
+    service = Service(lm, settings, replica)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -86,7 +86,8 @@ class CompletionLogprobs:
 
     def __call__(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The part of an answer that belongs to some tokens."""
-        told: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "bytes")
+        told: dict[str, Any] = {name: [] for name in names}
         for choice in choices:
             text = self._text(choice.token)
             told["tokens"].append(text)
@@ -96,6 +97,7 @@ class CompletionLogprobs:
             }
             told["top_logprobs"].append(dict(reversed(best.items())))
             told["text_offset"].append(self.offset)
+            told["bytes"].append(list(self.tokenizer.shown_bytes(choice.token, skip_special=False)))
             self.offset += len(text)
         return told
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
 
 from plait.engine import LanguageModel
-from plait.errors import ConfigError
+from plait.errors import ConfigError, PlaitError
 from plait.serve.app import create_app
 from plait.serve.logs import log_event, set_up_logging
 from plait.serve.settings import Settings
@@ -90,7 +91,31 @@ def serve_app(
         ws="none",
         lifespan="on",
     )
-    say(f"Listening on {url_of(listener)}. Ctrl-C ends.")
-    log_event("started", address=url_of(listener))
-    uvicorn.Server(config).run(sockets=[listener])
+    server = _Server(config)
+    server.when_ready = lambda: say(f"Listening on {url_of(listener)}. Ctrl-C ends.")
+    # A signal that ended the server is not raised again: ending is what was asked for.
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
     log_event("ended")
+    if not server.has_started:
+        raise PlaitError("The server did not start; its log says why.")
+
+
+class _Server(uvicorn.Server):
+    """Says when it answers, and ends with success on a signal."""
+
+    when_ready: Callable[[], None]
+    has_started = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.has_started = True
+            self.when_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with super().capture_signals():
+            yield
+            # uvicorn raises what it has captured once more, which would end the process with a failure.
+            self._captured_signals.clear()

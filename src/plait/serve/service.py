@@ -41,9 +41,11 @@ class Service:
     Args:
         lm: the model.
         settings: of the server.
+        replica: its number, where there are several; session ids tell it.
     """
 
-    def __init__(self, lm: LanguageModel, settings: Settings) -> None:
+    def __init__(self, lm: LanguageModel, settings: Settings, replica: int | None = None) -> None:
+        self.replica = replica
         self.lm = lm
         self.settings = settings
         self.keys = Keys(settings.api_keys)

@@ -105,7 +105,9 @@ class Sessions:
             HTTPError: 429, it has too many.
         """
         self.check_count(tenant, len(sessions))
-        added = [ServedSession(f"s-{secrets.token_hex(12)}", tenant, session) for session in sessions]
+        # With several replicas the front finds the one that holds a session by its id.
+        prefix = "s" if self.service.replica is None else f"s{self.service.replica}"
+        added = [ServedSession(f"{prefix}-{secrets.token_hex(12)}", tenant, session) for session in sessions]
         self._open |= {one.id: one for one in added}
         return added
 
