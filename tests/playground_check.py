@@ -17,7 +17,7 @@ from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -92,7 +92,7 @@ export const drawDraft = (box, draft) => {
     const [x, y] = at(node);
     picture.append(shape("rect", { x, y, width: 70, height: 22, rx: 5, class: accepted.has(node) ? "node accepted" : "node" }));
     const text = visible(token);
-    picture.append(shape("text", { x: x + 6, y: y + 15 }, `${accepted.has(node) ? "✓" : "✗"} ${text.length > 7 ? `${text.slice(0, 6)}…` : text}`));
+    picture.append(shape("text", { x: x + 6, y: y + 15 }, `${accepted.has(node) ? "✓" : "✗"} ${text.length > 6 ? `${text.slice(0, 5)}…` : text}`));
   });
   const guessed = draft.tokens.length - 1;
   const said = `${accepted.size - 1} of ${guessed} ${guessed === 1 ? "guess" : "guesses"} accepted in one step, behind “${visible(draft.tokens[0])}”.`;

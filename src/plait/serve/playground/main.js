@@ -327,7 +327,7 @@ const showClaims = async () => {
       const measured = Object.entries(row.result?.quantities ?? {}).map(([name, found]) => `${name} ${Number(found.value.toPrecision(4))}${found.unit ? ` ${found.unit}` : ""}`);
       const told = element("article", { className: "claim" });
       told.append(
-        element("h3", { textContent: row.title }),
+        element("h2", { textContent: row.title }),
         element("p", {}, element("span", { className: `state ${row.state}`, textContent: row.state }), ` · ${row.claim}`),
         element("p", { textContent: `Claimed: ${row.headline}` }),
         element("p", { textContent: measured.length ? `Measured: ${measured.join("; ")}` : "Not measured on this machine." }),
