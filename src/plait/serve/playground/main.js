@@ -294,8 +294,15 @@ $("edit-form").addEventListener("submit", async (event) => {
   const form = event.target;
   $("notice").textContent = "";
   try {
-    if (session) await editSession(text).catch(() => readSession(text));
-    else await readSession(text);
+    if (!session) await readSession(text);
+    else {
+      try {
+        await editSession(text);
+      } catch (error) {
+        await readSession(text);
+        $("edit-report").append(element("p", { textContent: `It could not be edited in place: ${error.message}` }));
+      }
+    }
     $("edit-log").replaceChildren();
     const answer = newAnswer($("edit-log"), "continuation");
     const body = { ...options(), max_tokens: Math.min(number("max-tokens") ?? 40, 40), logprobs: 5 };
