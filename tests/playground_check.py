@@ -41,14 +41,7 @@ JUMP = 0.02
 def start_server(model: str) -> tuple[subprocess.Popen[str], str]:
     """A server of the model with a key, on a free port."""
     command = [sys.executable, "-c", "from plait.cli import main; main()", "serve", "--model", model]
-    command += [
-        "--port",
-        "0",
-        "--draft",
-        "token-recycling",
-        "--memory",
-        "infllm:block=32,local=64,execution=32,initial=16",
-    ]
+    command += ["--port", "0", "--draft", "token-recycling"]
     server = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PLAIT_SERVE_API_KEYS": KEY}
     )
