@@ -30,7 +30,19 @@ def plait() -> Callable[..., Result]:
     return call
 
 
-COMMANDS = ["run", "chat", "score", "pull", "models", "info", "quantize", "methods", "claims", "train"]
+COMMANDS = [
+    "run",
+    "chat",
+    "score",
+    "serve",
+    "pull",
+    "models",
+    "info",
+    "quantize",
+    "methods",
+    "claims",
+    "train",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

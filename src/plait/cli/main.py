@@ -9,6 +9,7 @@ import typer.core
 
 from plait import __version__
 from plait.cli import claims, generate, methods, models, train, weights
+from plait.cli import serve as serving
 from plait.cli.common import say
 from plait.errors import PlaitError
 
@@ -67,6 +68,7 @@ def _options(
 app.command("run")(generate.run)
 app.command("chat")(generate.chat)
 app.command("score")(generate.score)
+app.command("serve")(serving.serve)
 app.command("pull")(models.pull)
 app.command("models")(models.models)
 app.command("info")(models.info)
