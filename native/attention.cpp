@@ -25,8 +25,8 @@ struct Range {
 // Keys [low, high) that query `i` of the segment may see (a tree's bits come on top).
 Range visible_range(const Mask& mask, int64_t i, int64_t length) {
     const int64_t position = mask.first_query - mask.first_key + (mask.kind == MaskKind::tree ? mask.depths[i] : i);
-    int64_t low = 0, high = length;
-    if (mask.window > 0) low = position - mask.window + 1;
+    int64_t low = mask.first_shown, high = length;
+    if (mask.window > 0) low = std::max(low, position - mask.window + 1);
     if (mask.kind == MaskKind::causal) high = position + 1;
     if (mask.kind == MaskKind::everything && mask.window > 0) high = position + mask.window;
     high = clamp(high, 0, length);
@@ -58,8 +58,9 @@ void AttentionPlan::reset(const Heads& heads, int threads) {
 void AttentionPlan::add_piece(size_t first_chunk, const PlanPiece& piece, int64_t position) {
     if (chunks_.size() > first_chunk && chunks_.back().position == position) {
         const PlanPiece& last = pieces_.back();
+        const bool is_coded = is_coded_piece(last) || is_coded_piece(piece);
         const bool is_behind = piece.is_draft || (!last.is_draft && piece.slot >= last.slot + last.count);
-        if (is_behind && visits_[size_t(last.visit)].q == visits_[size_t(piece.visit)].q) {
+        if (!is_coded && is_behind && visits_[size_t(last.visit)].q == visits_[size_t(piece.visit)].q) {
             pieces_.push_back(piece);
             chunks_.back().last_piece = int64_t(pieces_.size());
             return;
@@ -76,6 +77,14 @@ void AttentionPlan::cut_into_chunks(const SegmentQueries& segment) {
         const Mask& mask = visit.mask;
         const bool is_tree = mask.kind == MaskKind::tree;
         const int64_t run = is_tree ? clamp(mask.first_query - mask.first_key, 0, visit.length) : visit.length;
+        if (visit.coded_keys != nullptr) {
+            // Codes are read in blocks of 256 from the first one stored, wherever their tokens stand.
+            for (int64_t first = floor_to_chunk(mask.first_shown); first < visit.length; first += kKeyChunk) {
+                const int64_t count = std::min<int64_t>(kKeyChunk, visit.length - first);
+                add_piece(first_chunk, {v, first, count, 0, first + count > run}, mask.first_key + first);
+            }
+            continue;
+        }
         for (int64_t first = 0; first < run;) {
             const int64_t position = mask.first_key + first, chunk = floor_to_chunk(position);
             const int64_t count = std::min(chunk + kKeyChunk - position, run - first);
@@ -131,6 +140,7 @@ bool AttentionPlan::is_same(const PlanChunk& a, const PlanChunk& b) const {
         if (u.keys != w.keys || u.values != w.values || u.number != w.number || u.key_stride != w.key_stride) return false;
         if (u.value_stride != w.value_stride || u.key_head_stride != w.key_head_stride) return false;
         if (u.value_head_stride != w.value_head_stride) return false;
+        if (u.coded_keys != w.coded_keys || u.coded_values != w.coded_values) return false;
     }
     return true;
 }
@@ -151,7 +161,7 @@ void AttentionPlan::add_unit(const Member* members, int64_t count) {
 // Units of the chunks that several blocks see: one product for the queries of all.
 void AttentionPlan::share_chunks() {
     strands_.clear();
-    for (const StrandVisit& visit : visits_) strands_.push_back(visit.keys);
+    for (const StrandVisit& visit : visits_) strands_.push_back(visit.stored_keys());
     std::sort(strands_.begin(), strands_.end());
     const auto is_shared = [&](const void* keys) {
         const auto found = std::lower_bound(strands_.begin(), strands_.end(), keys);
@@ -163,13 +173,13 @@ void AttentionPlan::share_chunks() {
         for (int64_t s = blocks_[b].first_step; s < blocks_[b].last_step; ++s) {
             const PlanChunk& chunk = chunks_[size_t(steps_[size_t(s)].chunk)];
             const PlanPiece& last = pieces_[size_t(chunk.last_piece) - 1];
-            if (!last.is_draft && is_shared(visits_[size_t(last.visit)].keys)) together_.push_back({int64_t(b), s});
+            if (!last.is_draft && is_shared(visits_[size_t(last.visit)].stored_keys())) together_.push_back({int64_t(b), s});
         }
     }
     const auto chunk_of = [&](const Member& m) -> const PlanChunk& { return chunks_[size_t(steps_[size_t(m.step)].chunk)]; };
     const auto place = [&](const Member& m) {
         const PlanPiece& last = pieces_[size_t(chunk_of(m).last_piece) - 1];
-        return std::make_tuple(chunk_of(m).position, visits_[size_t(last.visit)].keys, last.slot + last.count, m.block);
+        return std::make_tuple(chunk_of(m).position, visits_[size_t(last.visit)].stored_keys(), last.slot + last.count, m.block);
     };
     std::sort(together_.begin(), together_.end(), [&](const Member& a, const Member& b) { return place(a) < place(b); });
     for (size_t first = 0; first < together_.size();) {
@@ -221,8 +231,13 @@ void AttentionPlan::finish(AttentionScratch& room) {
         folds += fold_numbers(unit.num_rows) * heads_.num_kv_heads;
     }
     most_queries_ = most_rows_ / group_;
+    attend_numbers_ = attend_scratch(most_rows_, padded_dim_, padded_value_);
+    for (const StrandVisit& visit : visits_)
+        if (visit.coded_keys != nullptr)
+            attend_numbers_ = std::max(attend_numbers_, coded_scratch(most_rows_, *visit.coded_keys, *visit.coded_values));
+    attend_numbers_ = round_up(attend_numbers_, kLanes);
     const int64_t ready = most_pieces_ * int64_t(sizeof(Piece) + sizeof(DraftNodes)) / int64_t(sizeof(float));
-    scratch_numbers_ = round_up(attend_scratch(most_rows_, padded_dim_, padded_value_) + most_rows_ * padded_dim_ +
+    scratch_numbers_ = round_up(attend_numbers_ + most_rows_ * padded_dim_ +
                                     2 * fold_numbers(most_rows_) + ready + 4 * most_pieces_ * most_queries_, kLanes);
     const size_t scratch = sizeof(float) * size_t(scratch_numbers_) * size_t(threads_);
     if (room.scratch.size() < scratch) room.scratch = Buffer(scratch);
@@ -283,8 +298,9 @@ void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_hea
                               mask.depths + block.first_query,
                               mask.depths,
                               mask.first_query - chunk.position};
-        ready.pieces[p] = {static_cast<const char*>(visit.keys) + key * width,
-                           static_cast<const char*>(visit.values) + value * width,
+        const bool is_coded = visit.coded_keys != nullptr;
+        ready.pieces[p] = {is_coded ? nullptr : static_cast<const char*>(visit.keys) + key * width,
+                           is_coded ? nullptr : static_cast<const char*>(visit.values) + value * width,
                            visit.key_stride,
                            visit.value_stride,
                            piece.count,
@@ -300,8 +316,11 @@ void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_hea
 
 void AttentionPlan::attend(const Member* members, int64_t count, int64_t kv_head, float* scratch, Fold fold) const {
     Ready ready;
-    prepare(members, count, kv_head, scratch + attend_scratch(most_rows_, padded_dim_, padded_value_), ready);
-    kernels().attend_chunk(ready.visit, scratch, fold);
+    prepare(members, count, kv_head, scratch + attend_numbers_, ready);
+    const PlanPiece& piece = pieces_[size_t(chunks_[size_t(steps_[size_t(members->step)].chunk)].first_piece)];
+    const StrandVisit& visit = visits_[size_t(piece.visit)];
+    if (!is_coded_piece(piece)) return kernels().attend_chunk(ready.visit, scratch, fold);
+    kernels().attend_coded(ready.visit, *visit.coded_keys, *visit.coded_values, kv_head, piece.first, scratch, fold);
 }
 
 void AttentionPlan::finish_block(const Block& block, int64_t kv_head, Fold fold) const {

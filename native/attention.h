@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "codes.h"
 #include "kernels.h"
 #include "packed.h"
 #include "threads.h"
@@ -20,6 +21,7 @@ struct Mask {
     const int64_t* depths = nullptr;   // tree: of each query
     const uint64_t* ancestors = nullptr;  // tree: per query, `words` words of bits
     int64_t words = 0;
+    int64_t first_shown = 0;           // keys before this index are hidden from all
 };
 
 struct Heads {
@@ -37,6 +39,11 @@ struct StrandVisit {
     int64_t length;
     Number number;
     Mask mask;
+    // Where the strand is stored in few bits; `keys` and `values` are not used then.
+    const CodedNumbers* coded_keys = nullptr;
+    const CodedNumbers* coded_values = nullptr;
+
+    const void* stored_keys() const { return coded_keys != nullptr ? coded_keys : keys; }
 };
 
 // The queries of one segment: its visits are [first_visit, last_visit) of the plan, oldest first.
@@ -76,7 +83,7 @@ private:
         int64_t visit, first, count, slot;
         bool is_draft;
     };
-    // Pieces that lie in one chunk and are visited in one frame.
+    // Pieces that lie in one chunk and are visited in one frame; or one piece of a coded strand, a block of it.
     struct PlanChunk {
         int64_t first_piece, last_piece, position;
     };
@@ -99,6 +106,7 @@ private:
     struct Ready;  // a visit of the kernel and what it points to
 
     void cut_into_chunks(const SegmentQueries& segment);
+    bool is_coded_piece(const PlanPiece& piece) const { return visits_[size_t(piece.visit)].coded_keys != nullptr; }
     void add_piece(size_t first_chunk, const PlanPiece& piece, int64_t position);
     void add_blocks(int64_t segment, int64_t first_chunk, int64_t last_chunk);
     void share_chunks();
@@ -114,7 +122,7 @@ private:
     Heads heads_{};
     int threads_ = 1;
     int64_t group_ = 1, padded_dim_ = 0, padded_value_ = 0;
-    int64_t most_rows_ = 1, most_pieces_ = 1, most_queries_ = 1, scratch_numbers_ = 0;
+    int64_t most_rows_ = 1, most_pieces_ = 1, most_queries_ = 1, attend_numbers_ = 0, scratch_numbers_ = 0;
     std::vector<StrandVisit> visits_;
     std::vector<SegmentQueries> segments_;
     std::vector<PlanPiece> pieces_;

@@ -21,6 +21,29 @@ namespace {
 thread_local AttentionPlan scratch_plan;
 thread_local AttentionScratch scratch_room;
 
+}  // namespace
+
+Mask mask_of(int mask_kind, int64_t first_query, int64_t first_key, int64_t window, int64_t queries,
+             const std::optional<ConstArray>& depths, const std::optional<ConstArray>& ancestors) {
+    if (mask_kind < 0 || mask_kind > 2) refuse("mask_kind must be 0, 1 or 2.");
+    if (window < 0) refuse("window must not be negative.");
+    Mask mask{MaskKind(mask_kind), first_query, first_key, window};
+    if (mask.kind == MaskKind::tree) {
+        if (!depths || !ancestors) refuse("A tree needs depths and ancestors.");
+        check_type<int64_t>(*depths, "depths", "int64");
+        check_shape(*depths, "depths", {queries});
+        check_type<int64_t>(*ancestors, "ancestors", "int64");
+        check_shape(*ancestors, "ancestors", {queries, -1});
+        check_contiguous(*ancestors, "ancestors");
+        mask.depths = static_cast<const int64_t*>(depths->data());
+        mask.ancestors = static_cast<const uint64_t*>(static_cast<const void*>(ancestors->data()));
+        mask.words = int64_t(ancestors->shape(1));
+    }
+    return mask;
+}
+
+namespace {
+
 void partial_attention(const ConstArray& q, const ConstArray& keys, const ConstArray& values, float scale, int mask_kind,
                        int64_t first_query, int64_t first_key, int64_t window, float softcap,
                        const std::optional<ConstArray>& depths, const std::optional<ConstArray>& ancestors,
@@ -44,20 +67,7 @@ void partial_attention(const ConstArray& q, const ConstArray& keys, const ConstA
     check_shape(lse, "lse", {queries, heads});
     check_contiguous(lse, "lse");
     if (queries > 0 && heads > 1 && q.stride(1) != dim) refuse("q must have its heads next to each other.");
-    if (mask_kind < 0 || mask_kind > 2) refuse("mask_kind must be 0, 1 or 2.");
-    if (window < 0) refuse("window must not be negative.");
-    Mask mask{MaskKind(mask_kind), first_query, first_key, window};
-    if (mask.kind == MaskKind::tree) {
-        if (!depths || !ancestors) refuse("A tree needs depths and ancestors.");
-        check_type<int64_t>(*depths, "depths", "int64");
-        check_shape(*depths, "depths", {queries});
-        check_type<int64_t>(*ancestors, "ancestors", "int64");
-        check_shape(*ancestors, "ancestors", {queries, -1});
-        check_contiguous(*ancestors, "ancestors");
-        mask.depths = static_cast<const int64_t*>(depths->data());
-        mask.ancestors = static_cast<const uint64_t*>(static_cast<const void*>(ancestors->data()));
-        mask.words = int64_t(ancestors->shape(1));
-    }
+    const Mask mask = mask_of(mask_kind, first_query, first_key, window, queries, depths, ancestors);
     AttentionPlan& plan = scratch_plan;
     plan.reset({heads, kv_heads, dim, value_dim, scale, softcap}, Pool::get().size());
     if (length > 0)

@@ -21,6 +21,7 @@ using namespace nb::literals;
 
 namespace {
 
+constexpr int64_t kCoded = 3;           // in a table of visits, the number format of coded strands
 constexpr int64_t kMostHeadDim = 1024;  // room of Program::attention
 
 struct BoundProgram {
@@ -180,8 +181,8 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
     }
 
     // layer, segment, keys, values, key head stride, key stride, value head stride, value stride, length, number,
-    // first key, window, table
-    const Table visit_table = table_of(visits, "visits", 13);
+    // first key, window, table, keys that nobody sees; keys and values of number 3 are addresses of CodedNumbers
+    const Table visit_table = table_of(visits, "visits", 14);
     a.visits.resize(size_t(num_layers));
     for (int64_t i = 0; i < visit_table.rows; ++i) {
         const int64_t layer = visit_table(i, 0), segment = visit_table(i, 1), length = visit_table(i, 8);
@@ -189,14 +190,29 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
         expect(layer >= 0 && layer < num_layers && segment >= 0 && segment < num_segments, "a visit of no layer or segment");
         auto& of_layer = a.visits[size_t(layer)];
         expect(of_layer.empty() || of_layer.back().segment <= segment, "visits that are not in the order of segments");
-        expect(length >= 0 && number >= 0 && number <= 2 && window >= 0, "a strand with a wrong length, format or window");
+        expect(length >= 0 && number >= 0 && number <= kCoded && window >= 0, "a strand with a wrong length, format or window");
         check_table(visit_table(i, 12), layer);
         Mask mask = masks[size_t(segment)];
         mask.first_key = visit_table(i, 10);
         mask.window = window;
-        StrandVisit visit{nullptr, 0, reinterpret_cast<const void*>(visit_table(i, 2)),
-                          reinterpret_cast<const void*>(visit_table(i, 3)), visit_table(i, 4), visit_table(i, 5),
-                          visit_table(i, 6), visit_table(i, 7), length, Number(number), mask};
+        mask.first_shown = visit_table(i, 13);
+        const auto* keys = reinterpret_cast<const void*>(visit_table(i, 2));
+        const auto* values = reinterpret_cast<const void*>(visit_table(i, 3));
+        StrandVisit visit{nullptr, 0, keys, values, visit_table(i, 4), visit_table(i, 5), visit_table(i, 6),
+                          visit_table(i, 7), length, Number::fp32, mask};
+        if (number == kCoded) {
+            visit.coded_keys = static_cast<const CodedNumbers*>(keys);
+            visit.coded_values = static_cast<const CodedNumbers*>(values);
+            const Heads& heads = program.layers[size_t(layer)].heads;
+            const CodedNumbers &k = *visit.coded_keys, &v = *visit.coded_values;
+            expect(k.stored.num_heads == heads.num_kv_heads && v.stored.num_heads == heads.num_kv_heads &&
+                       k.dim == heads.head_dim && v.dim == heads.value_dim && length <= k.stored.tokens &&
+                       length <= v.stored.tokens && mask.first_shown >= 0 && mask.first_shown <= length,
+                   "codes that do not fit their layer");
+            visit.keys = visit.values = nullptr;
+        } else {
+            visit.number = Number(number);
+        }
         of_layer.push_back({segment, visit, visit_table(i, 12)});
     }
 

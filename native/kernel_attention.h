@@ -138,13 +138,16 @@ struct Attention {
         return S::sum(poison) == 0.0f;
     }
 
+    static bool is_shown(const DraftNodes& of, int64_t query, int64_t node) {
+        if (node >= of.num_nodes || node >= 64 * of.words) return false;
+        if (!(of.ancestors[query * of.words + node / 64] >> (node % 64) & 1)) return false;
+        return of.window == 0 || of.query_depths[query] - of.node_depths[node] < of.window;
+    }
     // Slot of the node that key `key` of a piece is, where the query sees it in this chunk; else -1.
     static int64_t node_slot(const Piece& piece, int64_t query, int64_t key) {
         const DraftNodes& of = *piece.nodes;
         const int64_t node = of.first_node + key;
-        if (node >= of.num_nodes || node >= 64 * of.words) return -1;
-        if (!(of.ancestors[query * of.words + node / 64] >> (node % 64) & 1)) return -1;
-        if (of.window > 0 && of.query_depths[query] - of.node_depths[node] >= of.window) return -1;
+        if (!is_shown(of, query, node)) return -1;
         const int64_t slot = of.first_slot + of.node_depths[node];
         return slot >= 0 && slot < kKeyChunk ? slot : -1;
     }

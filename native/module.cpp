@@ -253,8 +253,10 @@ NB_MODULE(_native, m) {
     });
     bind_packed(m);
     bind_rows(m);
+    bind_grid(m);
     bind_linear(m);
     bind_attention(m);
+    bind_codes(m);
     bind_sampling(m);
     bind_program(m);
 }

@@ -111,6 +111,23 @@ struct Avx2 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
     }
 
+    // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
+    static F bytes(const uint8_t* p) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bits)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bits, 8)))};
+    }
+    template <int Bits>
+    static __m256 eight_codes(uint32_t bits) {
+        const __m256i places = _mm256_setr_epi32(0, Bits, 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits);
+        const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(int(bits)), places);
+        return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32((1 << Bits) - 1)));
+    }
+    template <int Bits>
+    static F codes(uint32_t first, uint32_t second) {
+        return {eight_codes<Bits>(first), eight_codes<Bits>(second)};
+    }
+
     static Wide wide_zero() { return _mm256_setzero_ps(); }
     static Wide wide_set1(const float* p) { return _mm256_broadcast_ss(p); }
     static Wide wide_load(const float* p) { return _mm256_loadu_ps(p); }

@@ -101,6 +101,19 @@ struct Avx512 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
     }
 
+    // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
+    static F bytes(const uint8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    template <int Bits>
+    static F codes(uint32_t first, uint32_t second) {
+        const __m512i places = _mm512_setr_epi32(0, Bits, 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits, 0, Bits,
+                                                 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits);
+        const __m512i words = _mm512_inserti64x4(_mm512_set1_epi32(int(first)), _mm256_set1_epi32(int(second)), 1);
+        const __m512i codes = _mm512_srlv_epi32(words, places);
+        return _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32((1 << Bits) - 1)));
+    }
+
     static Wide wide_zero() { return zero(); }
     static Wide wide_set1(const float* p) { return _mm512_set1_ps(*p); }
     static Wide wide_load(const float* p) { return load(p); }

@@ -107,6 +107,15 @@ struct Scalar {
         for (int i = 0; i < 16; ++i) p[i] = int8_t(x.at[i]);
     }
 
+    // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
+    static F bytes(const uint8_t* p) {
+        return each([&](int i) { return float(p[i]); });
+    }
+    template <int Bits>
+    static F codes(uint32_t first, uint32_t second) {
+        return each([&](int i) { return float(((i < 8 ? first : second) >> (Bits * (i % 8))) & ((1u << Bits) - 1)); });
+    }
+
     // Vectors of packed matrices: lane r belongs to output row r of the tile.
     static Wide wide_zero() { return zero(); }
     static Wide wide_set1(const float* p) { return set1(*p); }

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from plait.engine import Session as Session
     from plait.engine import Suggestion as Suggestion
     from plait.engine import load as load
+    from plait.engine import quantize as quantize
     from plait.errors import CancelledError as CancelledError
     from plait.errors import CapacityError as CapacityError
     from plait.errors import ConfigError as ConfigError
@@ -74,6 +75,7 @@ _HOMES = {
     "TemplateError": "plait.errors",
     "UnknownNameError": "plait.errors",
     "load": "plait.engine",
+    "quantize": "plait.engine",
     "pull": "plait.hub",
 }
 

@@ -30,7 +30,19 @@ def plait() -> Callable[..., Result]:
     return call
 
 
-COMMANDS = ["run", "chat", "score", "pull", "models", "info", "methods", "claims"]
+COMMANDS = [
+    "run",
+    "chat",
+    "score",
+    "serve",
+    "pull",
+    "models",
+    "info",
+    "quantize",
+    "methods",
+    "claims",
+    "train",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -60,6 +72,16 @@ def test_help_lists_every_command(plait: Callable[..., Result]) -> None:
         (["info", "nothing-of-that-name"], "nothing-of-that-name"),
         (["methods", "codec"], "Did you mean 'codecs'"),
         (["claims", "show", "nonsense"], "nonsense"),
+        (["train", "lm", "--out", "/no/such", "--resume"], "no token data"),
+        (
+            ["train", "lm", "/no/such.txt", "--out", "/no/such/folder", "--training", "step=3"],
+            "Did you mean 'steps'",
+        ),
+        (["train", "lm", "/no/such.txt", "--out", "/no/such/folder"], "could not be read"),
+        (
+            ["train", "lm", "/no/such.txt", "--out", "/no/such/folder", "--shape", "heads=5"],
+            "ModelShape.heads must cut",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_on_stderr_and_exit_1(

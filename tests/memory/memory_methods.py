@@ -32,11 +32,15 @@ class CodecEntry:
 
 @dataclass(frozen=True)
 class PolicyEntry:
-    """A policy, which keys a query sees under it, and at which distance; None for the true one."""
+    """A policy, which keys a query sees under it, and at which distance; None for the true one.
+
+    One that `cuts` sees the past in pieces, and whole what cannot be cut.
+    """
 
     spec: str
     sees: Sees
     distance: Distance | None = None
+    cuts: bool = False
 
 
 def first_and_last(size: int, sinks: int) -> Sees:
@@ -105,7 +109,7 @@ POLICY_ENTRIES += [
     ),
 ]
 POLICY_ENTRIES += [
-    PolicyEntry(spec, drawn(spec))
+    PolicyEntry(spec, drawn(spec), cuts=True)
     for spec in ("prflash:block=4", "prflash:block=3,p=floor,rate=0.3,near=2,mode=bernoulli,sink_blocks=0")
 ]
 MODEL_WINDOWS = [None, 5]

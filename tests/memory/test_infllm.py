@@ -252,9 +252,34 @@ def test_a_full_disk_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(CapacityError, match="No room on disk for remembered tokens: No space left on device"):
-        TABLE.write(memory, ids_of(40), [8, 16])
+    ids, new = ids_of(40), ids_of(12, seed=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "pwrite", full)
+        with pytest.raises(
+            CapacityError, match="No room on disk for remembered tokens: No space left on device"
+        ):
+            TABLE.write(memory, ids, [8, 16])
+    # Once there is room, everything goes on from what was read.
+    done = len(memory) - memory.pending
+    memory.truncate(done)
+    wanted = new_memory(spec=str(memory.plan))
+    TABLE.write(wanted, ids, [8, 16])
+    TABLE.write(memory, ids[done:], [at - done for at in (8, 16) if at > done])
+    given, exact = (TABLE.write(one, new) for one in (memory, wanted))
+    assert len(notes_of(memory).blocks) == notes_of(memory).index.length > 4
+    assert_equal_to(given, exact)
+
+
+def test_coded_blocks_go_to_the_file_too() -> None:
+    gear = "gear:bits=4,group=4,buffer=4,rank=2,rank_decode=2,sparsity=0.1"
+    spec = "infllm:local=16,initial=0,block=8,topk=2,cached=2,execution=16"
+    ids = ids_of(64) * 5
+    inside, outside = (new_memory(spec=f"{spec}{place},{gear}") for place in ("", ",cold=file"))
+    answers = [TABLE.write(memory, ids) for memory in (inside, outside)]
+    assert torch.equal(*answers)
+    stored = sum(block.stored.nbytes() for block in notes_of(inside).blocks)
+    assert 0.9 * stored <= notes_of(outside).cold_nbytes <= stored
+    assert outside.nbytes() <= inside.nbytes() - 0.8 * stored
 
 
 @pytest.mark.parametrize("is_file", [False, True])

@@ -196,6 +196,37 @@ def test_a_row_has_the_same_bits_in_any_tree_and_behind_any_cut_of_its_past(kind
     assert saved > 0
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [
+        "gear:bits=4,group=16,buffer=16",
+        "saq:steps=rest@4,group=16",
+        "think:ratio=0.4,gear:group=16,buffer=16",
+    ],
+)
+@torch.inference_mode()
+def test_codes_that_sequences_share_are_visited_once_with_the_same_bits(memory: str) -> None:
+    lowered = Lowered(model())
+    text = torch.randint(0, 101, (600,))
+    past = new_past(model(), memory)
+    for at in range(0, 600, 200):
+        lowered(text[at : at + 200], Rows([(200, at)]), [past])
+        past.commit()
+    alone = past.fork()
+    wanted = []
+    for at, token in enumerate((5, 6, 7)):
+        wanted.append(lowered(torch.tensor([token]), Rows([(1, 600 + at)]), [alone], with_logits=True)[1][0])
+        alone.commit(None)
+    forks = [past.fork() for _ in range(4)]
+    # The first sequence drafts the same three tokens among others, the rest read the first of them.
+    tree = Tree([-1, -1, 1, 1, 0, 3, 2])
+    rows = Rows([(7, 600, tree), *((1, 600) for _ in forks[1:])])
+    logits = lowered(torch.tensor([9, 5, 8, 6, 6, 7, 7, 5, 5, 5]), rows, forks, with_logits=True)[1]
+    assert lowered.saved_visits > 0
+    for row, depth in ((1, 0), (3, 1), (5, 2), (7, 0), (8, 0), (9, 0)):
+        assert torch.equal(logits[row], wanted[depth])
+
+
 @pytest.mark.parametrize("kind", ["plain", "rich"])
 @torch.inference_mode()
 def test_first_tokens_at_a_pinned_distance_equal_the_modules(kind: str) -> None:

@@ -39,3 +39,25 @@ def test_linear_multiplies_in_the_weights_format_and_answers_in_the_rows(dtype: 
     wanted = x.to(dtype).double() @ weight.double().T
     tolerance = TOLERANCE if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(given.double(), wanted, atol=4 * tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(96, 1024), (512, 128), (33, 2048), (48, 40)])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 32, 33])
+def test_linear_is_the_product_for_any_number_of_rows(shape: tuple[int, int], num_rows: int) -> None:
+    # Few rows of a big matrix are multiplied in another order of the factors.
+    x, weight = torch.randn(num_rows, 2 * shape[1])[:, ::2], torch.randn(shape)
+    given = linear(x, weight)
+    assert given.shape == (num_rows, shape[0])
+    assert given.is_contiguous()
+    torch.testing.assert_close(given.double(), x.double() @ weight.double().T, atol=2e-4, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_gradients_flow_through_products_of_a_few_rows(num_rows: int) -> None:
+    x, weight = torch.randn(1, num_rows, 512, requires_grad=True), torch.randn(128, 512, requires_grad=True)
+    wanted = torch.randn(1, num_rows, 128)
+    (linear(x, weight) * wanted).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(x.grad[0], wanted[0] @ weight.detach(), atol=2e-4, rtol=TOLERANCE)
+    torch.testing.assert_close(weight.grad, wanted[0].T @ x.detach()[0], atol=2e-4, rtol=TOLERANCE)

@@ -8,7 +8,8 @@ import typer
 import typer.core
 
 from plait import __version__
-from plait.cli import claims, generate, methods, models
+from plait.cli import claims, generate, methods, models, train, weights
+from plait.cli import serve as serving
 from plait.cli.common import say
 from plait.errors import PlaitError
 
@@ -67,10 +68,13 @@ def _options(
 app.command("run")(generate.run)
 app.command("chat")(generate.chat)
 app.command("score")(generate.score)
+app.command("serve")(serving.serve)
 app.command("pull")(models.pull)
 app.command("models")(models.models)
 app.command("info")(models.info)
+app.command("quantize")(weights.quantize)
 app.command("methods")(methods.methods)
+app.add_typer(train.app, name="train")
 app.add_typer(claims.app, name="claims")
 
 

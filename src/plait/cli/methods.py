@@ -16,7 +16,9 @@ __all__ = ["methods"]
 
 
 def methods(
-    axis: Annotated[str | None, typer.Argument(help="codecs, policies, weights, drafts or mixers.")] = None,
+    axis: Annotated[
+        str | None, typer.Argument(help="codecs, policies, weights, drafts, mixers or objectives.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """List the methods of every axis with their settings, as spec strings name them.
@@ -30,6 +32,7 @@ def methods(
     from plait.decode.speculate import SPECULATORS
     from plait.memory import CODECS, POLICIES
     from plait.nn.config import MIXERS
+    from plait.train import OBJECTIVES
     from plait.weights import FORMATS
 
     axes = {
@@ -38,6 +41,7 @@ def methods(
         "weights": FORMATS,
         "drafts": SPECULATORS,
         "mixers": MIXERS,
+        "objectives": OBJECTIVES,
     }
     if axis is not None and axis not in axes:
         raise UnknownNameError(f"Unknown axis {axis!r}.{suggestion(axis, axes)} Known: {', '.join(axes)}.")

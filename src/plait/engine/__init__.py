@@ -10,6 +10,7 @@ from plait.engine.engine import Engine
 from plait.engine.language_model import Beam, LanguageModel, Message, Suggestion
 from plait.engine.loading import load
 from plait.engine.metrics import Metrics
+from plait.engine.quantizing import quantize
 from plait.engine.request import FinishReason, Generation, Piece, Request
 from plait.engine.scoring import Score
 from plait.engine.sequence import RunningSequence
@@ -39,4 +40,5 @@ __all__ = [
     "TokenEdit",
     "Suggestion",
     "load",
+    "quantize",
 ]

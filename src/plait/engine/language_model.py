@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
-from plait.decode import Sampling
+from plait.decode import Constraint, Sampling
 from plait.decode.ngrams import NgramCounts
 from plait.decode.search import BeamSearch, Superposed, beam_search, superposed_drafts
 from plait.decode.speculate import SpeculatorConfig
@@ -147,8 +147,8 @@ class LanguageModel:
 
         Args:
             prompt: a text, or a sequence of texts of any lengths.
-            options: `max_new_tokens` (256), `stop` (a text or several), `ignore_end`, `tenant`, and the
-                fields of `Sampling`, where `temperature` is 0 (greedy) unless given.
+            options: `max_new_tokens` (256), `stop` (a text or several), the other fields of `Request`, and
+                the fields of `Sampling`, where `temperature` is 0 (greedy) unless given.
 
         Returns:
             A `Generation`, or one for each prompt in the same order.
@@ -276,6 +276,9 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         ignore_end: bool = False,
         tenant: str = "",
+        branch: int = 0,
+        constraint: Constraint | None = None,
+        trace: bool = False,
         sampling: Sampling | None = None,
         **settings: Any,
     ) -> Request:
@@ -298,6 +301,9 @@ class LanguageModel:
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             ignore_end=ignore_end,
             tenant=tenant,
+            branch=branch,
+            constraint=constraint,
+            trace=trace,
         )
 
     def prefill(
@@ -404,6 +410,9 @@ def _unknown_option(settings: Mapping[str, Any]) -> str:
         "stop",
         "ignore_end",
         "tenant",
+        "branch",
+        "constraint",
+        "trace",
         *(f.name for f in dataclasses.fields(Sampling)),
     ]
     name = next((name for name in settings if name not in known), "?")

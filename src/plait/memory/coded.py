@@ -7,8 +7,9 @@ r rank of what is added to the codes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from plait.errors import ConfigError
 from plait.memory.codes import LARGEST
 from plait.memory.plan import Codec
 from plait.memory.strand import FrozenStrand, Heads, Strand
-from plait.ops import Mask, Partial, empty_partial, merge_all
+from plait.ops import Mask, Partial, empty_partial, merge_all, native
+from plait.ops.coded import CodedForm, CodedNumbers, coded_attention
 
 __all__ = ["BLOCK", "Coded", "CodedStrand", "Factors", "check_storable", "matrix_of"]
 
@@ -54,6 +56,10 @@ class Coded(Protocol):
 
     def cut(self, low: int, high: int) -> Coded:
         """Tokens [low, high) in storage of their own."""
+        ...
+
+    def native(self, num_heads: int) -> CodedNumbers | None:
+        """These numbers as a native kernel reads them; None where none can."""
         ...
 
     def tensors(self) -> list[Tensor]: ...
@@ -95,11 +101,37 @@ class CodedStrand(Strand):
         self.offset, self.start = offset, start
         # Where this strand's tokens stand in keys and values.
         self.rows = range(len(keys))
+        # Keys and values as kernels read them: not made yet, or None where there are none.
+        self._native: tuple[CodedNumbers, CodedNumbers] | Literal["unknown"] | None = "unknown"
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def native_form(self) -> CodedForm | None:
+        if self._native == "unknown":
+            keys, values = (stored.native(self.heads.num_kv_heads) for stored in (self.keys, self.values))
+            self._native = None if keys is None or values is None else (keys, values)
+        return None if self._native is None else CodedForm(*self._native, self.rows.start)
+
     def attend(self, q: Tensor, first_query: int, mask: Mask, window: int | None = None) -> Partial:
+        value_dim = self.heads.value_dim or self.heads.head_dim
+        form = self.native_form() if native.takes((q, mask)) else None
+        if form is None:
+            return self._attend_in_torch(q, first_query, mask, window)
+        return coded_attention(
+            q,
+            form,
+            len(self),
+            scale=self.heads.scale,
+            value_dim=value_dim,
+            mask=mask,
+            first_query=first_query,
+            first_key=self.position,
+            window=window,
+            softcap=self.heads.softcap,
+        )
+
+    def _attend_in_torch(self, q: Tensor, first_query: int, mask: Mask, window: int | None) -> Partial:
         num_queries, num_heads = q.shape[:2]
         group = num_heads // self.heads.num_kv_heads
         parts: list[Partial] = []
@@ -161,6 +193,12 @@ class CodedStrand(Strand):
         twin.keys = self.keys.cut(self.rows.start, self.rows.stop)
         twin.values = self.values.cut(self.rows.start, self.rows.stop)
         twin.rows = range(len(self))
+        twin._native = "unknown"
+        return twin
+
+    def relocated(self, move: Callable[[Tensor], Tensor]) -> Self:
+        twin = super().relocated(move)
+        twin._native = "unknown"
         return twin
 
     def tensors(self) -> list[Tensor]:

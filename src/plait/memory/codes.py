@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plait.errors import ConfigError
+from plait.ops.coded import CodedNumbers, StoredNumbers, can_be_read
 
 __all__ = ["LARGEST", "WIDTHS", "AffineCodes", "pack", "unpack"]
 
@@ -162,6 +163,28 @@ class AffineCodes:
 
     def factors(self, low: int, high: int) -> None:
         """Codes have no low-rank part."""
+
+    def stored(self, num_heads: int) -> StoredNumbers | None:
+        """These codes as a native kernel reads them, for channels of so many heads; None where none can."""
+        width = self.channels // num_heads
+        if not can_be_read(width, like=self.codes):
+            return None
+        return StoredNumbers.of_codes(
+            self.codes,
+            self.scale,
+            self.minimum,
+            bits=self.bits,
+            along_tokens=self.along == "tokens",
+            group=self.group,
+            skipped=self.skipped,
+            num_heads=num_heads,
+            width=width,
+        )
+
+    def native(self, num_heads: int) -> CodedNumbers | None:
+        """The same, as all there is of a strand's keys or values."""
+        stored = self.stored(num_heads)
+        return None if stored is None else CodedNumbers.of(stored)
 
     def cut(self, low: int, high: int) -> Self:
         """Tokens [low, high) in storage of their own."""

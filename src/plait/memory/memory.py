@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError
 from plait.memory.fold import attend
-from plait.memory.plan import MemoryPlan, Notes, Seen
+from plait.memory.plan import MemoryPlan, Notes, Seen, Watcher
 from plait.memory.rows import Rows, Segment
 from plait.memory.strand import DenseStrand, Heads, Strand, allocated_bytes
 from plait.ops import Causal, Mask, Rope, Tree
@@ -37,6 +37,7 @@ class Memory:
 
     Attributes:
         layer: number of the layer within its model; a `Past` sets it.
+        watcher: told the visits of each forward pass and the part that each gave; None in general.
 
     Raises:
         ConfigError: the codec cannot store layers of this geometry.
@@ -50,6 +51,7 @@ class Memory:
         self.plan = plan
         self.window = window
         self.layer = 0
+        self.watcher: Watcher | None = None
         self.strands: list[Strand] = []
         self.tail = self._new_tail(0)
         self.pending = 0
@@ -145,6 +147,11 @@ class Memory:
         if not self.plan.policy.stores:
             self.plan.codec.seal(self, is_prompt=is_prompt)
         self.plan.policy.settle(self)
+
+    def rows_at_once(self, least: int, most: int) -> int:
+        """How many of `most` pending rows are committed together; see `Codec.rows_at_once`."""
+        most = self.plan.policy.rows_at_once(self, least, most)
+        return most if self.plan.policy.stores else self.plan.codec.rows_at_once(self, least, most)
 
     def truncate(self, length: int) -> None:
         """Forget every token at position `length` or later. Pending rows before it stay pending.
@@ -307,8 +314,7 @@ class Memory:
         Raises:
             ConfigError: it does not start where the sequence ends, or the policy would cut a strand that cannot
                 be cut; the memory is of no use then.
-            IncompatibleError: codec or policy keep notes that say nothing of its tokens, or the policy sees
-                strands in pieces.
+            IncompatibleError: codec or policy keep notes that say nothing of its tokens.
         """
         if strand.position != len(self):
             raise ConfigError(
@@ -316,11 +322,6 @@ class Memory:
             )
         for notes in self.notes:
             notes.check_splice()
-        if self.plan.policy.cuts:
-            raise IncompatibleError(
-                f"Policy {self.plan.policy.name} sees the past in pieces, and a strand such as parallel contexts cannot "
-                "be cut. Use memory='full', or read the texts one after the other."
-            )
         self.freeze()
         self._stand_behind([strand])
         self.plan.policy.visits(self, Segment(0, 1, len(self), Causal()))
@@ -385,6 +386,11 @@ class Memory:
             if 0 < length - strand.position < len(strand):
                 strand.check_split(length - strand.position)
         self.plan.policy.check_truncate(self, length)
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether codec or policy wants to learn from the queries of the next forward pass."""
+        return self.plan.codec.observes(self) or self.plan.policy.observes(self)
 
     def observe(self, seen: Seen) -> None:
         """Tell codec and policy what the queries of a forward pass found."""

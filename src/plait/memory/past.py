@@ -57,6 +57,21 @@ class Past:
         if refused is not None:
             raise refused
 
+    def rows_at_once(self, least: int, most: int) -> int:
+        """How many pending rows may be committed together, so that the past is that of committing one by one.
+
+        A codec stores tokens at places of the sequence that do not depend on how many rows a step commits
+        (`Codec.rows_at_once`), so that a draft changes what an answer costs and never the answer.
+
+        Args:
+            least: rows that are committed in any case, such as those of a prompt.
+            most: rows that are to be committed.
+        """
+        if least >= most:
+            return most
+        memories = (layer for layer in self.layers if isinstance(layer, Memory))
+        return min((memory.rows_at_once(least, most) for memory in memories), default=most)
+
     def truncate(self, length: int) -> None:
         """Forget every token at position `length` or later; see `Memory.truncate`."""
         for layer in self.layers:

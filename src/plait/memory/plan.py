@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError, UnknownNameError, suggestion
 from plait.memory.rows import Segment
-from plait.memory.sealing import seal_oldest
+from plait.memory.sealing import plain_run, seal_oldest
 from plait.memory.strand import FrozenStrand, Heads, Strand
 from plait.ops import Mask, Partial
 from plait.spec import Axis, Spec, split_specs
@@ -20,7 +20,7 @@ from plait.spec import Axis, Spec, split_specs
 if TYPE_CHECKING:
     from plait.memory.memory import Memory
 
-__all__ = ["CODECS", "POLICIES", "Codec", "MemoryPlan", "Notes", "Policy", "Seen", "Visit"]
+__all__ = ["CODECS", "POLICIES", "Codec", "MemoryPlan", "Notes", "Policy", "Seen", "Visit", "Watcher"]
 
 CODECS = Axis("codec")
 POLICIES = Axis("policy")
@@ -54,6 +54,9 @@ class Notes:
     Positions are those of the sequence. A memory calls these as it changes.
     """
 
+    # The codec or policy whose notes they are, as users write it.
+    method: ClassVar[str] = ""
+
     def fork(self) -> Notes:
         """Notes of a twin of the memory; neither may see later changes of the other."""
         raise NotImplementedError
@@ -68,7 +71,7 @@ class Notes:
     def check_splice(self) -> None:
         """Raise `IncompatibleError` where `splice` is not implemented."""
         raise IncompatibleError(
-            f"{type(self).__name__} notes where tokens stand and cannot take over moved ones, as edits and parallel "
+            f"{self.method or type(self).__name__} notes where tokens stand and cannot take over moved ones, as edits and parallel "
             "contexts need. Use memory='full', or read the text again."
         )
 
@@ -96,6 +99,21 @@ class Seen(NamedTuple):
     segment: Segment
     queries: Callable[[int], Tensor]
     merged: Partial
+
+
+class Watcher(Protocol):
+    """Whoever wants to know what queries visited; it must change nothing."""
+
+    def __call__(
+        self,
+        memory: Memory,
+        segment: Segment,
+        visits: Sequence[Visit],
+        parts: Sequence[Partial | None],
+        merged: Partial,
+    ) -> None:
+        """Take the visits of one segment, the part that each gave, and all parts merged."""
+        ...
 
 
 class Codec(Spec, axis=CODECS):
@@ -137,6 +155,10 @@ class Codec(Spec, axis=CODECS):
     def observe(self, memory: Memory, seen: Seen) -> None:
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
 
+    def observes(self, memory: Memory) -> bool:
+        """Whether `observe` would learn anything now; where nobody does, a forward pass can be one native call."""
+        return type(self).observe is not Codec.observe
+
     @property
     def learns_from_prompt(self) -> bool:
         """Whether the form of a stored token depends on a whole prompt, so that none is stored while it is read."""
@@ -163,6 +185,24 @@ class Codec(Spec, axis=CODECS):
     def ready(self, count: int) -> int:
         """How many of the oldest of `count` tokens that are still plain numbers are stored now."""
         return 0
+
+    def rows_at_once(self, memory: Memory, least: int, most: int) -> int:
+        """How many pending rows of a sequence are committed together, as if they came one by one.
+
+        A row is computed with what is stored before it. Where the codec would have stored tokens after one
+        of the rows, those behind it were computed too early, so that the run ends there.
+
+        Args:
+            least: rows that are committed in any case.
+            most: rows that are to be committed; at least `least`.
+        """
+        if type(self).ready is Codec.ready or least >= most:
+            return most
+        plain = sum(map(len, plain_run(memory))) - memory.pending
+        position = len(memory) - memory.pending - plain
+        exact = max(self.exact_first - position, 0)
+        due = (n for n in range(least, most) if plain + n > exact and self.ready(plain + n - exact))
+        return next(due, most)
 
     def encode(self, strand: FrozenStrand, notes: Notes | None) -> Strand:
         """The same tokens in this codec's form. The strand stays as it is.
@@ -208,11 +248,6 @@ class Policy(Spec, axis=POLICIES):
         """Whether this policy has tokens stored itself (`Codec.encode`); the codec seals none then."""
         return False
 
-    @property
-    def cuts(self) -> bool:
-        """Whether queries see pieces of strands that this policy makes, so that every strand must be divisible."""
-        return False
-
     def check_layer(self, heads: Heads) -> None:
         """Raise `IncompatibleError` if this policy cannot serve a layer of that geometry."""
         if self.max_distance is not None and heads.rope is not None and heads.rope.rule is not None:
@@ -227,6 +262,10 @@ class Policy(Spec, axis=POLICIES):
 
     def observe(self, memory: Memory, seen: Seen) -> None:
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
+
+    def observes(self, memory: Memory) -> bool:
+        """Whether `observe` would learn anything now; where nobody does, a forward pass can be one native call."""
+        return type(self).observe is not Policy.observe
 
     def runs(self, segment: Segment) -> list[range]:
         """The segment's queries in runs that are attended one after the other; all at once by default."""
@@ -250,6 +289,10 @@ class Policy(Spec, axis=POLICIES):
         Only a policy can promise it that keeps no notes and neither drops nor rearranges strands.
         """
         return False
+
+    def rows_at_once(self, memory: Memory, least: int, most: int) -> int:
+        """How many pending rows saw what they would have seen one by one; see `Codec.rows_at_once`."""
+        return most
 
     def gather(self, memory: Memory) -> None:
         """Take what is needed of tokens just committed, before the codec stores them; called by every commit."""
@@ -287,13 +330,6 @@ class MemoryPlan:
                 f"Policy {self.policy.name} stores blocks while a prompt is read, but codec {self.codec.name} chooses "
                 f"what to keep at its end. Use another codec with {self.policy.name}, such as gear."
             )
-
-    @property
-    def observes(self) -> bool:
-        """Whether codec or policy learns from the queries of a forward pass."""
-        return (
-            type(self.codec).observe is not Codec.observe or type(self.policy).observe is not Policy.observe
-        )
 
     @classmethod
     def parse(cls, text: str, device: torch.device | str = "cpu") -> MemoryPlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from plait import ops
 from plait.errors import CapacityError, ConfigError
 from plait.ops import Angles, Mask, Partial, Rope, rotate
+from plait.ops.coded import CODED, CodedForm
+from plait.ops.native import NUMBERS
 
 __all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Layout", "Strand", "allocated_bytes"]
 
@@ -54,6 +56,28 @@ class Heads:
             raise ConfigError(f"Heads.softcap must be above 0, or None. Got {self.softcap}.")
 
 
+class Layout(NamedTuple):
+    """Where the storage of a strand lies, for native code.
+
+    Attributes:
+        keys, values: addresses of the first numbers; of what describes them where they are coded.
+        key_head_stride, key_stride, value_head_stride, value_stride: in numbers; 0 for coded ones.
+        capacity: tokens there is room for; 0 where nothing can be added.
+        number: their format in the program's tables.
+        first: the strand's first token within the storage.
+    """
+
+    keys: int
+    values: int
+    key_head_stride: int
+    key_stride: int
+    value_head_stride: int
+    value_stride: int
+    capacity: int
+    number: int
+    first: int
+
+
 class Strand:
     """A run of consecutive tokens of one layer.
 
@@ -66,6 +90,9 @@ class Strand:
         offset: where the frame starts, in the sequence's positions.
         start: frame position of the first token.
     """
+
+    # Whether it can be cut anywhere; a policy that sees the past in pieces sees one that cannot as a whole.
+    is_divisible: ClassVar[bool] = True
 
     heads: Heads
     offset: int
@@ -91,6 +118,18 @@ class Strand:
         """
         raise NotImplementedError
 
+    def native_form(self) -> CodedForm | None:
+        """How the native operations read this strand's codes; None where they cannot, or there are none."""
+        return None
+
+    @property
+    def layout(self) -> Layout | None:
+        """Where the storage lies; None where the native operations cannot read it."""
+        form = self.native_form()
+        if form is None:
+            return None
+        return Layout(form.keys.address(), form.values.address(), 0, 0, 0, 0, 0, CODED, form.first)
+
     def split(self, at: int) -> tuple[Self, Self]:
         """Two strands that hold tokens [0, at) and [at, T). They share storage with this one."""
         raise NotImplementedError
@@ -99,6 +138,12 @@ class Strand:
         """The same tokens `by` positions further on. Shares storage; no key is touched."""
         twin = copy.copy(self)
         twin.offset += by
+        return twin
+
+    def weighed_by(self, heads: Heads) -> Self:
+        """The same tokens, sharing storage, with a geometry that differs in the factors on scores only."""
+        twin = copy.copy(self)
+        twin.heads = heads
         return twin
 
     def reframed(self, offset: int) -> Self:
@@ -171,28 +216,6 @@ def allocated_bytes(holders: Iterable[HoldsTensors]) -> int:
     return sum(storages.values())
 
 
-class Layout(NamedTuple):
-    """Where the storage of a dense strand lies, for native code.
-
-    Attributes:
-        keys, values: addresses of the first numbers.
-        key_head_stride, key_stride, value_head_stride, value_stride: in numbers.
-        capacity: tokens there is room for.
-        dtype: of the numbers.
-        is_cpu: whether the addresses are those of the processor's memory.
-    """
-
-    keys: int
-    values: int
-    key_head_stride: int
-    key_stride: int
-    value_head_stride: int
-    value_stride: int
-    capacity: int
-    dtype: torch.dtype
-    is_cpu: bool
-
-
 class FrozenStrand(Strand):
     """Keys and values as plain numbers that never change again, so that several memories can share them.
 
@@ -212,18 +235,18 @@ class FrozenStrand(Strand):
         self.start = start
         self.length = keys.shape[1]
         self._keys, self._values = keys, values
-        self._layout: tuple[Tensor, Layout] | None = None
+        self._layout: tuple[Tensor, Layout | None] | None = None
 
     @property
-    def layout(self) -> Layout:
-        """Where the storage lies; found once for each storage, because a forward pass asks in every layer."""
+    def layout(self) -> Layout | None:
+        # Found once for each storage, because a forward pass asks in every layer.
         keys, values = self._keys, self._values
         if self._layout is None or self._layout[0] is not keys:
             key_head, key = keys.stride()[:2]
             value_head, value = values.stride()[:2]
-            self._layout = keys, Layout(
-                keys.data_ptr(), values.data_ptr(), key_head, key, value_head, value, keys.shape[1], keys.dtype,
-                keys.is_cpu,
+            self._layout = keys, None if not keys.is_cpu else Layout(
+                keys.data_ptr(), values.data_ptr(), key_head, key, value_head, value, keys.shape[1],
+                NUMBERS[keys.dtype], 0,
             )  # fmt: skip
         return self._layout[1]
 

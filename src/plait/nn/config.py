@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from plait.errors import ConfigError
 from plait.spec import Axis, Spec
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ class TransformerConfig(Spec):
         head_bias: whether the output head has a bias.
         logit_scale: factor on logits.
         logit_softcap: c in `c * tanh(logit / c)`, or None.
+        placeholder: id that stands for a token which is not known yet, or None. It is read, never
+            predicted: its logit is -inf.
     """
 
     family: str
@@ -128,3 +131,11 @@ class TransformerConfig(Spec):
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: Softcap | None = None
+    placeholder: Annotated[int, Field(ge=0)] | None = None
+
+    def check(self) -> None:
+        if self.placeholder is not None and self.placeholder >= self.vocab_size:
+            raise ConfigError(
+                f"TransformerConfig.placeholder must be an id below the vocabulary of {self.vocab_size}. "
+                f"Got {self.placeholder}."
+            )

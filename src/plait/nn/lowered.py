@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import FrozenStrand, Memory, Past, Rows, check_pasts
+from plait.memory import Memory, Past, Rows, Strand, check_pasts
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.mixers.attention import Attention
 from plait.nn.transformer import Block, Transformer
 from plait.ops import Angles, Causal, Everything, Mask, Rope, Tree, native
-from plait.ops.native import ACTIVATIONS, NUMBERS, Projection, tree_bits
+from plait.ops.native import ACTIVATIONS, Projection, tree_bits
 from plait.weights import Linear
 
 __all__ = ["Lowered", "lower", "obstacle"]
@@ -107,8 +107,8 @@ class Lowered:
     ) -> tuple[Tensor, Tensor | None] | None:
         """Hidden rows, normalised for the head, and their logits; None where the program does not apply.
 
-        It applies to causal, full and tree masks, and to memories of dense strands on the CPU in which
-        nobody observes and every query of a segment sees what the segment's mask and a window show.
+        It applies to causal, full and tree masks, and to memories of dense and coded strands on the CPU in
+        which nobody observes and every query of a segment sees what the segment's mask and a window show.
         Nothing is written where it does not.
 
         Args:
@@ -152,7 +152,7 @@ class Lowered:
         logits = torch.empty(len(chosen), self.head_rows) if with_logits else None
         tables, targets, visits = plan
         self.saved_visits = self._program.run(
-            x.contiguous(), segments, tables.angles, _table(targets, 10), _table(visits, 13), trees,
+            x.contiguous(), segments, tables.angles, _table(targets, 10), _table(visits, 14), trees,
             chosen.view(-1, 1), hidden, logits,
         )  # fmt: skip
         return hidden, None if logits is None else self.finish(logits)
@@ -166,29 +166,25 @@ class Lowered:
             memories = [memory for past in pasts if isinstance(memory := past.layers[layer], Memory)]
             key_table = tables.index(rope, [memory.tail.offset for memory in memories])
             for index, (segment, memory) in enumerate(zip(rows.segments, memories, strict=True)):
-                first = memory.extend(
-                    segment.length, segment.mask if isinstance(segment.mask, Tree) else None
-                )
+                draft = segment.mask if isinstance(segment.mask, Tree) else None
+                first = memory.extend(segment.length, draft)
                 at = memory.tail.layout
-                targets += (*at[:7], first, NUMBERS[at.dtype], key_table)
+                if at is None:
+                    return None
+                targets += (*at[:7], first, at.number, key_table)
                 for strand, window, mask, turned_at, queries, log_weight in memory.plan.policy.visits(
                     memory, segment
                 ):
-                    if (
-                        not isinstance(strand, FrozenStrand)
-                        or mask is not None
-                        or queries is not None
-                        or log_weight
-                    ):
+                    at = strand.layout
+                    if at is None or mask is not None or queries is not None or log_weight:
                         return None
                     if turned_at is None:
                         table = tables.at(rope, strand.offset)
                     else:
                         table = tables.pinned(rope, turned_at)
                     tables.strands.append(strand)
-                    at = strand.layout
-                    visits += (layer, index, *at[:6], strand.length)
-                    visits += (NUMBERS[at.dtype], strand.offset + strand.start, window or 0, table)
+                    visits += (layer, index, *at[:6], at.first + len(strand), at.number)
+                    visits += (strand.offset + strand.start - at.first, window or 0, table, at.first)
         return tables, targets, visits
 
     def _add(self, block: Block) -> None:
@@ -226,7 +222,7 @@ class _Tables:
         self.rows = rows
         self.angles: list[tuple[Tensor, Tensor]] = []
         # Visited by address, so they must live as long as the call.
-        self.strands: list[FrozenStrand] = []
+        self.strands: list[Strand] = []
         self.known: dict[tuple[Rope, str, tuple[int, ...] | int], int] = {}
 
     def index(self, rope: Rope | None, offsets: list[int]) -> int:
@@ -278,11 +274,11 @@ def _table(numbers: Sequence[int], columns: int) -> Tensor:
 
 
 def _is_plain(memory: object) -> bool:
-    """Whether a memory has dense strands on the CPU only, and nobody observes."""
+    """Whether a memory has strands that the program can read, and nobody observes."""
     return (
         isinstance(memory, Memory)
-        and not memory.plan.observes
-        and all(isinstance(strand, FrozenStrand) and strand.layout.is_cpu for strand in memory.held())
+        and not memory.is_observed
+        and all(strand.layout is not None for strand in memory.held())
     )
 
 

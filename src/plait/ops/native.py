@@ -37,10 +37,12 @@ __all__ = [
     "PACKED_FORMATS",
     "PackedMatrix",
     "Projection",
+    "extension",
     "feed_forward",
     "has_packed_form",
     "is_everywhere",
     "linear",
+    "mask_kind",
     "merge",
     "module",
     "partial_attention",
@@ -113,10 +115,16 @@ def takes(arguments: Iterable[Any]) -> bool:
     return True
 
 
-def _native() -> Any:
-    extension = module()
-    assert extension is not None
-    return extension
+def extension() -> Any:
+    """The extension module, where the caller has asked whether there is one."""
+    found = module()
+    assert found is not None
+    return found
+
+
+def mask_kind(mask: Mask) -> int:
+    """The number by which the extension knows a mask."""
+    return _MASKS[type(mask)]
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -132,7 +140,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.shape[1] > 1 and weight.stride(1) != 1:
         weight = weight.contiguous()
     y = torch.empty(rows.shape[0], weight.shape[0])
-    _native().linear_dense(rows, weight, None, y)
+    extension().linear_dense(rows, weight, None, y)
     return y.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
 
 
@@ -140,7 +148,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`x / sqrt(mean(x^2) + epsilon) * weight` over the last axis."""
     rows = _rows(x)
     y = torch.empty(rows.shape)
-    _native().rms_norm(rows, weight.detach().float().contiguous(), epsilon, y)
+    extension().rms_norm(rows, weight.detach().float().contiguous(), epsilon, y)
     return y.view(x.shape).to(x.dtype)
 
 
@@ -150,7 +158,7 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
     if wide.stride(-1) != 1:
         wide = wide.contiguous()
     y = torch.empty(x.shape)
-    _native().rotate(wide, angles.cos.contiguous(), angles.sin.contiguous(), y)
+    extension().rotate(wide, angles.cos.contiguous(), angles.sin.contiguous(), y)
     return y.to(x.dtype)
 
 
@@ -160,7 +168,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     width = a.out.shape[-1]
     flat = [t.detach().float().reshape(-1, width) for t in (a.out, b.out)]
     sums = [t.detach().float().reshape(-1) for t in (a.lse, b.lse)]
-    _native().merge(flat[0], sums[0], flat[1], sums[1], out.view(-1, width), lse.view(-1))
+    extension().merge(flat[0], sums[0], flat[1], sums[1], out.view(-1, width), lse.view(-1))
     return Partial(out, lse)
 
 
@@ -193,7 +201,7 @@ def partial_attention(
     keys, values = (t.detach() if t.stride(-1) == 1 else t.detach().contiguous() for t in (keys, values))
     if keys.dtype != values.dtype:
         keys, values = keys.float(), values.float()
-    _native().partial_attention(
+    extension().partial_attention(
         q, keys, values, scale, _MASKS[type(mask)], first_query, first_key, window or 0, softcap or 0.0,
         depths, ancestors, out, lse,
     )  # fmt: skip
@@ -223,7 +231,7 @@ class PackedMatrix:
     """
 
     def __init__(self, blocks: Tensor, format: str) -> None:
-        self.handle = _native().PackedMatrix(blocks.contiguous(), format)
+        self.handle = extension().PackedMatrix(blocks.contiguous(), format)
         self.shape: tuple[int, int] = self.handle.shape
         self._whole = Projection([self])
 
@@ -261,7 +269,7 @@ class Projection:
     ) -> None:
         pieces = [part if isinstance(part, tuple) else (part, 0, part.shape[0]) for part in parts]
         added = None if bias is None else bias.detach().float().contiguous()
-        self.handle = _native().Projection(
+        self.handle = extension().Projection(
             [(matrix.handle, first, rows) for matrix, first, rows in pieces], added
         )
         self.shape: tuple[int, int] = self.handle.shape
@@ -277,7 +285,7 @@ class Projection:
         """
         rows = _rows(x)
         y = torch.empty(rows.shape[0], self.shape[0]) if onto is None else onto.view(-1, self.shape[0])
-        _native().project(self.handle, rows, y, onto is not None, _norm(norm_weight), epsilon)
+        extension().project(self.handle, rows, y, onto is not None, _norm(norm_weight), epsilon)
         return y.view(*x.shape[:-1], self.shape[0]).to(x.dtype) if onto is None else onto
 
 
@@ -299,7 +307,7 @@ def feed_forward(
     rows = _rows(x)
     width = down.shape[0]
     y = torch.empty(rows.shape[0], width) if onto is None else onto.view(-1, width)
-    _native().feed_forward(
+    extension().feed_forward(
         None if gate is None else gate.handle, up.handle, down.handle, ACTIVATIONS[activation], rows, y,
         onto is not None, _norm(norm_weight), epsilon,
     )  # fmt: skip
@@ -308,7 +316,7 @@ def feed_forward(
 
 def program(width: int, epsilon: float, final_norm: Tensor | None, head: Any) -> Any:
     """An empty decoder of the extension, to which layers are added; `head` is the handle of a `Projection`."""
-    return _native().Program(width, epsilon, final_norm, head)
+    return extension().Program(width, epsilon, final_norm, head)
 
 
 def _norm(weight: Tensor | None) -> Tensor | None:

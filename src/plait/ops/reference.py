@@ -20,12 +20,38 @@ __all__ = ["layer_norm", "linear", "partial_attention", "rms_norm"]
 # grow with the square of a prompt.
 _SCORES_AT_ONCE = 8 * 1024 * 1024
 
+# Products of a few rows leave most of a CPU's memory speed unused in torch's own order of the factors. Measured
+# with 2 threads of MKL and AVX2, the exchanged order takes 0.4 to 0.9 of the time for 2 to 32 rows of matrices from
+# 2^16 weights on, and 0.5 to 0.9 for a single row of up to 1,024 columns; outside that it gains nothing.
+_FEW_ROWS = 32
+_BIG_MATRIX = 1 << 16
+_SHORT_ROW = 1024
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`: x (..., I), weight (O, I) -> (..., O) in x's dtype; multiplied in the weight's."""
-    if x.dtype == weight.dtype:
-        return F.linear(x, weight)
-    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    if x.dtype != weight.dtype:
+        return linear(x.to(weight.dtype), weight).to(x.dtype)
+    num_rows = x.numel() // max(1, weight.shape[1])
+    if weight.is_cpu and weight.dtype == torch.float32 and _is_few(num_rows, weight):
+        return _linear_of_few_rows(x.reshape(num_rows, -1), weight).view(*x.shape[:-1], -1)
+    return F.linear(x, weight)
+
+
+def _is_few(num_rows: int, weight: Tensor) -> bool:
+    """Whether a product of so few rows is faster with its factors exchanged."""
+    if num_rows == 1:
+        return weight.numel() >= _BIG_MATRIX and weight.shape[1] <= _SHORT_ROW
+    return 1 < num_rows <= _FEW_ROWS and weight.numel() >= _BIG_MATRIX
+
+
+def _linear_of_few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` as `(weight @ x.T).T`, rows x (N, I): the matrix is the factor that threads divide up."""
+    num_rows = x.shape[0]
+    if num_rows == 1:
+        # With one column it would be a matrix-vector product, which reads the matrix in one thread.
+        x = torch.cat([x, x])
+    return torch.mm(weight, x.t())[:, :num_rows].t().contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

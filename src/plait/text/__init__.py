@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from plait.text.byte_bpe import learn_byte_bpe
 from plait.text.chat import ChatTemplate
 from plait.text.stream import StopStrings, StreamDecoder
 from plait.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "StopStrings", "StreamDecoder", "Tokenizer"]
+__all__ = ["ChatTemplate", "StopStrings", "StreamDecoder", "Tokenizer", "learn_byte_bpe"]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import tokenizers
+from tokenizers import decoders
+
 from plait.errors import ConfigError
+from plait.files import write_text
 from plait.text.backend import Backend
 from plait.text.gguf_vocabulary import read_gguf_tokenizer
 from plait.text.json_vocabulary import read_json_tokenizer
-from plait.text.vocabulary import TokenizerParts
+from plait.text.vocabulary import TokenizerParts, spell_byte_level
 
 __all__ = ["Tokenizer"]
 
@@ -52,6 +57,7 @@ class Tokenizer:
         self._prefix, self._suffix = parts.prefix, parts.suffix
         self._space_prefix = parts.space_prefix
         self._backend = Backend(parts.backend)
+        self._source = parts.backend
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
@@ -88,6 +94,28 @@ class Tokenizer:
             ModelFileError: a file is damaged, or describes a tokenizer of an unknown kind.
         """
         return cls(read_json_tokenizer(source, config, generation_config))
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, and beside it tokenizer_config.json and generation_config.json.
+
+        Raises:
+            ConfigError: the vocabulary is not byte-level, the only kind that is written.
+        """
+        if self._vocabulary.spell is not spell_byte_level:
+            raise ConfigError(f"Only byte-level vocabularies are written. Got {self.name}.")
+        copy = tokenizers.Tokenizer.from_str(self._source.to_str())
+        copy.decoder = decoders.ByteLevel()
+        ends = sorted(self.eos_ids)
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        if self.bos_id is not None:
+            config["bos_token"] = self._vocabulary.pieces[self.bos_id]
+        if ends:
+            config["eos_token"] = self._vocabulary.pieces[ends[0]]
+        if self._prefix or self._suffix:
+            config |= {"add_bos_token": bool(self._prefix), "add_eos_token": bool(self._suffix)}
+        write_text(folder / "tokenizer.json", copy.to_str(pretty=True))
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "generation_config.json", json.dumps({"eos_token_id": ends}, indent=2) + "\n")
 
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
         """The ids of a text.

@@ -18,8 +18,8 @@ _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. T
 _QUESTION = "\nWhat is the pass key? The pass key is"
 
 
-def _found(lm: LanguageModel, memory: str, length: int, keys: list[str]) -> list[bool]:
-    """For each pass key, at an own depth, whether the answer is it. The text before a key is read once."""
+def _found(lm: LanguageModel, memory: str, length: int, keys: dict[str, float]) -> list[bool]:
+    """For each pass key and its depth, as a part of the length and in rising order, whether the answer is it. The text before a key is read once."""
     import copy
 
     from plait.memory import MemoryPlan
@@ -31,9 +31,8 @@ def _found(lm: LanguageModel, memory: str, length: int, keys: list[str]) -> list
     found = []
     with lm.session() as trunk:
         trunk.read(_BEGIN)
-        for number, key in enumerate(keys):
-            depth = length * (2 * number + 1) // (2 * len(keys) + 2)
-            trunk.read_tokens(filler * max((depth - len(trunk)) // len(filler), 0))
+        for key, depth in keys.items():
+            trunk.read_tokens(filler * max((int(length * depth) - len(trunk)) // len(filler), 0))
             (branch,) = trunk.fork()
             with branch:
                 branch.read(f"The pass key is {key}. Remember it. {key} is the pass key. ")
@@ -51,23 +50,30 @@ def _measure(run: Run) -> Measurements:
     from plait.claims.texts import token_runs
     from plait.engine import load
 
-    length, count = run.pick((5000, 4), (700, 1))
+    length, count = run.pick((6000, 20), (700, 1))
     local, blocks = run.pick(512, 128), run.pick("initial=64,block=64,topk=10", "initial=16,block=32,topk=4")
     lm = load("smollm2")
     ours = f"infllm:local={local},{blocks},execution={min(256, local)}"
     equal = f"lm-infinite:local={run.pick(1206, 256)},initial=10"
-    keys = [str(random.Random(run.seed + number).randrange(10_000, 100_000)) for number in range(count)]
+    draw = random.Random(run.seed)
+    # Everywhere but in the window of the question.
+    depths = sorted(draw.uniform(0.05, 1 - (local + 300) / length) for _ in range(count))
+    keys = {str(draw.randrange(10_000, 100_000)): depth for depth in depths}
+    middle = dict(list(keys.items())[count // 2 :][:1])
+    far = run.pick(16_000, 900)
     found: dict[str, Quantity] = {}
-    for name, memory, some in (
-        ("infllm", ours, keys),
-        ("lm_infinite", equal, keys),
-        ("full", "full", keys[-1:]),
+    for name, memory, tokens, some in (
+        ("infllm", ours, length, keys),
+        ("lm_infinite", equal, length, keys),
+        ("full", "full", length, middle),
+        ("infllm_far", ours, far, middle),
+        ("full_far", "full", far, middle),
     ):
-        yield f"looking for {len(some)} pass keys in {length} tokens with {name.replace('_', '-')}"
-        hits = _found(lm, memory, length, some)
+        yield f"looking for {len(some)} pass keys in {tokens} tokens with {name.replace('_', '-')}"
+        hits = _found(lm, memory, tokens, some)
         found[f"found_{name}"] = Quantity(sum(hits) / len(hits), "of keys", samples=len(hits))
 
-    tokens = run.pick(4096, 384)
+    tokens = run.pick(16_384, 384)
     (ids,) = token_runs(lm.tokenizer, [tokens])
     yield f"reading {tokens} tokens of a text"
     nats = {
@@ -108,9 +114,9 @@ CLAIM = Claim(
     ),
     source="Xiao et al. 2024, InfLLM, arXiv:2402.04617",
     scale=(
-        "SmolLM2-135M-Instruct, 4 pass keys at four depths of 5,000 tokens of filler, greedy; at most 1,280 tokens attended "
-        "to (local 512, initial 64, 10 blocks of 64 and the remainder), beside lm-infinite of 1,216 and, for the last key, full attention. 4,096 tokens of "
-        "Python's manual. Decoding behind 32,768 and 8,192 tokens of random keys and values, with blocks in memory and in a file."
+        "SmolLM2-135M-Instruct, 20 pass keys at random depths of 6,000 tokens of filler, greedy; at most 1,280 tokens attended "
+        "to (local 512, initial 64, 10 blocks of 64 and the remainder), beside lm-infinite of 1,216; one key with full "
+        "attention, and in 16,000 tokens, of which the model was trained on 8,192. 16,384 tokens of Python's manual. Decoding behind 32,768 and 8,192 tokens of random keys and values, with blocks in memory and in a file."
     ),
     bars=(
         Bar(

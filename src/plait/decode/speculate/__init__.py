@@ -5,6 +5,7 @@ from __future__ import annotations
 from plait.decode.speculate.base import SPECULATORS, Nothing, Speculator, SpeculatorConfig
 from plait.decode.speculate.chain import Chain
 from plait.decode.speculate.draft_model import DraftModelConfig, DraftModelSpeculator
+from plait.decode.speculate.lud import LUD
 from plait.decode.speculate.prompt_lookup import PromptLookup
 from plait.decode.speculate.rejection import Rejection
 from plait.decode.speculate.rsd_c import RSDC
@@ -14,6 +15,7 @@ from plait.decode.speculate.tree import Context, Tree
 from plait.decode.speculate.verify import verify
 
 __all__ = [
+    "LUD",
     "RSDC",
     "RSDS",
     "SPECULATORS",

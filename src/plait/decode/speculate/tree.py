@@ -48,12 +48,18 @@ class Tree:
 
     A node that is not declared as drawn may be chosen in any way at all.
 
+    A *probe* is read with the others and proposes nothing: it asks the model what it would say there, such
+    as behind a placeholder. It is never chosen and never remembered. A *trusted* node is taken as it is,
+    without asking the model, so that the answer no longer is the model's own.
+
     Args:
         tokens: token of each node; `tokens[0]` is the last token of the sequence.
         parents: parent of each node; `parents[0] == -1` and `parents[i] < i`.
         drawn: the nodes that were drawn.
         laws: for each parent of drawn nodes, the law of its first draw, (V,).
         replacement: whether siblings were drawn independently; else each without those before it.
+        probes: nodes that are read only; nothing but probes stands below one.
+        trusted: nodes that are taken unchecked; at most one below each node.
     """
 
     tokens: list[int]
@@ -61,6 +67,8 @@ class Tree:
     drawn: frozenset[int] = frozenset()
     laws: Mapping[int, Tensor] = field(default_factory=dict)
     replacement: bool = False
+    probes: frozenset[int] = frozenset()
+    trusted: frozenset[int] = frozenset()
 
     @classmethod
     def root(cls, token: int) -> Tree:
@@ -81,8 +89,10 @@ class Tree:
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def children(self, node: int) -> list[int]:
-        """The nodes below a node, in order."""
-        return [child for child, parent in enumerate(self.parents) if parent == node]
+        """The nodes that propose a token below a node, in order."""
+        return [
+            child for child, parent in enumerate(self.parents) if parent == node and child not in self.probes
+        ]
 
     def depths(self) -> list[int]:
         """How many nodes each node stands below the root."""
@@ -106,6 +116,8 @@ class Tree:
                 )
             if node and not 0 <= parent < node:
                 raise ConfigError(f"Node {node} has parent {parent}. A parent comes before its child.")
+            if parent in self.probes and node not in self.probes:
+                raise ConfigError(f"Node {node} proposes a token below probe {parent}, which proposes none.")
             if node in self.drawn and (parent not in self.laws or self.laws[parent].shape != (vocab_size,)):
                 raise ConfigError(
                     f"Node {node} was drawn, so its parent {parent} needs a draft law of shape ({vocab_size},)."

@@ -4,7 +4,8 @@ At a node whose children were not drawn at random, the next token is chosen exac
 choose it, with the uniform of its own position; if a child proposes that token the walk goes on there, for
 free. Drawn children are tried first, in the order of drawing, by rejection sampling. Either way the next
 token has the model's law, whatever was proposed: a proposal changes cost, never the law. Without drawn
-nodes, and in greedy decoding, the tokens are those of plain decoding with the same seed.
+nodes, and in greedy decoding, the tokens are those of plain decoding with the same seed. The one exception
+is a node that a tree declares as trusted: it is taken as it is.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def _settle(
     """The token that follows a node, and the child that proposed it."""
     position = len(history)
     children = tree.children(node)
+    trusted = next((child for child in children if child in tree.trusted), None)
+    if trusted is not None:
+        return sampler.report(logits, tree.tokens[trusted], position), trusted
     drawn = [child for child in children if child in tree.drawn]
     # A greedy law has a single token: rejection sampling would keep exactly the child that proposes it.
     if not drawn or sampler.sampling.is_greedy:

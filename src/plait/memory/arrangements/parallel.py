@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class ParallelGroup(Strand):
     Raises:
         ConfigError: no context, contexts that start at different positions, or a setting that is not above 0.
     """
+
+    is_divisible: ClassVar[bool] = False
 
     def __init__(
         self, contexts: Sequence[Sequence[Strand]], *, temperature: float = 1.0, scale: float = 1.0
@@ -116,7 +118,4 @@ class ParallelGroup(Strand):
 
 def _with_heads(contexts: Sequence[Sequence[Strand]], heads: Heads) -> list[Strand]:
     """The strands of all contexts, sharing storage, with other factors on the scores."""
-    strands = [copy.copy(strand) for context in contexts for strand in context]
-    for strand in strands:
-        strand.heads = heads
-    return strands
+    return [strand.weighed_by(heads) for context in contexts for strand in context]

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from plait.errors import ConfigError
 from plait.memory.codecs.dense import DTYPES
-from plait.memory.coded import CodedStrand, Factors, check_storable, matrix_of
+from plait.memory.coded import BLOCK, CodedStrand, Factors, check_storable, matrix_of
 from plait.memory.codes import AffineCodes
 from plait.memory.plan import Codec, Notes
 from plait.memory.strand import FrozenStrand, Heads
+from plait.ops.coded import CodedNumbers, StoredNumbers, can_be_read
 
 __all__ = ["GEAR"]
 
@@ -128,7 +129,7 @@ class GEAR(Codec, name="gear"):
         error = exact - codes.rows(0, num_tokens)
         if low_rank is not None:
             error -= low_rank.matrix()
-        return Recovered(codes, low_rank, _Sparse.of(error, places))
+        return Recovered(codes, low_rank, _Sparse.of(error, places, num_heads))
 
 
 def _outliers(matrix: Tensor, axis: int, sparsity: float) -> Tensor:
@@ -140,6 +141,7 @@ def _outliers(matrix: Tensor, axis: int, sparsity: float) -> Tensor:
     return places
 
 
+@dataclass(frozen=True, eq=False)
 class _LowRank:
     """A matrix of rank r for each head, `tokens @ channels.T`.
 
@@ -148,8 +150,8 @@ class _LowRank:
         channels: (G, D, r) fp16.
     """
 
-    def __init__(self, tokens: Tensor | AffineCodes, channels: Tensor) -> None:
-        self.tokens, self.channels = tokens, channels
+    tokens: Tensor | AffineCodes
+    channels: Tensor
 
     @classmethod
     def of(cls, error: Tensor, rank: int, bits: int) -> Self | None:
@@ -189,55 +191,98 @@ class _LowRank:
             return type(self)(self.tokens.cut(low, high), self.channels.clone())
         return type(self)(self.tokens[low:high].clone(), self.channels.clone())
 
+    def native(self) -> tuple[StoredNumbers, Tensor] | None:
+        """Tokens and channels as a kernel reads them; None where none can."""
+        num_heads, _, rank = self.channels.shape
+        if not can_be_read(rank, like=self.channels):
+            return None
+        if isinstance(self.tokens, AffineCodes):
+            stored = self.tokens.stored(num_heads)
+        else:
+            stored = StoredNumbers.of_numbers(self.tokens.unflatten(1, (num_heads, rank)).transpose(0, 1))
+        return None if stored is None else (stored, self.channels)
+
     def tensors(self) -> list[Tensor]:
         of_tokens = self.tokens.tensors() if isinstance(self.tokens, AffineCodes) else [self.tokens]
         return [*of_tokens, self.channels]
 
 
+@dataclass(frozen=True, eq=False)
 class _Sparse:
-    """What is added at single places of a matrix (T, C), token by token.
+    """What is added at single places of a matrix (T, G * D): block by block of tokens, in each head by head.
 
     Args:
-        starts: (T + 1,) int32, where each token's places begin.
-        channels: 16-bit channel of each place.
+        starts: (blocks * G + 1,) int32, where the places of each block and head begin.
+        tokens: token of each place within its block, uint8.
+        channels: channel of each place within its head, int16.
         numbers: fp16.
+        num_heads: G.
     """
 
-    def __init__(self, starts: Tensor, channels: Tensor, numbers: Tensor) -> None:
-        self.starts, self.channels, self.numbers = starts, channels, numbers
+    starts: Tensor
+    tokens: Tensor
+    channels: Tensor
+    numbers: Tensor
+    num_heads: int
 
     @classmethod
-    def of(cls, matrix: Tensor, places: Tensor) -> Self | None:
+    def of(cls, matrix: Tensor, places: Tensor, num_heads: int) -> Self | None:
         if not bool(places.any()):
             return None
-        starts = torch.zeros(len(matrix) + 1, dtype=torch.int32, device=matrix.device)
-        starts[1:] = places.sum(1).cumsum(0)
-        # Channels up to 65,535 fit as signed numbers around 0.
-        channels = (places.nonzero()[:, 1] - 2**15).to(torch.int16)
-        return cls(starts, channels, matrix[places].half())
+        tokens, channels = places.nonzero(as_tuple=True)
+        head_dim = matrix.shape[1] // num_heads
+        return cls._sorted(
+            len(matrix), num_heads, tokens, channels // head_dim, channels % head_dim, matrix[places].half()
+        )
+
+    @classmethod
+    def _sorted(
+        cls, length: int, num_heads: int, tokens: Tensor, heads: Tensor, channels: Tensor, numbers: Tensor
+    ) -> Self:
+        """Numbers for `length` tokens at places given in the order of tokens."""
+        runs = tokens // BLOCK * num_heads + heads
+        order = runs.argsort(stable=True)
+        starts = torch.zeros(-(-length // BLOCK) * num_heads + 1, dtype=torch.int32, device=tokens.device)
+        starts[1:] = runs.bincount(minlength=len(starts) - 1).cumsum(0)
+        in_block = (tokens % BLOCK)[order].to(torch.uint8)
+        return cls(starts, in_block, channels[order].to(torch.int16), numbers[order], num_heads)
+
+    def _between(self, low: int, high: int) -> tuple[slice, Tensor, Tensor, Tensor]:
+        """Places in the blocks that hold tokens [low, high): which, their tokens and heads, and which are inside."""
+        first = low // BLOCK * self.num_heads
+        starts = self.starts[first : -(-high // BLOCK) * self.num_heads + 1].long()
+        runs = torch.arange(first, first + len(starts) - 1, device=starts.device)
+        runs = runs.repeat_interleave(starts.diff())
+        which = slice(int(starts[0]), int(starts[-1]))
+        tokens = runs // self.num_heads * BLOCK + self.tokens[which].long()
+        return which, tokens, runs % self.num_heads, (tokens >= low) & (tokens < high)
 
     def add_to(self, block: Tensor, low: int) -> None:
-        """Add what belongs to the tokens from `low` on to their numbers (t, C)."""
-        starts = self.starts[low : low + len(block) + 1].long()
-        first, stop = int(starts[0]), int(starts[-1])
-        tokens = torch.arange(len(block), device=block.device).repeat_interleave(starts.diff())
-        channels = self.channels[first:stop].long() + 2**15
-        block[tokens, channels] += self.numbers[first:stop].float()
+        """Add what belongs to the tokens from `low` on to their numbers (t, G * D)."""
+        which, tokens, heads, inside = self._between(low, low + len(block))
+        columns = heads * (block.shape[1] // self.num_heads) + self.channels[which].long()
+        block[(tokens - low)[inside], columns[inside]] += self.numbers[which][inside].float()
 
     def cut(self, low: int, high: int) -> Self:
-        starts = self.starts[low : high + 1]
-        places = slice(int(starts[0]), int(starts[-1]))
-        return type(self)(starts - starts[0], self.channels[places].clone(), self.numbers[places].clone())
+        which, tokens, heads, inside = self._between(low, high)
+        order = tokens[inside].argsort(stable=True)
+        kept = ((tokens - low), heads, self.channels[which], self.numbers[which])
+        return self._sorted(high - low, self.num_heads, *(part[inside][order] for part in kept))
+
+    def native(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.starts, self.tokens, self.channels, self.numbers
 
     def tensors(self) -> list[Tensor]:
-        return [self.starts, self.channels, self.numbers]
+        return [self.starts, self.tokens, self.channels, self.numbers]
 
 
+@dataclass(frozen=True, eq=False)
 class Recovered:
     """Codes (T, C), the low-rank part of their error, and what single places still lack."""
 
-    def __init__(self, codes: AffineCodes, low_rank: _LowRank | None, sparse: _Sparse | None) -> None:
-        self.codes, self.low_rank, self.sparse = codes, low_rank, sparse
+    codes: AffineCodes
+    low_rank: _LowRank | None
+    sparse: _Sparse | None
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -256,6 +301,15 @@ class Recovered:
             self.codes.cut(low, high),
             None if self.low_rank is None else self.low_rank.cut(low, high),
             None if self.sparse is None else self.sparse.cut(low, high),
+        )
+
+    def native(self, num_heads: int) -> CodedNumbers | None:
+        stored = self.codes.stored(num_heads)
+        factor = None if self.low_rank is None else self.low_rank.native()
+        if stored is None or (self.low_rank is not None and factor is None):
+            return None
+        return CodedNumbers.of(
+            stored, factor=factor, outliers=None if self.sparse is None else self.sparse.native()
         )
 
     def tensors(self) -> list[Tensor]:

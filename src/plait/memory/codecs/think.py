@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -22,7 +22,8 @@ from plait.memory.memory import Memory
 from plait.memory.plan import Codec, Notes, Seen
 from plait.memory.sealing import plain_run, taken
 from plait.memory.strand import FrozenStrand, Heads, Strand
-from plait.ops import Causal, Mask, Partial
+from plait.ops import Causal, Mask, Partial, native
+from plait.ops.coded import CodedForm, CodedNumbers, StoredNumbers, can_be_read, coded_attention
 
 __all__ = ["ThinK"]
 
@@ -40,6 +41,9 @@ class ThinK(Codec, name="think"):
     all heads that read it and over all keys, both as they are rotated; the `floor((1 - ratio) * D)` best are
     kept, packed. They are chosen once, at the end of a prompt, which itself is read with exact attention;
     tokens that grow old later lose the same channels. Scores keep the factor of the full head size.
+
+    A policy that stores blocks while a prompt is read, such as infllm, gets channels of each block's own: pairs of
+    channels that turn together, by the last queries so far, because the keys of such blocks are not rotated.
 
     What is kept can be stored by another codec: `think:ratio=0.4,gear:bits=4`. The layer's geometry fixes
     how much that saves: a ratio of 0.4 takes a fifth off keys and values together.
@@ -115,7 +119,8 @@ class ThinK(Codec, name="think"):
 
     @property
     def learns_from_prompt(self) -> bool:
-        return not self._keeps_all
+        # The keys of a block that is stored early are not rotated, so nothing can be read from its values.
+        return self.value_ratio > 0
 
     def whole(self, count: int) -> int:
         return self.inner.whole(count)
@@ -129,10 +134,12 @@ class ThinK(Codec, name="think"):
     def new_notes(self) -> Notes:
         return _Choice(self.window)
 
+    def observes(self, memory: Memory) -> bool:
+        return _choice_of(memory).key_channels is None and not self._keeps_all
+
     def observe(self, memory: Memory, seen: Seen) -> None:
-        notes = _choice_of(memory)
-        if notes.key_channels is None and not self._keeps_all:
-            notes.add(seen.queries(memory.tail.offset), seen.segment.position)
+        if self.observes(memory):
+            _choice_of(memory).add(seen.queries(memory.tail.offset), seen.segment.position)
 
     def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
         notes = _choice_of(memory)
@@ -164,8 +171,10 @@ class ThinK(Codec, name="think"):
         if self._keeps_all:
             return self.inner.encode(strand, None)
         assert isinstance(notes, _Choice)
-        assert notes.key_channels is not None
-        keys = _gathered(strand.keys, notes.key_channels)
+        key_channels = notes.key_channels
+        if key_channels is None:
+            key_channels = self._channels_of_block(notes.last_queries, strand)
+        keys = _gathered(strand.keys, key_channels)
         values, means = strand.values, None
         if notes.value_channels is not None:
             means = values.float().mean(1)
@@ -174,7 +183,27 @@ class ThinK(Codec, name="think"):
             self._pruned(strand.heads), keys, values, offset=strand.offset, start=strand.start
         )
         inner = self.inner.encode(kept, None)
-        return ThinStrand(strand.heads, inner, notes.key_channels, notes.value_channels, means)
+        return ThinStrand(strand.heads, inner, key_channels, notes.value_channels, means)
+
+    def _channels_of_block(self, queries: Tensor | None, strand: FrozenStrand) -> Tensor:
+        """Channels (G, K) of a block to keep, for queries (Q, H, D) rotated in another frame than its keys.
+
+        A rotation leaves the size of a pair of channels as it is, so that pairs are chosen, and of the last pair
+        the first channel only where an odd number is kept.
+        """
+        heads = strand.heads
+        of_keys = strand.keys.float().square().sum(1)
+        of_queries = torch.ones_like(of_keys)
+        if queries is not None:
+            of_queries = queries.square().sum(0).unflatten(0, (heads.num_kv_heads, -1)).sum(1)
+        half = 0 if heads.rope is None else len(heads.rope.frequencies)
+        scores = of_queries * of_keys
+        if half:
+            first, second = slice(0, half), slice(half, 2 * half)
+            scores[:, first] = of_queries[:, first] + of_queries[:, second]
+            scores[:, first] *= of_keys[:, first] + of_keys[:, second]
+            scores[:, second] = scores[:, first]
+        return _best(scores, _kept(heads.head_dim, self.ratio))
 
 
 def _kept(size: int, ratio: float) -> int:
@@ -218,6 +247,12 @@ class _Choice(Notes):
         self.value_channels: Tensor | None = None
         self.chosen_at = 0
 
+    @property
+    def last_queries(self) -> Tensor | None:
+        """The last queries (Q, H, D), those of pending rows included; None where nothing was read."""
+        rows = [rows for rows in (self.queries, self.pending) if rows is not None]
+        return torch.cat(rows)[-self.window :] if rows else None
+
     def add(self, queries: Tensor, position: int) -> None:
         """Note pending queries, the first of them at a position."""
         self.pending = _last(self.pending, queries, self.window + _LONGEST_DRAFT)
@@ -235,6 +270,15 @@ class _Choice(Notes):
 
     def fork(self) -> _Choice:
         return copy.copy(self)
+
+    def check_splice(self) -> None:
+        """Moved strands come with channels of their own."""
+
+    def splice(self, source: Notes, start: int, stop: int, position: int) -> None:
+        assert isinstance(source, _Choice)
+        if self.key_channels is None and source.key_channels is not None:
+            self.key_channels, self.value_channels = source.key_channels, source.value_channels
+            self.chosen_at, self.queries = position, None
 
     def truncate(self, length: int) -> None:
         self.pending = _before(self.pending, self.pending_end, length)
@@ -290,11 +334,53 @@ class ThinStrand(Strand):
         self.heads, self.inner = heads, inner
         self.offset, self.start = inner.offset, inner.start
         self.key_channels, self.value_channels, self.value_means = key_channels, value_channels, value_means
+        self._native: CodedForm | Literal["unknown"] | None = "unknown"
 
     def __len__(self) -> int:
         return len(self.inner)
 
+    def native_form(self) -> CodedForm | None:
+        if self._native == "unknown":
+            self._native = self._thinned(self.inner)
+        return self._native
+
+    def _thinned(self, inner: Strand) -> CodedForm | None:
+        form = inner.native_form()
+        if form is None:
+            if not isinstance(inner, FrozenStrand):
+                return None
+            widths = inner.keys.shape[2], inner.values.shape[2]
+            if not can_be_read(*widths, self.heads.head_dim, like=inner.keys):
+                return None
+            plain_keys, plain_values = (
+                CodedNumbers.of(StoredNumbers.of_numbers(each)) for each in (inner.keys, inner.values)
+            )
+            form = CodedForm(plain_keys, plain_values, 0)
+        keys, values, first = form
+        keys = keys.thinned(self.key_channels, self.heads.head_dim)
+        if self.value_channels is not None:
+            assert self.value_means is not None
+            values = values.thinned(self.value_channels, self.value_means.shape[1], self.value_means)
+        return CodedForm(keys, values, first)
+
     def attend(self, q: Tensor, first_query: int, mask: Mask, window: int | None = None) -> Partial:
+        form = self.native_form() if native.takes((q, mask)) else None
+        if form is None:
+            return self._attend_in_torch(q, first_query, mask, window)
+        return coded_attention(
+            q,
+            form,
+            len(self),
+            scale=self.heads.scale,
+            value_dim=self.heads.value_dim or self.heads.head_dim,
+            mask=mask,
+            first_query=first_query,
+            first_key=self.position,
+            window=window,
+            softcap=self.heads.softcap,
+        )
+
+    def _attend_in_torch(self, q: Tensor, first_query: int, mask: Mask, window: int | None) -> Partial:
         num_kv_heads, group = self.heads.num_kv_heads, self.heads.num_heads // self.heads.num_kv_heads
         channels = self.key_channels.long()[None, :, None].expand(len(q), -1, group, -1)
         thin = q.unflatten(1, (num_kv_heads, group)).gather(3, channels).flatten(1, 2)
@@ -312,6 +398,7 @@ class ThinStrand(Strand):
         front, back = copy.copy(self), copy.copy(self)
         front.inner, back.inner = self.inner.split(at)
         back.start = back.inner.start
+        front._native = back._native = "unknown"
         return front, back
 
     def moved(self, by: int) -> Self:
@@ -319,9 +406,23 @@ class ThinStrand(Strand):
         twin.inner = self.inner.moved(by)
         return twin
 
+    def weighed_by(self, heads: Heads) -> Self:
+        twin = super().weighed_by(heads)
+        twin.inner = self.inner.weighed_by(
+            replace(self.inner.heads, scale=heads.scale, softcap=heads.softcap)
+        )
+        return twin
+
     def copied(self) -> Self:
         twin = copy.copy(self)
         twin.inner = self.inner.copied()
+        twin._native = "unknown"
+        return twin
+
+    def relocated(self, move: Callable[[Tensor], Tensor]) -> Self:
+        twin = super().relocated(move)
+        twin.inner = self.inner.relocated(move)
+        twin._native = "unknown"
         return twin
 
     def tensors(self) -> list[Tensor]:

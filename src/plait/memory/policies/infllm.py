@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -146,6 +146,14 @@ class InfLLM(FirstAndLast, name="infllm"):
                 )
             )
 
+    def rows_at_once(self, memory: Memory, least: int, most: int) -> int:
+        if not self._looks_back(memory):
+            return most
+        # A row is read with the blocks that there are when its run begins; later ones are in another form.
+        start = len(memory) - memory.pending
+        have = self.num_blocks(start + least - 1)
+        return next((n for n in range(least, most) if self.num_blocks(start + n) != have), most)
+
     def settle(self, memory: Memory) -> None:
         if self._looks_back(memory):
             notes = _notes(memory)
@@ -199,9 +207,11 @@ class InfLLM(FirstAndLast, name="infllm"):
             start = self.initial + number * self.block
             strands = [strand.turned_back() for strand in _held(memory, start, start + self.block)]
             block = FrozenStrand.gathered(strands)
-            notes.index.append(self._representative(memory.heads, block, notes.mass.of(start, self.block)))
+            representative = self._representative(memory.heads, block, notes.mass.of(start, self.block))
             stored = memory.plan.codec.encode(block, memory.codec_notes)
+            # A full disk is found here, before anything has changed.
             notes.add(stored, range(start, start + self.block), to_file=self.cold == "file")
+            notes.index.append(representative)
 
     def _representative(self, heads: Heads, block: FrozenStrand, mass_HT: Tensor) -> Tensor:
         """The mean (H, D) of each head's keys to which most attention was paid."""
@@ -349,6 +359,8 @@ class _Block:
 @dataclass
 class _Blocks(Notes):
     """What lies behind the window of one layer."""
+
+    method: ClassVar[str] = "infllm"
 
     policy: InfLLM
     first: FrozenStrand | None = None

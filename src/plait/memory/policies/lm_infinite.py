@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -126,6 +126,8 @@ class LMInfinite(FirstAndLast, name="lm-infinite"):
 
 class _First(Notes):
     """The first tokens that were committed, with keys that are not rotated."""
+
+    method: ClassVar[str] = "lm-infinite"
 
     def __init__(self, strand: FrozenStrand | None = None) -> None:
         self.strand = strand

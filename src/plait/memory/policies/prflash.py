@@ -36,6 +36,8 @@ class PrFlash(Policy, name="prflash"):
     drafts and in every run. Nothing is dropped: memory grows as with full attention, and time a token with
     the number of blocks that are kept. Loses quality on a model that was not trained with it.
 
+    Parallel contexts are seen whole, because blocks of their positions are not one run of tokens.
+
     Args:
         block: tokens of a block of queries or keys.
         p: probability of the block `d` blocks back, d >= 0: `harmonic` 1 / (1 + d), `power` (1 + d)^-rate,
@@ -83,10 +85,6 @@ class PrFlash(Policy, name="prflash"):
         """Blocks of keys that block `row` of queries sees in a layer, in order; its own is the last."""
         return _kept(self, layer, row)
 
-    @property
-    def cuts(self) -> bool:
-        return True
-
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
         depths = segment.mask.depths(segment.length).tolist()
         blocks = [(segment.position + depth) // self.block for depth in depths]
@@ -96,6 +94,9 @@ class PrFlash(Policy, name="prflash"):
             first, start = start, start + len(list(run))
             # A run that is the whole segment needs no cut, as in decoding.
             queries = range(first, start) if start - first < segment.length else None
+            # Parallel contexts share positions and cannot be cut into blocks: they are seen whole.
+            whole = (strand for strand in memory.all_strands() if not strand.is_divisible)
+            seen += (Visit(strand, memory.window, queries=queries) for strand in whole)
             for low, high, weight in self._spans(memory.layer, row):
                 # Only in a plain run of tokens are the segment's own keys in the order of positions.
                 stop = high if type(segment.mask) is Causal else min(high, segment.position)
@@ -135,7 +136,7 @@ def _between(memory: Memory, start: int, stop: int, queries: range | None, weigh
     """Visits to the keys that are held in the place of positions [start, stop)."""
     for strand in memory.all_strands():
         low, high = max(start - strand.position, 0), min(stop - strand.position, len(strand))
-        if low < high:
+        if low < high and strand.is_divisible:
             part = strand if high == len(strand) else strand.split(high)[0]
             part = part.split(low)[1] if low else part
             yield Visit(part, memory.window, queries=queries, log_weight=weight)

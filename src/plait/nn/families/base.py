@@ -68,6 +68,8 @@ class Family:
             tensors there are; takes the settings and the names of the tensors.
         prefix: start of tensor names that checkpoints of the bare model, without its head, leave out.
         ignored: ends of the names of tensors that hold no parameters.
+        settings: from a configuration to the `config.json` that describes it, for families that are
+            written too; what it cannot say shows when it is read back.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Family:
     gguf_settings: Callable[[Settings, Collection[str]], None] = lambda settings, tensors: None
     prefix: str = "model."
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    settings: Callable[[TransformerConfig], dict[str, Any]] | None = None
 
 
 # Reading configurations.
@@ -130,6 +133,7 @@ def decoder(
         norm=norm,
         max_positions=settings.count("max_position_embeddings", "n_positions", default=max_positions),
         tied_head=settings.flag("tie_word_embeddings", default=tied),
+        placeholder=settings.optional_count("placeholder_token_id", least=0),
         **choices,
     )
 

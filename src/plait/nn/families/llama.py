@@ -134,6 +134,35 @@ def _gguf_names(model: TransformerConfig) -> dict[str, Entry]:
     return entries
 
 
+def _settings(model: TransformerConfig) -> dict[str, Any]:
+    """What Transformers reads as a Llama; both forms of the rotary base, for its old and new versions."""
+    block = model.blocks[0]
+    mixer, feed_forward = block.mixer, block.feed_forward
+    assert isinstance(mixer, AttentionConfig)
+    theta = 10000.0 if mixer.rope is None else mixer.rope.theta
+    placeholder = {} if model.placeholder is None else {"placeholder_token_id": model.placeholder}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": feed_forward.size,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_kv_heads,
+        "head_dim": mixer.head_dim,
+        "hidden_act": feed_forward.activation,
+        "max_position_embeddings": model.max_positions,
+        "rms_norm_eps": model.norm.epsilon,
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": model.tied_head,
+        "attention_bias": mixer.qkv_bias,
+        "mlp_bias": feed_forward.bias,
+        **placeholder,
+    }
+
+
 LLAMA = Family(
     name="llama",
     model_types=("llama", "mistral"),
@@ -142,4 +171,5 @@ LLAMA = Family(
     names=lambda model: expand(LLAMA_NAMES, len(model.blocks)),
     gguf_names=_gguf_names,
     gguf_settings=_gguf_settings,
+    settings=_settings,
 )

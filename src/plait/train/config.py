@@ -1,0 +1,142 @@
+"""A training run as data: what is trained, on what, towards what, and for how long."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+from pydantic import Field
+
+from plait.errors import ConfigError
+from plait.nn import BlockConfig, FeedForwardConfig, NormConfig, TransformerConfig
+from plait.nn.mixers import AttentionConfig
+from plait.nn.rotary import RopeConfig
+from plait.spec import Spec, settings_of
+from plait.train.objectives import Objective
+
+__all__ = ["ModelShape", "RunConfig", "Training", "changed"]
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+S = TypeVar("S", bound=Spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape(Spec):
+    """The size of a new model of Llama's kind: rotary attention, RMS norms, gated feed-forwards, tied head.
+
+    Args:
+        width: of a row between blocks.
+        blocks: how many.
+        heads, kv_heads: query heads, and key/value heads, which divide them.
+        inner: width of the feed-forwards.
+        vocab_size: tokens to learn from the corpus; the model has as many as were found.
+        context: longest sequence, in tokens.
+    """
+
+    width: Count = 384
+    blocks: Count = 6
+    heads: Count = 6
+    kv_heads: Count = 2
+    inner: Count = 1024
+    vocab_size: Annotated[int, Field(ge=258)] = 4096
+    context: Annotated[int, Field(ge=2)] = 512
+
+    def check(self) -> None:
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ConfigError(
+                f"ModelShape.heads must cut the width of {self.width} into heads of an even size. Got {self.heads}."
+            )
+
+    def transformer(self, vocab_size: int, placeholder: int | None) -> TransformerConfig:
+        """The model, for a vocabulary that has been learned."""
+        head_dim = self.width // self.heads
+        mixer = AttentionConfig(
+            num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=head_dim, rope=RopeConfig(dim=head_dim)
+        )
+        block = BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(size=self.inner))
+        return TransformerConfig(
+            family="llama",
+            vocab_size=vocab_size,
+            width=self.width,
+            blocks=(block,) * self.blocks,
+            norm=NormConfig(),
+            max_positions=self.context,
+            tied_head=True,
+            placeholder=placeholder,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Spec):
+    """How long and how fast to train: AdamW, a linear warm-up, then half a cosine down to a floor.
+
+    Args:
+        steps: updates of the parameters.
+        rows: tokens of one step, packed without padding.
+        context: longest piece of a document, in tokens.
+        seed: of the new parameters and of the order of the data.
+        learning_rate: at its highest.
+        warmup: steps until then.
+        floor: share of the learning rate that is left at the end.
+        beta1, beta2, weight_decay: of AdamW; norms and biases do not decay.
+        clip: largest norm of the whole gradient; larger ones are scaled down.
+        save_every: steps between checkpoints.
+        evaluate_every: steps between measurements on held-out text.
+    """
+
+    steps: Count = 1000
+    rows: Annotated[int, Field(ge=2)] = 2048
+    context: Annotated[int, Field(ge=2)] = 256
+    seed: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    warmup: Annotated[int, Field(ge=0)] = 50
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    save_every: Count = 100
+    evaluate_every: Count = 100
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (
+            self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Spec):
+    """Everything that decides what a run computes, beside its data; kept in every checkpoint.
+
+    Args:
+        model: the model as data.
+        objective: what is learned.
+        training: how long and how fast.
+        start: the model whose parameters the run starts from, or empty for new ones.
+        corpus: what the data was made of, in words.
+    """
+
+    model: TransformerConfig
+    objective: Objective
+    training: Training
+    start: str = ""
+    corpus: str = ""
+
+
+def changed(base: S, settings: str) -> S:
+    """A copy of a config with some settings replaced, given as `key=value,key=value`.
+
+    Raises:
+        ConfigError: an unknown setting, or a value outside its limits.
+    """
+    given = settings_of(settings)
+    new = type(base).from_settings(given)
+    return dataclasses.replace(base, **{key: getattr(new, key) for key in given})  # type: ignore[type-var]

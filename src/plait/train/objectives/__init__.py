@@ -1,0 +1,10 @@
+"""What is learned: one file an objective."""
+
+from __future__ import annotations
+
+from plait.train.objectives.base import OBJECTIVES, Loss, Objective
+from plait.train.objectives.distillation import Distillation
+from plait.train.objectives.lexical_units import LexicalUnits
+from plait.train.objectives.next_token import NextToken
+
+__all__ = ["OBJECTIVES", "Distillation", "LexicalUnits", "Loss", "NextToken", "Objective"]

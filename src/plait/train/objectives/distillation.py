@@ -1,0 +1,71 @@
+"""Learn another model's law rather than its words: distillation on its likeliest tokens.
+
+Source: Hinton et al. 2015, arXiv:1503.02531; for draft models, Zhou et al. 2024, arXiv:2310.08461.
+Shapes: N tokens, R predicted tokens, K kept tokens of each law, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from plait.errors import ConfigError
+from plait.nn import Transformer
+from plait.train.data import Piece, TokenData
+from plait.train.objectives.base import Loss, Objective, cross_entropy, mean_loss, predict
+
+__all__ = ["Distillation"]
+
+_ROWS_AT_ONCE = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Objective, name="distillation"):
+    """Match the law of a teacher, which is kept as its `top` likeliest tokens at every place.
+
+    The loss is the cross-entropy of the model under the teacher's kept probabilities, renormalised, mixed
+    with that of the text itself. Keeping them costs 6 bytes for each of the `top`, once, before training.
+
+    Args:
+        top: tokens kept of each law.
+        hard: weight of the text's own tokens, in [0, 1]; the teacher's law has the rest.
+    """
+
+    top: Annotated[int, Field(ge=1, le=1024)] = 32
+    hard: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+    def annotate(self, data: TokenData, teacher: Transformer) -> TokenData:
+        top = min(self.top, teacher.config.vocab_size)
+        tokens = torch.zeros(len(data), top, dtype=torch.int32)
+        laws = torch.zeros(len(data), top, dtype=torch.float16)
+        with torch.no_grad():
+            for start, stop in data.pieces(_ROWS_AT_ONCE):
+                if stop - start < 2:
+                    continue
+                found = predict(teacher, [data.piece(start, stop)])
+                best = teacher.logits(found.hidden).topk(top)
+                tokens[start + found.places] = best.indices.int()
+                laws[start + found.places] = best.values.softmax(dim=-1).half()
+        return data.with_notes({"teacher_tokens": tokens, "teacher_laws": laws})
+
+    def loss(self, model: Transformer, batch: Sequence[Piece], random: torch.Generator) -> Loss:
+        if any("teacher_tokens" not in piece.notes for piece in batch):
+            raise ConfigError("Distillation needs data that a teacher has annotated. Call annotate first.")
+        found = predict(model, batch)
+        tokens = torch.cat([piece.notes["teacher_tokens"] for piece in batch])[found.places].long()
+        laws = torch.cat([piece.notes["teacher_laws"] for piece in batch])[found.places].float()
+        logits = model.logits(found.hidden)
+        own = logits.log_softmax(dim=-1).gather(1, tokens).masked_fill(laws == 0, 0.0)
+        # The first tokens of later pieces of a long document have no law.
+        soft = mean_loss(-(laws * own).sum(dim=-1), found.weights * (laws.sum(dim=-1) > 0))
+        hard = mean_loss(cross_entropy(logits, found.wanted), found.weights)
+        value = self.hard * hard + (1 - self.hard) * soft
+        agree = (logits.argmax(dim=-1) == tokens[:, 0]).float().mean()
+        return Loss(
+            value,
+            {"text": float(hard.detach()), "teacher": float(soft.detach()), "agreement": float(agree)},
+        )

@@ -1,0 +1,246 @@
+"""From a recipe and texts to a trained model in a folder that `plait.load` opens.
+
+The folder holds the model, and in `training` what the run needs to go on: data, checkpoint, curve.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from plait.engine.loading import read_text_side
+from plait.errors import ConfigError
+from plait.files import write_text
+from plait.hub import resolve
+from plait.nn import RandomParameters, Transformer, load_transformer, save_transformer
+from plait.nn.checkpoints import open_checkpoint
+from plait.nn.save import GivenParameters, named_tensors, written_settings
+from plait.text import ChatTemplate, Tokenizer, learn_byte_bpe
+from plait.text.byte_bpe import PLACEHOLDER
+from plait.train.config import RunConfig
+from plait.train.corpus import Corpus, encoded
+from plait.train.data import TokenData
+from plait.train.loop import CHECKPOINT, Trainer
+from plait.train.objectives import Objective
+from plait.train.recipes import Recipe
+from plait.weights import Packed
+from plait.weights.ggml import FP32
+
+__all__ = ["RunResult", "finish", "fresh_parameters", "open_start", "prepare", "resume", "train_new", "tune"]
+
+_STATE, _DATA, _HELD_OUT, _RESULT = "training", "data.safetensors", "held_out.safetensors", "result.json"
+
+
+class RunResult(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+        folder: of the model.
+        objective: as a spec string.
+        parameters: of the model.
+        steps, tokens: done.
+        loss: mean of the last steps' losses, at most 20, in nats a token.
+        held_out_before, held_out: loss on held-out text before the first step and at the end; None where
+            nothing was held out.
+        seconds: of this call.
+    """
+
+    folder: str
+    objective: str
+    parameters: int
+    steps: int
+    tokens: int
+    loss: float
+    held_out_before: float | None
+    held_out: float | None
+    seconds: float
+
+
+def prepare(
+    folder: Path,
+    config: RunConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    data: TokenData,
+    held_out: TokenData | None,
+) -> Trainer:
+    """Put into a folder what a run needs, and return the run.
+
+    Raises:
+        ConfigError: the folder holds a run already, or the model is of a family that is not written.
+    """
+    state = folder / _STATE
+    if (state / CHECKPOINT).exists():
+        raise ConfigError(f"{folder} holds a run. Resume it, or choose another folder.")
+    written_settings(config.model)
+    state.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    data.save(state / _DATA)
+    if held_out is not None:
+        held_out.save(state / _HELD_OUT)
+    return Trainer(config, model, data, held_out, state)
+
+
+def resume(folder: Path) -> Trainer:
+    """The run in a folder, where its last checkpoint left it.
+
+    Raises:
+        ModelFileError: there is none, or it is damaged.
+    """
+    state = folder / _STATE
+    held_out = TokenData.load(state / _HELD_OUT) if (state / _HELD_OUT).exists() else None
+    return Trainer.resume(TokenData.load(state / _DATA), held_out, state)
+
+
+def finish(trainer: Trainer, folder: Path) -> RunResult:
+    """Train to the end and write the model beside its tokenizer."""
+    started = time.monotonic()
+    done = trainer.run(str(trainer.config.objective))
+    ends = sorted(Tokenizer.from_json(folder).eos_ids)
+    save_transformer(trainer.model, folder, eos_token_id=ends or None)
+    last = done.losses[-20:]
+    result = RunResult(
+        folder=str(folder),
+        objective=str(trainer.config.objective),
+        parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        steps=done.steps,
+        tokens=done.tokens,
+        loss=sum(last) / len(last),
+        held_out_before=done.held_out[0][1] if done.held_out else None,
+        held_out=done.held_out[-1][1] if done.held_out else None,
+        seconds=round(time.monotonic() - started, 1),
+    )
+    write_text(folder / _STATE / _RESULT, json.dumps(result._asdict(), indent=2) + "\n")
+    return result
+
+
+def train_new(recipe: Recipe, corpus: Corpus, folder: Path) -> Trainer:
+    """A run of a new model, whose vocabulary is learned from the texts.
+
+    Raises:
+        ConfigError: the recipe has no shape, the texts are too short, or the folder holds a run.
+    """
+    if recipe.shape is None:
+        raise ConfigError("A new model needs a shape. Give the recipe one, or tune a model.")
+    if recipe.training.context > recipe.shape.context:
+        raise ConfigError(
+            f"Training.context must be at most the model's context of {recipe.shape.context}. "
+            f"Got {recipe.training.context}."
+        )
+    tokenizer = learn_byte_bpe(corpus.learned, recipe.shape.vocab_size)
+    model = recipe.shape.transformer(tokenizer.vocab_size, tokenizer.id_of(PLACEHOLDER))
+    config = RunConfig(
+        model=model, objective=recipe.objective, training=recipe.training, corpus=corpus.description
+    )
+    data, held_out = _encoded(corpus, tokenizer, recipe)
+    fresh = Transformer(model, fresh_parameters(model.blocks, recipe.training.seed))
+    return prepare(folder, config, fresh, tokenizer, data, held_out)
+
+
+def tune(
+    recipe: Recipe,
+    start: str,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    data: TokenData,
+    held_out: TokenData | None,
+    folder: Path,
+    *,
+    corpus: str,
+    template: ChatTemplate | None = None,
+) -> Trainer:
+    """A run that starts from a model.
+
+    Args:
+        recipe: with `blocks`, of a shallower model: evenly spread blocks, the first and last among them.
+        start: what the model is called.
+        model: see `open_start`; it annotates the data too.
+        tokenizer: of the model.
+        data, held_out: to learn from and to measure on.
+        folder: where to.
+        corpus: what the data is, in words.
+        template: of the model, to be kept beside it.
+
+    Raises:
+        ConfigError: more blocks than the model has, or the folder holds a run.
+    """
+    teacher = model
+    if recipe.blocks is not None:
+        count = len(model.config.blocks)
+        if not 1 <= recipe.blocks <= count:
+            raise ConfigError(f"Recipe.blocks must be from 1 to the model's {count}. Got {recipe.blocks}.")
+        model = model.with_blocks(spread(recipe.blocks, count))
+    own = Transformer(model.config, GivenParameters(named_tensors(model)))
+    objective: Objective = recipe.objective
+    config = RunConfig(
+        model=own.config, objective=objective, training=recipe.training, start=start, corpus=corpus
+    )
+    data = objective.annotate(data, teacher)
+    held_out = None if held_out is None else objective.annotate(held_out.first(recipe.measured), teacher)
+    trainer = prepare(folder, config, own, tokenizer, data, held_out)
+    if template is not None:
+        write_text(folder / "chat_template.jinja", template.source)
+    return trainer
+
+
+def spread(chosen: int, count: int) -> list[int]:
+    """Evenly spread indices of `count` blocks, the first and the last among them where there is room."""
+    if chosen == 1:
+        return [0]
+    return [round(index * (count - 1) / (chosen - 1)) for index in range(chosen)]
+
+
+def open_start(
+    name: str, *, placeholder: str | None = None
+) -> tuple[Transformer, Tokenizer, ChatTemplate | None]:
+    """A model to start from, in fp32 and torch, with its tokenizer and chat template.
+
+    Args:
+        name: as `plait.load` takes it.
+        placeholder: the token that stands for one that is not known yet, where the model has none.
+
+    Raises:
+        ConfigError: the vocabulary has no token of that name, or it is not one that text never holds.
+    """
+    with open_checkpoint(resolve(name)) as checkpoint:
+        model = load_transformer(checkpoint, FP32())
+        tokenizer, template = read_text_side(checkpoint)
+    if placeholder is not None and model.config.placeholder is None:
+        id = tokenizer.id_of(placeholder)
+        if id is None or id not in tokenizer.special_ids or id in tokenizer.eos_ids | {tokenizer.bos_id}:
+            raise ConfigError(
+                f"{placeholder!r} is no token that {name} can spare: it must be special, and neither start nor end "
+                "a text. Name another one."
+            )
+        model.config = replace(model.config, placeholder=id)
+    return model, tokenizer, template
+
+
+def fresh_parameters(blocks: Sequence[object], seed: int) -> RandomParameters:
+    """Random parameters in which the blocks' outputs are small, so that a deep sum of them is not large."""
+    return _Scaled(seed, (2 * len(blocks)) ** -0.5)
+
+
+class _Scaled(RandomParameters):
+    def __init__(self, seed: int, scale: float) -> None:
+        super().__init__(seed)
+        self.scale = scale
+
+    def matrix(self, names: Sequence[str], columns: int, rows: Sequence[int]) -> Packed:
+        made = super().matrix(names, columns, rows)
+        if names[0].endswith(("mixer.output.weight", "feed_forward.down.weight")):
+            with torch.no_grad():
+                for weight in made.parameters():
+                    weight.mul_(self.scale)
+        return made
+
+
+def _encoded(corpus: Corpus, tokenizer: Tokenizer, recipe: Recipe) -> tuple[TokenData, TokenData | None]:
+    held_out = encoded(corpus.held_out, tokenizer).first(recipe.measured) if corpus.held_out else None
+    return encoded(corpus.learned, tokenizer), held_out
