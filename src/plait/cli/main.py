@@ -8,6 +8,7 @@ import typer
 import typer.core
 
 from plait import __version__
+from plait.cli import bytes as byte_laws
 from plait.cli import claims, generate, methods, models, train, weights
 from plait.cli import serve as serving
 from plait.cli.common import say
@@ -68,6 +69,7 @@ def _options(
 app.command("run")(generate.run)
 app.command("chat")(generate.chat)
 app.command("score")(generate.score)
+app.command("bytes")(byte_laws.next_bytes)
 app.command("serve")(serving.serve)
 app.command("pull")(models.pull)
 app.command("models")(models.models)
