@@ -285,7 +285,7 @@ def score(
             }
         )
         return
-    typer.echo(f"perplexity     {result.perplexity:.4f}")
+    typer.echo(f"perplexity     {result.perplexity:.5g}")
     typer.echo(f"bits per byte  {result.bits_per_byte:.4f}")
     typer.echo(f"tokens         {result.tokens:,} predicted, {result.num_bytes:,} bytes")
 
