@@ -8,7 +8,7 @@ import typer
 import typer.core
 
 from plait import __version__
-from plait.cli import claims, generate, methods, models, train
+from plait.cli import claims, generate, methods, models, pac, train, watermark
 from plait.cli.common import say
 from plait.errors import PlaitError
 
@@ -72,6 +72,8 @@ app.command("models")(models.models)
 app.command("info")(models.info)
 app.command("methods")(methods.methods)
 app.add_typer(train.app, name="train")
+app.add_typer(watermark.app, name="watermark")
+app.add_typer(pac.app, name="pac")
 app.add_typer(claims.app, name="claims")
 
 
