@@ -171,7 +171,7 @@ def test_sql_is_compared_as_trees() -> None:
 
 def test_an_unlikely_part_of_sql_becomes_a_hole() -> None:
     pieces = SQL.partition("30")
-    one = prediction(*pieces, logprobs=(-0.05, -4.0, -0.05))
+    one = prediction(*pieces, logprobs=(-0.001, -4.0, -0.001))
     found = PACSets(language="sql", holes=1).sets(one)[60]
     assert found.text == SQL.replace("30", "??")
     assert found.contains(SQL.replace("30", "(SELECT 1)"))

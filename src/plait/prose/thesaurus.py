@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -37,6 +37,7 @@ class Proposal(NamedTuple):
     nats: float
 
 
+@runtime_checkable
 class Candidates(Protocol):
     """A source of words that fit in a place.
 

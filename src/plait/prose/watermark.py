@@ -103,8 +103,11 @@ class Watermark:
         if not 0 < alpha < 1:
             raise ConfigError(f"Watermark.alpha must be between 0 and 1. Got {alpha}.")
         self.key, self.lexicon = key, lexicon
-        is_source = candidates is None or hasattr(candidates, "propose")
-        self.candidates = candidates if is_source else ThesaurusCandidates(candidates, lexicon)
+        self.candidates: Candidates | None
+        if candidates is None or isinstance(candidates, Candidates):
+            self.candidates = candidates
+        else:
+            self.candidates = ThesaurusCandidates(candidates, lexicon)
         self.max_nats, self.max_replaced, self.target_z, self.alpha = max_nats, max_replaced, target_z, alpha
 
     def embed(self, text: str) -> Marked:
