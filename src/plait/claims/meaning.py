@@ -42,7 +42,8 @@ def similarities(pairs: Sequence[tuple[str, str]]) -> list[float]:
     config = BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=30522
     )
-    model = BertModel(config, add_pooling_layer=False).eval()
+    model = BertModel(config, add_pooling_layer=False)
+    model.train(False)
     state = {
         name: tensor for name, tensor in load_file(member_path(_WEIGHTS)).items() if "pooler" not in name
     }

@@ -9,7 +9,7 @@ __all__ = ["CLAIM"]
 
 def _measure(run: Run) -> Measurements:
     import random
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from statistics import mean, median
 
     from plait.claims.meaning import similarities
@@ -69,7 +69,7 @@ def _measure(run: Run) -> Measurements:
     quantities["replaced"] = Quantity(
         mean(len(one.replaced) / one.words for one in every), "", samples=len(every)
     )
-    attacks = {
+    attacks: dict[str, Callable[[str], str]] = {
         "deleting_10_percent": lambda text: delete_words(text, 0.1, rng),
         "deleting_20_percent": lambda text: delete_words(text, 0.2, rng),
         "substituting_10_percent": lambda text: substitute_words(text, 0.1, rng, lexicon),

@@ -84,11 +84,11 @@ def _measure(run: Run) -> Measurements:
             rng = np.random.default_rng(run.seed)
             broken, coverage, gone = [], [], []
             for _ in range(draws):
-                found = calibrated_index(table[rng.integers(0, len(table), n)].tolist(), epsilon, _DELTA)
-                held = 1.0 if found is None else table[:, found].mean()
+                at = calibrated_index(table[rng.integers(0, len(table), n)].tolist(), epsilon, _DELTA)
+                held = 1.0 if at is None else float(table[:, at].mean())
                 broken.append(held < 1 - epsilon)
                 coverage.append(held)
-                gone.append(1.0 if found is None else shares[name][found])
+                gone.append(1.0 if at is None else shares[name][at])
             quantities[f"{name}_{promise}_removed"] = Quantity(float(np.mean(gone)), "", samples=draws)
             quantities[f"{name}_{promise}_coverage"] = Quantity(float(np.mean(coverage)), "", samples=draws)
             quantities[f"{name}_{promise}_broken"] = Quantity(float(np.mean(broken)), "", samples=draws)
