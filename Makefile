@@ -11,7 +11,7 @@ MODEL ?= smollm2
 comma := ,
 PROJECT := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test lint format docs claims bench clean help
+.PHONY: run test lint format docs claims bench playground-check clean help
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -43,8 +43,18 @@ claims: $(VENV)/test.stamp
 	$(BIN)/plait claims page --results docs/claims --output docs/claims.md
 	$(BIN)/plait claims page --short --results docs/claims --output README.md
 
+# Peers are compiled and installed into build/peers, and questions are asked one after the other; about an hour.
+QUESTIONS := decode prefill shared_prefix ragged_batch first_token peak_memory roofline
 bench: $(VENV)/test.stamp
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python bench/peers.py install
+	@for question in $(QUESTIONS); do echo "== $$question"; $(BIN)/python bench/$$question.py || exit 1; done
+
+# Drives the playground in a Chromium (CHROMIUM=...), with axe-core from npm; screenshots in build/playground.
+CHROMIUM ?= /usr/bin/chromium
+playground-check: $(VENV)/test.stamp
+	@$(PIP) install "playwright>=1.50"
+	@npm install --silent --no-save --prefix build/playground axe-core@4.14.1
+	$(BIN)/python tests/playground_check.py --chromium $(CHROMIUM) --axe build/playground/node_modules/axe-core/axe.min.js
 
 clean:
 	rm -rf $(VENV) build docs/_build

@@ -67,6 +67,24 @@ struct PackedView {
     const uint8_t* codes;
     const uint8_t* parameters;
     int64_t code_bytes, parameter_bytes;  // of one block of one tile
+    const struct GridView* grid;          // where the matrix is one of these, and only its shape is given here
+};
+
+constexpr int kGridOffset = 16;  // makes entries of a table bytes from 0 on
+
+// A matrix of codes of 2, 3, 4 or 8 bits; see plait/weights/tiles.py for their order and plait/weights/coded.py
+// for what they stand for. Numbers of groups lie as [tile][group][16 rows].
+struct GridView {
+    int64_t rows, columns, group, groups;
+    int bits, offset;      // offset: what a byte is too large by where there are no zeros
+    bool is_table;
+    const uint8_t* codes;
+    const uint8_t* scales;      // fp16, or bytes where there are row scales
+    const uint8_t* zeros;       // fp16; null for none
+    const uint8_t* types;       // [tile][group][4]: 2 bits a row; null for none
+    const float* row_scales;    // null for none
+    uint8_t table[16];          // entries plus kGridOffset
+    uint32_t specials[4];       // the four bytes of the last code, each four times over
 };
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3 };
@@ -107,6 +125,9 @@ struct Kernels {
     // Tile `tile` times a chunk of `rows` (1, 2, 4 or 8) activations: out[row][16].
     void (*packed_tile)(const PackedView&, int64_t tile, const int8_t* codes, const RowBlock* blocks, int rows,
                         float* out);
+    void (*grid_tile)(const GridView&, int64_t tile, const int8_t* codes, const RowBlock* blocks, int rows, float* out);
+    // The same with `rows` (1, 2 or 4) activations in fp32, ldx apart.
+    void (*grid_exact)(const GridView&, int64_t tile, const float* x, int64_t ldx, int rows, float* out);
     // y[r] = x . w[r] for output rows [begin, end) of a dense row-major matrix; y has row stride ldy.
     void (*dense_rows)(const float* x, int64_t ldx, int64_t rows, const void* weight, int64_t weight_stride,
                        Number number, int64_t columns, int64_t begin, int64_t end, float* y, int64_t ldy);

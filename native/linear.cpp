@@ -20,7 +20,10 @@ const Part& part_of(const Projection& projection, int64_t& tile) {
 // A tile times a chunk of rows, with bias: out[row][16].
 void multiply(const Projection& projection, int64_t tile, const Activations& x, int64_t row, int rows, float* out) {
     const Part& part = part_of(projection, tile);
-    kernels().packed_tile(*part.matrix, part.first_tile + tile, x.codes(row), x.blocks(row), rows, out);
+    if (part.matrix->grid != nullptr)
+        kernels().grid_tile(*part.matrix->grid, part.first_tile + tile, x.codes(row), x.blocks(row), rows, out);
+    else
+        kernels().packed_tile(*part.matrix, part.first_tile + tile, x.codes(row), x.blocks(row), rows, out);
     if (projection.bias == nullptr) return;
     const int64_t at = part.out + tile * kTile, count = std::min<int64_t>(kTile, part.num_outputs - tile * kTile);
     for (int m = 0; m < rows; ++m)

@@ -16,14 +16,21 @@ public:
     // q8_0, q2_k, q3_k, q4_k, q5_k, q6_k). Throws std::invalid_argument for an unknown format or a partial block.
     PackedMatrix(const uint8_t* blocks, int64_t rows, int64_t row_bytes, const std::string& format);
 
+    virtual ~PackedMatrix() = default;
+    PackedMatrix(const PackedMatrix&) = delete;
+    PackedMatrix& operator=(const PackedMatrix&) = delete;
+
     const PackedView& view() const { return view_; }
-    int64_t nbytes() const { return int64_t(codes_.size() + parameters_.size()); }
+    virtual int64_t nbytes() const { return int64_t(codes_.size() + parameters_.size()); }
     // One row in fp32, `columns` numbers: exactly the values of the GGML block.
-    void unpack_row(int64_t row, float* out) const;
+    virtual void unpack_row(int64_t row, float* out) const;
+
+protected:
+    PackedMatrix() = default;
+    PackedView view_{};
 
 private:
     Buffer codes_, parameters_;
-    PackedView view_{};
 };
 
 }  // namespace plait

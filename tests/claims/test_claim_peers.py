@@ -84,7 +84,7 @@ class Fake:
 
     def run(self, race: Race) -> dict[str, Any]:
         self.asked.append(self.name)
-        fast = 1.0 if self.name == "plait" else 2.0
+        fast = {"plait": 1.0, "plait_torch": 4.0, "transformers": 2.0}[self.name]
         tokens = self.answers[self.name]
         return {
             "tokens": tokens,
@@ -98,9 +98,8 @@ class Fake:
 def quick_contest(monkeypatch: pytest.MonkeyPatch, theirs: list[list[int]]) -> dict[str, Quantity]:
     """A contest of two rounds in which Plait is twice as fast."""
     monkeypatch.setattr(contest, "Contestant", Fake)
-    monkeypatch.setattr(contest, "native_is_on", lambda: False)
     monkeypatch.setattr(contest, "memory_bandwidth", lambda: 5e9)
-    Fake.answers = {"plait": [[1, 2, 3]], "transformers": theirs}
+    Fake.answers = {"plait": [[1, 2, 3]], "plait_torch": [[1, 2, 3]], "transformers": theirs}
     Fake.asked = []
     races = [Race("batch_1", [[7, 8]], 3)]
     return follow(decode_contest(races, rounds=2, threads=1), lambda line: None)
@@ -111,17 +110,20 @@ def test_a_contest_compares_speeds_of_equal_texts(monkeypatch: pytest.MonkeyPatc
     assert quantities["batch_1_decode_plait"] == Quantity(4.0, "tokens/s", (4.0, 4.0), 2)
     assert quantities["batch_1_total_transformers"] == Quantity(0.75, "tokens/s", (0.75, 0.75), 2)
     assert quantities["batch_1_decode_ratio_plait"] == Quantity(2.0, "x", (2.0, 2.0), 2)
+    assert quantities["batch_1_total_ratio_plait_torch"] == Quantity(0.5, "x", (0.5, 0.5), 2)
     assert quantities["batch_1_weights_read_plait"] == Quantity(3.0, "GB/s", (3.0, 3.0), 2)
     assert quantities["memory_bandwidth"] == Quantity(5.0, "GB/s")
     # A warm-up and two rounds; who goes first changes.
-    turns = ["transformers", "plait", "plait", "transformers", "transformers", "plait"]
-    assert Fake.asked == [*turns, "transformers ends", "plait ends"]
+    forwards = ["plait", "plait_torch", "transformers"]
+    ends = ["transformers ends", "plait_torch ends", "plait ends"]
+    assert Fake.asked == [*forwards[::-1], *forwards, *forwards[::-1], *ends]
 
 
 def test_a_contest_of_different_texts_reports_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MeasurementError, match="new token 1 of prompt 0 on, so no speed"):
         quick_contest(monkeypatch, [[1, 9, 3]])
-    assert Fake.asked == ["transformers", "plait", "transformers ends", "plait ends"]
+    ends = ["transformers ends", "plait_torch ends", "plait ends"]
+    assert Fake.asked == ["transformers", "plait_torch", "plait", *ends]
 
 
 def test_a_shorter_text_is_a_different_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 from plait.decode import Sampling
 from plait.engine import AsyncEngine, Engine, LanguageModel, Request
 from plait.errors import CancelledError, CapacityError, ConfigError, PlaitError
+from plait.memory import Past
 
 Make = Callable[..., LanguageModel]
 
@@ -158,8 +159,8 @@ def test_a_request_that_fails_tells_its_caller_and_nobody_else(
     lm = make_small()
     submit = Engine.submit
 
-    def marked(engine: Engine, request: Request) -> Any:
-        sequence = submit(engine, request)
+    def marked(engine: Engine, request: Request, past: Past | None = None) -> Any:
+        sequence = submit(engine, request, past)
         if request.prompt[0] == 13:
             monkeypatch.setattr(sequence.sampler, "choose", _broken)
         return sequence

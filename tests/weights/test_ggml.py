@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from plait.errors import ConfigError, UnknownNameError
 from plait.weights import FORMATS, Blocks, Dense, Embedding, Linear, ggml
+from plait.weights import format as weights_format
 from plait.weights.ggml import BLOCK_FORMATS, dequantize
 
 QUANTIZED = ("q8_0", "q4_0", "q4_1")
@@ -173,7 +174,7 @@ def test_matmul_in_row_chunks_equals_the_dense_product(
     generator = torch.Generator().manual_seed(2)
     matrix = FORMATS.parse(name).pack(torch.randn(13, 64, generator=generator))
     x = torch.randn(*batch, 64, generator=generator)
-    monkeypatch.setattr(ggml, "_MATMUL_CHUNK", 64 * 5)
+    monkeypatch.setattr(weights_format, "_MATMUL_CHUNK", 64 * 5)
     torch.testing.assert_close(matrix.matmul(x), x @ matrix.unpack().T)
 
 
@@ -208,7 +209,7 @@ def test_a_packed_matrix_keeps_only_its_blocks_and_survives_a_state_dict() -> No
 )
 def test_bits_are_what_a_packed_matrix_takes(name: str, bits: float) -> None:
     format = FORMATS.parse(name)
-    assert format.bits((6, 64)) == bits
+    assert format.bits_per_weight((6, 64)) == bits
     assert 8 * format.pack(torch.ones(6, 64)).nbytes() == bits * 6 * 64
 
 
@@ -227,7 +228,7 @@ def test_plain_formats_round_to_their_type(name: str) -> None:
 def test_columns_that_do_not_fill_blocks_are_refused(name: str, columns: int) -> None:
     for refused in (
         lambda: FORMATS.parse(name).pack(torch.zeros(2, columns)),
-        lambda: FORMATS.parse(name).bits((2, columns)),
+        lambda: FORMATS.parse(name).bits_per_weight((2, columns)),
     ):
         with pytest.raises(ConfigError, match=rf"{name} must have a multiple of 32 columns. Got {columns}\."):
             refused()

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from plait.claims.claim import MeasurementError, Quantity
-from plait.claims.machine import memory_bandwidth, native_is_on
+from plait.claims.machine import memory_bandwidth
 
 __all__ = ["Contestant", "Race", "decode_contest"]
 
@@ -108,7 +108,7 @@ def decode_contest(
     """Tokens per second of Plait and of Transformers on the same prompts, weights and threads.
 
     Sides take turns in every round, after one round of warm-up; medians over rounds. Sides: Plait as it
-    is by default; where native operations are on, Plait without them too; Transformers' `generate`.
+    is by default; Plait with torch operations alone; Transformers' `generate`.
 
     Returns:
         For each race and side `decode` speed (after every prompt was read) and `total` speed (prompts
@@ -117,10 +117,11 @@ def decode_contest(
     Raises:
         MeasurementError: two sides disagree on a token, or a side's process died.
     """
-    contestants: list[tuple[str, str, dict[str, str]]] = [("plait", "plait", {})]
-    if native_is_on():
-        contestants.append(("plait_torch", "plait", {"PLAIT_NATIVE": "0"}))
-    contestants.append(("transformers", "transformers", {}))
+    contestants: list[tuple[str, str, dict[str, str]]] = [
+        ("plait", "plait", {}),
+        ("plait_torch", "plait", {"PLAIT_NATIVE": "0"}),
+        ("transformers", "transformers", {}),
+    ]
     samples: dict[str, list[float]] = {}
     with ExitStack() as stack:
         sides: list[Contestant] = []

@@ -47,7 +47,7 @@ Weights = Annotated[
     typer.Option(
         "--weights",
         envvar="PLAIT_WEIGHTS",
-        help="How matrices are kept: fp32, bf16, q8_0, q4_0, ..., file or auto.",
+        help="How matrices are kept: fp32, bf16, q8_0, bitmod:bits=4, ..., file or auto.",
         rich_help_panel="Model",
     ),
 ]
@@ -165,7 +165,13 @@ def read_sampling(spec: str) -> Sampling:
 
 
 def load_model(
-    model: str, *, weights: str = "auto", memory: str = "full", draft: str = "none", offline: bool = False
+    model: str,
+    *,
+    weights: str = "auto",
+    memory: str = "full",
+    draft: str = "none",
+    draft_model: str | None = None,
+    offline: bool = False,
 ) -> LanguageModel:
     """Load a model, with a progress bar for what has to be downloaded."""
     from plait.engine import load
@@ -176,6 +182,7 @@ def load_model(
         weights=weights,
         memory=memory,
         draft=draft,
+        draft_model=draft_model,
         offline=offline or None,
         progress=RichProgress(),
     )

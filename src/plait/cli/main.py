@@ -8,7 +8,9 @@ import typer
 import typer.core
 
 from plait import __version__
-from plait.cli import claims, generate, methods, models, pac, train, watermark
+from plait.cli import bytes as byte_laws
+from plait.cli import claims, generate, methods, models, pac, train, watermark, weights
+from plait.cli import serve as serving
 from plait.cli.common import say
 from plait.errors import PlaitError
 
@@ -67,9 +69,12 @@ def _options(
 app.command("run")(generate.run)
 app.command("chat")(generate.chat)
 app.command("score")(generate.score)
+app.command("bytes")(byte_laws.next_bytes)
+app.command("serve")(serving.serve)
 app.command("pull")(models.pull)
 app.command("models")(models.models)
 app.command("info")(models.info)
+app.command("quantize")(weights.quantize)
 app.command("methods")(methods.methods)
 app.add_typer(train.app, name="train")
 app.add_typer(watermark.app, name="watermark")

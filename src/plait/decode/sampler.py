@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from plait.decode.constraint import Guide
 from plait.decode.history import History
 from plait.decode.penalties import Bias, penalise
 from plait.decode.randomness import Streams
@@ -59,12 +60,15 @@ class Sampler:
         sampling: the settings.
         vocab_size: the number of logits V, at least 1.
         branch: tells apart sequences of one seed; see `Streams`.
+        guide: which tokens may follow the generated ones; None for all.
 
     Raises:
         ConfigError: `vocab_size` is not positive, or `logit_bias` names a token outside the vocabulary.
     """
 
-    def __init__(self, sampling: Sampling, vocab_size: int, *, branch: int = 0) -> None:
+    def __init__(
+        self, sampling: Sampling, vocab_size: int, *, branch: int = 0, guide: Guide | None = None
+    ) -> None:
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
             raise ConfigError(f"Sampler.vocab_size must be a whole number in [1, inf). Got {vocab_size!r}.")
         bias = sampling.logit_bias or {}
@@ -76,6 +80,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.streams = Streams(sampling.seed, branch=branch)
         self._bias = Bias(bias) if bias else None
+        self._guide = guide
 
     def law(self, logits: Tensor, history: History) -> Tensor:
         """The probabilities of the next token after all warping, (V,), on the CPU.
@@ -112,7 +117,7 @@ class Sampler:
         return self._choose(row, _peak(row, position), history, position)
 
     def warped(self, logits: Tensor, history: History) -> Tensor:
-        """The logits after bias and penalties, before the temperature, (V,), on the CPU.
+        """The logits after bias, penalties and guide, before the temperature, (V,), on the CPU.
 
         Args and errors: as `law`.
         """
@@ -142,8 +147,9 @@ class Sampler:
         return Choice(token, *_report(row, peak, token, self.sampling.logprobs))
 
     def _warped(self, row: _Row, peak: int, history: History, position: int) -> tuple[_Row, int]:
-        """The logits after bias and penalties, and where they are largest."""
-        if self._bias is None and not self.sampling.has_penalties:
+        """The logits after bias, penalties and guide, and where they are largest."""
+        allowed = None if self._guide is None else self._guide.allowed(history.generated)
+        if self._bias is None and not self.sampling.has_penalties and allowed is None:
             return row, peak
         row = row.copy()
         if self._bias is not None:
@@ -156,11 +162,12 @@ class Sampler:
                 presence=self.sampling.presence_penalty,
                 frequency=self.sampling.frequency_penalty,
             )
+        if allowed is not None:
+            row[~allowed] = -np.inf
         peak = int(row.argmax())
         if row[peak] == -np.inf:
-            raise ConfigError(
-                f"Bias and penalties leave no possible token at position {position}. Ban fewer tokens."
-            )
+            what = "Bias and penalties" if allowed is None else "Bias, penalties and the constraint"
+            raise ConfigError(f"{what} leave no possible token at position {position}. Ban fewer tokens.")
         return row, peak
 
     def _law(self, row: _Row, peak: int, history: History, position: int) -> _Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from plait.engine.async_engine import AsyncEngine, Stream
+from plait.engine.byte_model import ByteGeneration, ByteLM, Ensemble, Fill, Settled, ensemble
 from plait.engine.context_store import ContextStore
 from plait.engine.contexts import APE, ContextReport, ParallelExample
 from plait.engine.edits import Edit, EditReport, TokenEdit
@@ -10,6 +11,7 @@ from plait.engine.engine import Engine
 from plait.engine.language_model import Beam, LanguageModel, Message, Suggestion
 from plait.engine.loading import load
 from plait.engine.metrics import Metrics
+from plait.engine.quantizing import quantize
 from plait.engine.request import FinishReason, Generation, Piece, Request
 from plait.engine.scoring import Score
 from plait.engine.sequence import RunningSequence
@@ -23,7 +25,11 @@ __all__ = [
     "Edit",
     "EditReport",
     "Beam",
+    "ByteGeneration",
+    "ByteLM",
     "Engine",
+    "Ensemble",
+    "Fill",
     "FinishReason",
     "Generation",
     "LanguageModel",
@@ -35,8 +41,11 @@ __all__ = [
     "RunningSequence",
     "Score",
     "Session",
+    "Settled",
     "Stream",
     "TokenEdit",
     "Suggestion",
+    "ensemble",
     "load",
+    "quantize",
 ]

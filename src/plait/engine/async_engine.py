@@ -16,6 +16,7 @@ from plait.engine.metrics import Metrics
 from plait.engine.request import Generation, Piece, Request
 from plait.engine.sequence import RunningSequence
 from plait.errors import CancelledError, CapacityError, ConfigError
+from plait.memory import Past
 
 __all__ = ["AsyncEngine", "Stream"]
 
@@ -23,8 +24,10 @@ __all__ = ["AsyncEngine", "Stream"]
 class _Answer:
     """What the worker and a stream both hold of one request; the stream itself only its caller holds."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, past: Past | None) -> None:
         self.request = request
+        self.past = past
+        self.released = asyncio.Event()
         self.arrived: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.generation: Generation | None = None
         self.is_cancelled = False
@@ -82,6 +85,11 @@ class Stream(AsyncIterator[Piece]):
             self._is_over = True
             self._cancel(self._answer)
 
+    async def aclose(self) -> None:
+        """Cancel the request if it is not finished, and wait until the engine has let go of its past."""
+        self.cancel()
+        await self._answer.released.wait()
+
     async def result(self) -> Generation:
         """The whole answer, once it is there; pieces that were not taken are skipped.
 
@@ -138,6 +146,11 @@ class AsyncEngine:
     ) -> None:
         await self.close(drain=kind is None)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are taken, and somebody answers them."""
+        return self._is_open and self._thread is not None and self._thread.is_alive()
+
     def start(self) -> None:
         """Take requests from the running event loop from now on.
 
@@ -151,8 +164,13 @@ class AsyncEngine:
         self._is_open = True
         self._thread.start()
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, past: Past | None = None) -> Stream:
         """Queue a request.
+
+        Args:
+            request: what to continue.
+            past: the caller's own; see `Engine.submit`. Nobody else may use it until the answer is complete or
+                `Stream.aclose` has returned.
 
         Raises:
             ConfigError: the request is not one for this model; see `Engine.check`.
@@ -169,7 +187,7 @@ class AsyncEngine:
             )
         self._unfinished[request.tenant] += 1
         self._all_finished.clear()
-        answer = _Answer(request)
+        answer = _Answer(request, past)
         self._orders.put(lambda: self._take(answer))
         return Stream(answer, self._cancel)
 
@@ -234,7 +252,7 @@ class AsyncEngine:
             self._in_loop(self._deliver, answer, None)
             return
         try:
-            answer.sequence = self._engine.submit(answer.request)
+            answer.sequence = self._engine.submit(answer.request, answer.past)
         except Exception as error:  # noqa: BLE001 - the caller is told
             self._in_loop(self._deliver, answer, error)
         else:
@@ -270,6 +288,7 @@ class AsyncEngine:
         if arrived is not None:
             answer.arrived.put_nowait(arrived)
         if not isinstance(arrived, Piece) or arrived.finish_reason is not None:
+            answer.released.set()
             self._unfinished[answer.request.tenant] -= 1
             self._unfinished += Counter()
             if not self._unfinished:

@@ -17,6 +17,7 @@ from plait.engine.prefix_tree import Namespace, PrefixTree, common_prefix
 from plait.engine.request import Piece, Request
 from plait.engine.scheduler import Scheduler
 from plait.engine.sequence import RunningSequence
+from plait.engine.trace import Tracer
 from plait.errors import CapacityError, ConfigError
 from plait.memory import Causal, Mask, MemoryPlan, Past, Rows
 from plait.memory import Tree as TreeMask
@@ -100,6 +101,7 @@ class Engine:
         self._speculators: dict[RunningSequence, Speculator] = {}
         self._unreturned: list[tuple[RunningSequence, Piece]] = []
         self._counts = Metrics()
+        self._tracer = Tracer(model)
 
     @property
     def is_idle(self) -> bool:
@@ -149,7 +151,8 @@ class Engine:
                 f"may need {most} bytes of memory; the engine has {self._budget.limit}. "
                 "Shorten the prompt or ask for fewer new tokens."
             )
-        return Sampler(request.sampling, vocab_size)
+        guide = None if request.constraint is None else request.constraint.start()
+        return Sampler(request.sampling, vocab_size, branch=request.branch, guide=guide)
 
     def submit(self, request: Request, past: Past | None = None) -> RunningSequence:
         """Queue a request.
@@ -211,6 +214,9 @@ class Engine:
         feeds = self._make_room(self._plan_rows(pieces), pieces)
         if feeds:
             self._counts = self._counts.after_step(sum(len(feed.tokens) for feed in feeds))
+        for feed in feeds:
+            if feed.sequence.request.trace:
+                self._tracer.watch(feed.past)
         for feed, logits in self._compute(feeds):
             try:
                 if isinstance(logits, Exception):
@@ -360,7 +366,11 @@ class Engine:
         """The feeds that there is memory for, once others have given back what is needed."""
         if self._budget.limit is None:
             return feeds
-        feeds = [feed._replace(growth=feed.past.growth(len(feed.tokens))) for feed in feeds]
+        # A traced request is asked once more where its last token looks.
+        feeds = [
+            feed._replace(growth=feed.past.growth(len(feed.tokens) + feed.sequence.request.trace))
+            for feed in feeds
+        ]
         while feeds and not self._budget.fits(sum(feed.growth for feed in feeds)):
             victim = self._budget.victim(self._scheduler.everyone, self._scheduler.oldest)
             if victim is not None:
@@ -432,6 +442,11 @@ class Engine:
         kept = [*range(prompt_rows), *(prompt_rows + node for node in path)]
         past.commit(None if len(kept) == len(feed.tokens) else kept)
         self._speculators[sequence].observe(sequence.tokens, feed.tree, path, logits)
+        self._counts = self._counts.after_draft(len(feed.tree) - 1, len(path) - 1)
+        if sequence.request.trace:
+            self._scheduler.charge(sequence, 1)
+            trace = self._tracer.trace(past, sequence.tokens, feed.tree, path, prompt_rows + path[-1])
+            piece = piece._replace(trace=trace)
         return piece
 
     def _fail(self, sequence: RunningSequence, error: Exception) -> Piece:

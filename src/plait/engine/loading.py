@@ -34,9 +34,10 @@ def load(
     """Load a model.
 
     Args:
-        name: an alias (`smollm2`), a folder with safetensors, a `.gguf` file, or a hub id (`owner/name`).
+        name: an alias (`smollm2`), a folder with safetensors or from `plait quantize`, a `.gguf` file, or a hub id (`owner/name`).
         weights: how matrices are kept: a weight format such as `fp32`, `bf16` or `q4_0`, `file` to keep
-            each as it is stored, or `auto`: as stored where the native operations can multiply them so
+            each as it is stored, `bitmod:bits=4` and other formats of few bits for the matrices of the blocks
+            (embedding and head then stay in the codes that they have, or in q8_0), or `auto`: as stored where the native operations can multiply them so
             (their activations are then rounded to 8 bits), else `fp32`.
         memory: codec and policy of the past, such as `full`, `window:size=1024` or `dense:dtype=bf16`.
         draft: how continuations are guessed, such as `none`, `prompt-lookup` or `token-recycling:nodes=16`.
@@ -56,7 +57,12 @@ def load(
     plan = MemoryPlan.parse(memory)
     speculator = SPECULATORS.parse(draft)
     if weights not in ("auto", "file"):
-        FORMATS.parse(weights)
+        format = FORMATS.parse(weights)
+        if format.needs:
+            raise ConfigError(
+                f"{format} needs calibration text, which load does not take. Make a folder with plait quantize, "
+                "and load that."
+            )
     path = resolve(str(name), progress=progress, offline=offline)
     model, tokenizer, template = _open(path, weights, angles)
     guesser = None

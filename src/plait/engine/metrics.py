@@ -21,6 +21,8 @@ class Metrics(NamedTuple):
         tokens: tokens of all sequences when they began to read.
         shared_tokens: how many of these did not have to be read.
         preemptions: times that a sequence gave its past back.
+        proposed: tokens that were guessed.
+        accepted: how many of these became part of an answer.
     """
 
     waiting: int = 0
@@ -34,6 +36,8 @@ class Metrics(NamedTuple):
     tokens: int = 0
     shared_tokens: int = 0
     preemptions: int = 0
+    proposed: int = 0
+    accepted: int = 0
 
     def after_step(self, rows: int) -> Metrics:
         """The numbers after a forward pass of some rows."""
@@ -47,6 +51,10 @@ class Metrics(NamedTuple):
             tokens=self.tokens + tokens,
             shared_tokens=self.shared_tokens + shared,
         )
+
+    def after_draft(self, proposed: int, accepted: int) -> Metrics:
+        """The numbers after a draft was judged."""
+        return self._replace(proposed=self.proposed + proposed, accepted=self.accepted + accepted)
 
     def after_preemption(self) -> Metrics:
         """The numbers after a sequence gave its past back."""

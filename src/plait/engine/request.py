@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from plait.decode import Choice, Sampling
+from plait.decode import Choice, Constraint, Sampling
+from plait.engine.trace import Trace
 from plait.errors import ConfigError
 
 __all__ = ["FinishReason", "Generation", "Piece", "Request"]
@@ -25,9 +26,12 @@ class Request:
         stop: texts that end the generation; they are not part of the answer.
         ignore_end: go on after an end-of-sequence token.
         tenant: on whose behalf: tenants get equal shares of an engine, and never share what is remembered.
+        branch: tells apart requests with one seed; from 0 on.
+        constraint: what the answer may be; None for anything.
+        trace: whether each piece tells what the memory and the draft did. It costs one more row a step.
 
     Raises:
-        ConfigError: an empty prompt or stop text, or `max_new_tokens` below 1.
+        ConfigError: an empty prompt or stop text, `max_new_tokens` below 1, or `branch` below 0.
     """
 
     prompt: Sequence[int]
@@ -36,6 +40,9 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_end: bool = False
     tenant: str = ""
+    branch: int = 0
+    constraint: Constraint | None = None
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -44,6 +51,8 @@ class Request:
             raise ConfigError(f"max_new_tokens must be a whole number. Got {self.max_new_tokens!r}.")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1. Got {self.max_new_tokens}.")
+        if self.branch < 0:
+            raise ConfigError(f"branch must be at least 0. Got {self.branch}.")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop must be non-empty texts. Got {list(self.stop)!r}.")
 
@@ -56,11 +65,13 @@ class Piece(NamedTuple):
             stop text is incomplete.
         choices: the tokens chosen in this step, with log-probabilities where they were asked for.
         finish_reason: why the generation ended, on its last piece; None before.
+        trace: what the memory and the draft did, where the request asked for it.
     """
 
     text: str
     choices: tuple[Choice, ...]
     finish_reason: FinishReason | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from plait.engine.edits import (
 from plait.engine.request import Generation, Piece
 from plait.engine.scoring import Score, nats_of_rows
 from plait.errors import CapacityError, ConfigError, IncompatibleError
-from plait.memory import Memory, Rows
+from plait.memory import Memory, Past, Rows
 from plait.memory.arrangements import ParallelGroup
 
 if TYPE_CHECKING:
@@ -282,6 +282,16 @@ class Session:
         self.tokens.extend(ids[common:])
         return min(common, len(self.past))
 
+    def ready(self) -> Past:
+        """The past in front of the last token, for `Engine.submit` with `tokens` as the prompt.
+
+        Afterwards the session goes on with `read_tokens` of the answer.
+        """
+        self._check_open()
+        # The last token is read again, because the answer begins with what the model says to it.
+        self._go_back(max(len(self.tokens) - 1, 0))
+        return self.past
+
     def nbytes(self) -> int:
         """Bytes allocated for what is remembered."""
         return self.past.nbytes()
@@ -293,11 +303,9 @@ class Session:
         self.past = self.lm.model.new_past(self.lm.plan)
 
     def _continue(self, **options: Any) -> Generator[Piece, None, None]:
-        self._check_open()
-        # The last token is read again, because the answer begins with what the model says to it.
-        self._go_back(max(len(self.tokens) - 1, 0))
+        past = self.ready()
         engine = self.lm.new_engine()
-        sequence = engine.submit(self.lm.request(list(self.tokens), **options), self.past)
+        sequence = engine.submit(self.lm.request(list(self.tokens), **options), past)
         try:
             for _, piece in engine.run():
                 yield piece

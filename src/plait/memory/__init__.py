@@ -5,7 +5,7 @@ from __future__ import annotations
 from plait.memory.fold import attend
 from plait.memory.memory import Memory
 from plait.memory.past import Past
-from plait.memory.plan import CODECS, POLICIES, Codec, MemoryPlan, Notes, Policy, Seen, Visit
+from plait.memory.plan import CODECS, POLICIES, Codec, MemoryPlan, Notes, Policy, Seen, Visit, Watcher
 from plait.memory.rows import Rows, Segment, check_pasts
 from plait.memory.state import LinearState, State
 from plait.memory.strand import DenseStrand, FrozenStrand, Heads, Strand, allocated_bytes
@@ -38,6 +38,7 @@ __all__ = [
     "Strand",
     "Tree",
     "Visit",
+    "Watcher",
     "allocated_bytes",
     "arrangements",
     "attend",

@@ -95,6 +95,8 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     for memory, segment, of_segment, visits in zip(memories, rows.segments, parts, visits_of, strict=True):
         new_empty = partial(empty_partial, segment.length, heads.num_heads, value_dim, q.device)
         merged = _merged(of_segment, visits, new_empty)
+        if memory.watcher is not None:
+            memory.watcher(memory, segment, visits, of_segment, merged)
         memory.observe(Seen(segment, partial(in_frame.of_segment, segment), merged))
         outs.append(merged.out)
     return outs[0] if len(outs) == 1 else torch.cat(outs)

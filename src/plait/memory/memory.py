@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError
 from plait.memory.fold import attend
-from plait.memory.plan import MemoryPlan, Notes, Seen
+from plait.memory.plan import MemoryPlan, Notes, Seen, Watcher
 from plait.memory.rows import Rows, Segment
 from plait.memory.strand import DenseStrand, Heads, Strand, allocated_bytes
 from plait.ops import Causal, Mask, Rope, Tree
@@ -37,6 +37,7 @@ class Memory:
 
     Attributes:
         layer: number of the layer within its model; a `Past` sets it.
+        watcher: told the visits of each forward pass and the part that each gave; None in general.
 
     Raises:
         ConfigError: the codec cannot store layers of this geometry.
@@ -50,6 +51,7 @@ class Memory:
         self.plan = plan
         self.window = window
         self.layer = 0
+        self.watcher: Watcher | None = None
         self.strands: list[Strand] = []
         self.tail = self._new_tail(0)
         self.pending = 0

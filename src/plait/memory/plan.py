@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from plait.spec import Axis, Spec, split_specs
 if TYPE_CHECKING:
     from plait.memory.memory import Memory
 
-__all__ = ["CODECS", "POLICIES", "Codec", "MemoryPlan", "Notes", "Policy", "Seen", "Visit"]
+__all__ = ["CODECS", "POLICIES", "Codec", "MemoryPlan", "Notes", "Policy", "Seen", "Visit", "Watcher"]
 
 CODECS = Axis("codec")
 POLICIES = Axis("policy")
@@ -99,6 +99,21 @@ class Seen(NamedTuple):
     segment: Segment
     queries: Callable[[int], Tensor]
     merged: Partial
+
+
+class Watcher(Protocol):
+    """Whoever wants to know what queries visited; it must change nothing."""
+
+    def __call__(
+        self,
+        memory: Memory,
+        segment: Segment,
+        visits: Sequence[Visit],
+        parts: Sequence[Partial | None],
+        merged: Partial,
+    ) -> None:
+        """Take the visits of one segment, the part that each gave, and all parts merged."""
+        ...
 
 
 class Codec(Spec, axis=CODECS):

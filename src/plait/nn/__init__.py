@@ -6,6 +6,7 @@ from plait.nn.config import BlockConfig, FeedForwardConfig, MixerConfig, NormCon
 from plait.nn.load import describe, load_transformer
 from plait.nn.lowered import lower
 from plait.nn.parameters import CheckpointParameters, Parameters, RandomParameters
+from plait.nn.quantize import Quantized, quantize_checkpoint
 from plait.nn.save import save_transformer
 from plait.nn.transformer import Transformer
 
@@ -16,11 +17,13 @@ __all__ = [
     "MixerConfig",
     "NormConfig",
     "Parameters",
+    "Quantized",
     "RandomParameters",
     "Transformer",
     "TransformerConfig",
     "describe",
     "load_transformer",
     "lower",
+    "quantize_checkpoint",
     "save_transformer",
 ]

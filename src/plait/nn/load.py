@@ -9,6 +9,7 @@ import torch
 
 from plait.errors import ConfigError, ModelFileError, suggestion
 from plait.nn.checkpoints.base import Checkpoint
+from plait.nn.checkpoints.packed import PackedCheckpoint
 from plait.nn.config import BlockConfig, TransformerConfig
 from plait.nn.families import FAMILIES, Family, Settings, from_gguf
 from plait.nn.families.settings import shown_value
@@ -17,7 +18,7 @@ from plait.nn.parameters import CheckpointParameters, Entry
 from plait.nn.transformer import Transformer
 from plait.weights import WeightFormat
 
-__all__ = ["Description", "describe", "load_transformer"]
+__all__ = ["Description", "describe", "has_other_head", "load_transformer"]
 
 # The families' smallest blocks, those of Phi-3 and of OPT without biases, are made of six tensors.
 _TENSORS_OF_A_BLOCK = 6
@@ -38,6 +39,8 @@ def describe(checkpoint: Checkpoint) -> Description:
         ModelFileError: the architecture is unknown, or the configuration is incomplete, of the wrong
             kind, or asks for something that is not implemented.
     """
+    if isinstance(checkpoint, PackedCheckpoint):
+        return _describe_packed(checkpoint)
     is_gguf = "general.architecture" in checkpoint.metadata
     max_blocks = len(checkpoint.tensors()) // _TENSORS_OF_A_BLOCK
     try:
@@ -78,13 +81,35 @@ def load_transformer(
     """
     family, config, entries = describe(checkpoint)
     with torch.no_grad():
-        if config.tied_head and _has_other_head(checkpoint, entries):
+        if config.tied_head and has_other_head(checkpoint, entries):
             config = replace(config, tied_head=False)
         blocks = tuple(_with_angles(block, angles) for block in config.blocks)
         parameters = CheckpointParameters(checkpoint, entries, format)
-        model = Transformer(replace(config, blocks=blocks), parameters).eval()
+        try:
+            model = Transformer(replace(config, blocks=blocks), parameters).eval()
+        except ConfigError as error:
+            # A file in our own words is not checked by a family; what does not fit comes out here.
+            if format is None and isinstance(checkpoint, PackedCheckpoint):
+                raise ModelFileError(f"{checkpoint.path}: {error}") from error
+            raise
     _check_unused(checkpoint, family, parameters, entries["head.weight"].name)
     return model
+
+
+def _describe_packed(checkpoint: PackedCheckpoint) -> Description:
+    """A model that Plait wrote: its configuration is in our words, and its names are ours."""
+    try:
+        config = TransformerConfig.from_json(checkpoint.config)
+    # A configuration that is nested like no other may be of any kind.
+    except (ConfigError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ModelFileError(f"{checkpoint.path}: its configuration is damaged: {error}") from error
+    families = {family.name: family for family in FAMILIES}
+    if config.family not in families:
+        raise ModelFileError(f"{checkpoint.path}: unknown family {shown_value(config.family)}.")
+    entries = {name: Entry(name) for name in checkpoint.tensors()}
+    entries.setdefault("head.weight", Entry("head.weight"))
+    entries.setdefault("embedding.weight", Entry("embedding.weight"))
+    return Description(families[config.family], config, entries)
 
 
 def _family(checkpoint: Checkpoint, is_gguf: bool) -> Family:
@@ -101,7 +126,7 @@ def _family(checkpoint: Checkpoint, is_gguf: bool) -> Family:
     return known[kind]
 
 
-def _has_other_head(checkpoint: Checkpoint, entries: dict[str, Entry]) -> bool:
+def has_other_head(checkpoint: Checkpoint, entries: dict[str, Entry]) -> bool:
     """Whether the file has a head that differs from the embedding, though its configuration ties them."""
     head, embedding = entries["head.weight"].name, entries["embedding.weight"].name
     if not {head, embedding} <= checkpoint.tensors().keys():

@@ -14,13 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from plait.errors import ModelFileError
+from plait.errors import ConfigError, ModelFileError
 from plait.nn.checkpoints.base import Checkpoint
 from plait.weights import Dense, Linear, Packed, Stacked, WeightFormat
+from plait.weights.ggml import Q8_0
 
-__all__ = ["CheckpointParameters", "Entry", "Parameters", "RandomParameters"]
+__all__ = ["OUTER", "CheckpointParameters", "Entry", "Parameters", "RandomParameters", "keep_outer"]
 
 
+# Matrices outside the blocks, which formats of few bits leave as they are.
+OUTER = frozenset({"embedding.weight", "head.weight", "positions.weight"})
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -106,8 +109,13 @@ class CheckpointParameters(Parameters):
         if self.format is None:
             parts = [self._as_stored(name) for name in names]
             return parts[0] if len(parts) == 1 else Stacked(parts)
+        if names[0] in OUTER and not self.format.packs_embeddings:
+            return keep_outer(self._as_stored(names[0]))
         dense = [self._dense(name) for name in names]
-        return self.format.pack(dense[0] if len(dense) == 1 else torch.cat(dense))
+        try:
+            return self.format.pack(dense[0] if len(dense) == 1 else torch.cat(dense))
+        except ConfigError as error:
+            raise ConfigError(f"{', '.join(names)}: {error}") from error
 
     def vector(self, names: Sequence[str], sizes: Sequence[int]) -> Tensor:
         for name, size in zip(names, sizes, strict=True):
@@ -171,6 +179,13 @@ class CheckpointParameters(Parameters):
         if entry.reorder is not None:
             packed = packed.select(entry.reorder(packed.shape[0]))
         return packed
+
+
+def keep_outer(packed: Packed) -> Packed:
+    """An embedding or head beside blocks of few bits: as it is where it is in codes, else in q8_0 where that fits."""
+    if not isinstance(packed, Dense) or packed.shape[1] % 32:
+        return packed
+    return Q8_0().pack(packed.weight)
 
 
 class RandomParameters(Parameters):

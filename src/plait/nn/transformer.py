@@ -193,13 +193,16 @@ class Transformer(nn.Module):
             embeddings = self.embed(tokens)
         if embeddings.shape[0] != len(rows):
             raise ConfigError(f"Each token needs one row. Got {embeddings.shape[0]} for {len(rows)} rows.")
-        x = embeddings if self.project_in is None else self.project_in(embeddings)
-        if self.positions is not None:
-            x = x + self._learned_positions(rows)
+        x = self.enter(embeddings, rows)
         for index, block in enumerate(self._blocks()):
             x = block(x, rows, None if pasts is None else [past.layers[index] for past in pasts])
         x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
+
+    def enter(self, embeddings: Tensor, rows: Rows) -> Tensor:
+        """Rows as the first block reads them, (N, W), from embedding rows (N, embedding width)."""
+        x = embeddings if self.project_in is None else self.project_in(embeddings)
+        return x if self.positions is None else x + self._learned_positions(rows)
 
     def answer(
         self, tokens: Tensor, rows: Rows, pasts: Sequence[Past] | None = None, *, wanted: Tensor

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from plait.ops import attention, native, partial, reference, rope
+from plait.ops.grid import GridMatrix, has_native_grids
 from plait.ops.masks import Causal, Everything, Far, Mask, SomeQueries, Tree, View
 from plait.ops.native import PackedMatrix, has_packed_form
 from plait.ops.partial import Partial, empty_partial, merge_all
@@ -22,6 +23,7 @@ __all__ = [
     "Causal",
     "Everything",
     "Far",
+    "GridMatrix",
     "Mask",
     "PackedMatrix",
     "Partial",
@@ -30,6 +32,7 @@ __all__ = [
     "Tree",
     "View",
     "empty_partial",
+    "has_native_grids",
     "has_packed_form",
     "layer_norm",
     "linear",

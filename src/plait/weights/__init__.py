@@ -2,7 +2,45 @@
 
 from __future__ import annotations
 
-from plait.weights.format import FORMATS, Dense, Embedding, Linear, Packed, Stacked, WeightFormat
+from plait.weights.awq import AWQ
+from plait.weights.bitmod import BitMoD
+from plait.weights.coded import GRIDS, Coded
+from plait.weights.decoupleq import DecoupleQ
+from plait.weights.format import (
+    FORMATS,
+    PACKED_KINDS,
+    BlockRun,
+    Dense,
+    Embedding,
+    Linear,
+    Packed,
+    Stacked,
+    WeightFormat,
+)
 from plait.weights.ggml import Blocks
+from plait.weights.gptq import GPTQ
+from plait.weights.hqq import HQQ
+from plait.weights.stats import Stats
+from plait.weights.uniform import Uniform
 
-__all__ = ["FORMATS", "Blocks", "Dense", "Embedding", "Linear", "Packed", "Stacked", "WeightFormat"]
+__all__ = [
+    "AWQ",
+    "FORMATS",
+    "GPTQ",
+    "GRIDS",
+    "HQQ",
+    "PACKED_KINDS",
+    "BitMoD",
+    "BlockRun",
+    "Blocks",
+    "Coded",
+    "DecoupleQ",
+    "Dense",
+    "Embedding",
+    "Linear",
+    "Packed",
+    "Stacked",
+    "Stats",
+    "Uniform",
+    "WeightFormat",
+]

@@ -5,8 +5,8 @@ Shapes: O output rows, I input columns, N rows of activations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,48 @@ from torch import Tensor, nn
 from plait import ops
 from plait.errors import ConfigError, IncompatibleError
 from plait.spec import Axis, Spec
+from plait.weights.stats import Stats
 
-__all__ = ["FORMATS", "Dense", "Embedding", "Linear", "Packed", "Stacked", "WeightFormat"]
+__all__ = [
+    "FORMATS",
+    "PACKED_KINDS",
+    "BlockRun",
+    "Dense",
+    "Embedding",
+    "Linear",
+    "Packed",
+    "Stacked",
+    "WeightFormat",
+    "check_matrix",
+    "take_tensors",
+]
 
 FORMATS = Axis("weight format")
+# Kinds of packed matrices that files may hold, by name.
+PACKED_KINDS: dict[str, type[Packed]] = {}
+# Weights of a matrix that are dense at once while it is multiplied: 64 MB in fp32.
+_MATMUL_CHUNK = 1 << 24
 
 
 class Packed(nn.Module):
     """A matrix of shape (O, I) in the form in which it is kept in memory.
 
     `unpack` defines what the matrix *is*; `matmul` must equal `x @ unpack().T` within the bound
-    that the format states. Subclasses implement `unpack_rows` and may override `matmul`.
+    that the format states. Subclasses implement `unpack_rows` and may override `matmul`; those with a `kind`
+    can be written to a file, and implement `tensors`, `settings` and `from_tensors`.
     """
 
+    kind: ClassVar[str | None] = None
     shape: tuple[int, int]
     format: str
     native: ops.PackedMatrix | None
+
+    def __init_subclass__(cls, *, kind: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.kind = kind
+        if kind is not None:
+            assert kind not in PACKED_KINDS, f"two kinds {kind!r}"
+            PACKED_KINDS[kind] = cls
 
     def __init__(self, shape: tuple[int, int], format: str) -> None:
         super().__init__()
@@ -46,8 +72,35 @@ class Packed(nn.Module):
         return self.unpack_rows(slice(None))
 
     def matmul(self, x: Tensor) -> Tensor:
-        """Multiply activations x (..., I) by the transpose of this matrix: (..., O)."""
-        return ops.linear(x, self.unpack().to(x.dtype))
+        """Multiply activations x (..., I) by the transpose of this matrix: (..., O).
+
+        At most 64 MB of the matrix are dense at a time.
+        """
+        step = max(1, _MATMUL_CHUNK // max(1, self.shape[1]))
+        parts = [
+            ops.linear(x, self.unpack_rows(slice(start, start + step)).to(x.dtype))
+            for start in range(0, max(1, self.shape[0]), step)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a file must keep of this matrix, by the names of its parts."""
+        raise IncompatibleError(f"A matrix in {self.format} cannot be written to a file.")
+
+    def settings(self) -> dict[str, Any]:
+        """What the tensors do not say, as JSON holds it."""
+        return {}
+
+    @classmethod
+    def from_tensors(
+        cls, shape: tuple[int, int], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Self:
+        """The matrix that `tensors` and `settings` describe; the tensors are kept without a copy.
+
+        Raises:
+            ConfigError: parts or settings that do not belong together.
+        """
+        raise IncompatibleError(f"{cls.__name__} cannot be read from a file.")
 
     @property
     def has_native_form(self) -> bool:
@@ -76,7 +129,7 @@ class Packed(nn.Module):
         return f"{self.shape[0]}x{self.shape[1]}, {self.format}"
 
 
-class Dense(Packed):
+class Dense(Packed, kind="dense"):
     """A matrix kept as plain floating-point numbers; the only trainable form.
 
     Args:
@@ -93,6 +146,16 @@ class Dense(Packed):
 
     def unpack_rows(self, rows: Tensor | slice) -> Tensor:
         return self.weight[rows]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"values": self.weight.detach()}
+
+    @classmethod
+    def from_tensors(
+        cls, shape: tuple[int, int], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Self:
+        take_tensors(tensors, {"values": (shape, (torch.float32, torch.float16, torch.bfloat16))})
+        return cls(tensors["values"])
 
     def select(self, rows: Tensor) -> Dense:
         return Dense(self.weight.detach()[rows])
@@ -139,15 +202,54 @@ class WeightFormat(Spec, axis=FORMATS):
 
     To add one: one file in `plait/weights/` with a frozen dataclass that derives from this class
     and a `Packed` that it makes, and one import in `plait/weights/__init__.py`.
+
+    Attributes:
+        needs: what `pack` must be told about the inputs of a matrix: a subset of `norms`, `hessian` and
+            `block_io`; see `Stats`. Nothing for formats that look at the weights only.
+        packs_embeddings: whether a model that is kept in this format has its embedding and head in it too;
+            formats of few bits leave those as they are, unless another format is chosen for them.
     """
 
-    def bits(self, shape: tuple[int, int]) -> float:
+    needs: ClassVar[frozenset[str]] = frozenset()
+    packs_embeddings: ClassVar[bool] = True
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Bits kept for each weight of a matrix of this shape, counting scales, tables and padding."""
         raise NotImplementedError
 
-    def pack(self, weight: Tensor, calibration: Any = None) -> Packed:
-        """Store a dense matrix (O, I) in this format. Never changes `weight`."""
+    def pack(self, weight: Tensor, stats: Stats | None = None) -> Packed:
+        """Store a dense matrix (O, I) in this format. Never changes `weight`.
+
+        Args:
+            stats: what its inputs look like; must hold what `needs` names.
+        """
         raise NotImplementedError
+
+    def input_factors(self, weights: Sequence[Tensor], stats: Stats) -> Tensor | None:
+        """Positive factors (I,) by which the columns of matrices with common inputs are multiplied first.
+
+        Whoever makes the inputs is divided by them, so that the model stays the same. None for no change.
+        """
+        return None
+
+    def refine(self, block: nn.Module, run: BlockRun) -> None:
+        """Tune the packed matrices of a whole block in place; called where `needs` has `block_io`."""
+
+
+class BlockRun(Protocol):
+    """How a block is run on the calibration text, one sequence at a time."""
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        ...
+
+    def output(self, index: int) -> Tensor:
+        """What the block, as it is now, makes of sequence `index`: (tokens, width); gradients flow."""
+        ...
+
+    def target(self, index: int) -> Tensor:
+        """What the block made of it before any of its matrices were packed."""
+        ...
 
 
 class Linear(nn.Module):
@@ -181,3 +283,36 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.weight.unpack_rows(ids)
+
+
+def check_matrix(format: str, weight: Tensor) -> None:
+    """Refuse what is not a matrix of floating-point numbers.
+
+    Raises:
+        ConfigError: another number of dimensions or another type.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ConfigError(
+            f"{format} packs matrices of floating-point numbers."
+            f" Got shape {tuple(weight.shape)} of {weight.dtype}."
+        )
+
+
+def take_tensors(
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
+) -> None:
+    """Check that exactly these parts are there, each of its shape and of one of its types.
+
+    Raises:
+        ConfigError: a part is missing, superfluous, or of another shape or type.
+    """
+    if tensors.keys() != wanted.keys():
+        raise ConfigError(f"it has the parts {sorted(tensors)} and needs {sorted(wanted)}")
+    for name, (shape, dtypes) in wanted.items():
+        given = tensors[name]
+        if tuple(given.shape) != tuple(shape) or given.dtype not in dtypes:
+            raise ConfigError(
+                f"its {name} are {given.dtype} of shape {tuple(given.shape)}"
+                f" and must be {' or '.join(str(dtype) for dtype in dtypes)} of shape {tuple(shape)}"
+            )

@@ -9,16 +9,17 @@ Shapes: O output rows, I input columns, N blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from plait import ops
 from plait.errors import ConfigError, IncompatibleError, UnknownNameError, suggestion
-from plait.weights.format import Dense, Packed, WeightFormat
+from plait.weights.format import Dense, Packed, WeightFormat, check_matrix, take_tensors
+from plait.weights.stats import Stats
 
 __all__ = [
     "BF16",
@@ -35,8 +36,6 @@ __all__ = [
 
 # Weights decoded at a time: temporaries stay below 32 MB, yet threads seldom wait for each other.
 _DECODE_CHUNK = 1 << 22
-# Weights of a matrix that are dense at once while it is multiplied: 64 MB in fp32.
-_MATMUL_CHUNK = 1 << 24
 
 
 class BlockFormat(NamedTuple):
@@ -101,7 +100,7 @@ def dequantize(rows: Tensor, format: str) -> Tensor:
     return out
 
 
-class Blocks(Packed):
+class Blocks(Packed, kind="ggml"):
     """A matrix kept in one of the GGML block formats, exactly as a GGUF file holds it.
 
     `unpack_rows` decodes only the rows that are asked for. `matmul` decodes at most 64 MB of the
@@ -146,12 +145,7 @@ class Blocks(Packed):
     def matmul(self, x: Tensor) -> Tensor:
         if self.native is not None and not (torch.is_grad_enabled() and x.requires_grad):
             return self.native.matmul(x)
-        step = max(1, _MATMUL_CHUNK // max(1, self.shape[1]))
-        parts = [
-            ops.linear(x, self.unpack_rows(slice(start, start + step)).to(x.dtype))
-            for start in range(0, max(1, self.shape[0]), step)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return super().matmul(x)
 
     def select(self, rows: Tensor) -> Blocks:
         """A new matrix whose row i is row `rows[i]` of this one; nothing is decoded.
@@ -163,6 +157,20 @@ class Blocks(Packed):
             IncompatibleError: the matrix is in its native form.
         """
         return Blocks(self._stored()[rows], self.format)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"blocks": self._stored()}
+
+    def settings(self) -> dict[str, Any]:
+        return {"format": self.format}
+
+    @classmethod
+    def from_tensors(
+        cls, shape: tuple[int, int], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Self:
+        block = _block_format(str(settings.get("format")))
+        take_tensors(tensors, {"blocks": ((shape[0], block.row_nbytes(shape[1])), (torch.uint8,))})
+        return cls(tensors["blocks"], block.name)
 
     def _stored(self) -> Tensor:
         if self.blocks is None:
@@ -313,11 +321,11 @@ def _block_format(name: str) -> BlockFormat:
 class _Quantized(WeightFormat):
     """Packs to `Blocks` of the format with the same name."""
 
-    def bits(self, shape: tuple[int, int]) -> float:
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
         return 8 * BLOCK_FORMATS[self.name].row_nbytes(shape[1]) / max(1, shape[1])
 
-    def pack(self, weight: Tensor, calibration: Any = None) -> Blocks:
-        _check_matrix(self.name, weight)
+    def pack(self, weight: Tensor, stats: Stats | None = None) -> Blocks:
+        check_matrix(self.name, weight)
         block = BLOCK_FORMATS[self.name]
         packed = torch.empty(
             (weight.shape[0], block.row_nbytes(weight.shape[1])), dtype=torch.uint8, device=weight.device
@@ -346,7 +354,7 @@ class Q8_0(_Quantized, name="q8_0"):  # noqa: N801
     Unpacking is within half a scale of the weight, plus the rounding of the scale to fp16.
 
     Raises:
-        ConfigError: from `pack` and `bits`, columns that are not a multiple of 32; from `pack`,
+        ConfigError: from `pack` and `bits_per_weight`, columns that are not a multiple of 32; from `pack`,
             a weight that is not a matrix, or values that are not finite or above 65504 * 127.
     """
 
@@ -369,7 +377,7 @@ class Q4_0(_Quantized, name="q4_0"):  # noqa: N801
     scale to fp16.
 
     Raises:
-        ConfigError: from `pack` and `bits`, columns that are not a multiple of 32; from `pack`,
+        ConfigError: from `pack` and `bits_per_weight`, columns that are not a multiple of 32; from `pack`,
             a weight that is not a matrix, or values that are not finite or above 65504 * 8.
     """
 
@@ -386,7 +394,7 @@ class Q4_1(_Quantized, name="q4_1"):  # noqa: N801
     Unpacking is within half a scale of the weight, plus the rounding of scale and minimum to fp16.
 
     Raises:
-        ConfigError: from `pack` and `bits`, columns that are not a multiple of 32; from `pack`,
+        ConfigError: from `pack` and `bits_per_weight`, columns that are not a multiple of 32; from `pack`,
             a weight that is not a matrix, or values that are not finite or above 65504.
     """
 
@@ -413,11 +421,11 @@ class _Plain(WeightFormat):
 
     dtype: ClassVar[torch.dtype]
 
-    def bits(self, shape: tuple[int, int]) -> float:
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
         return self.dtype.itemsize * 8
 
-    def pack(self, weight: Tensor, calibration: Any = None) -> Dense:
-        _check_matrix(self.name, weight)
+    def pack(self, weight: Tensor, stats: Stats | None = None) -> Dense:
+        check_matrix(self.name, weight)
         packed = weight.detach().to(self.dtype)
         if packed.dtype != weight.dtype and not torch.isfinite(packed).all():
             raise ConfigError(
@@ -458,11 +466,3 @@ class BF16(_Plain, name="bf16"):
     """
 
     dtype = torch.bfloat16
-
-
-def _check_matrix(format: str, weight: Tensor) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ConfigError(
-            f"{format} packs matrices of floating-point numbers."
-            f" Got shape {tuple(weight.shape)} of {weight.dtype}."
-        )

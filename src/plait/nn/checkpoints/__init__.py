@@ -9,9 +9,17 @@ from plait.errors import ModelFileError
 from plait.nn.checkpoints.base import Checkpoint, TensorInfo
 from plait.nn.checkpoints.files import GGUF_MAGIC, file_start, folder_files
 from plait.nn.checkpoints.gguf import GGUFCheckpoint
+from plait.nn.checkpoints.packed import PACKED_NAME, PackedCheckpoint
 from plait.nn.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
 
-__all__ = ["Checkpoint", "GGUFCheckpoint", "SafetensorsCheckpoint", "TensorInfo", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "GGUFCheckpoint",
+    "PackedCheckpoint",
+    "SafetensorsCheckpoint",
+    "TensorInfo",
+    "open_checkpoint",
+]
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -19,7 +27,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Args:
         path: a GGUF file or a safetensors file, told apart by their first bytes; or a folder with
-            safetensors weights, or else with exactly one GGUF file.
+            `plait.safetensors`, or else with safetensors weights, or else with exactly one GGUF file.
 
     Raises:
         ModelFileError: nothing there, a damaged or hostile file, or a kind that is not loaded; pickled
@@ -33,12 +41,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return GGUFCheckpoint(path)
     # A safetensors file is an 8-byte length and a JSON object.
     if start[8:9] == b"{":
+        if path.name == PACKED_NAME:
+            return PackedCheckpoint(path.parent)
         return SafetensorsCheckpoint(path)
     raise ModelFileError(f"{path} is neither a GGUF nor a safetensors file. Give the path of a model.")
 
 
 def _open_folder(folder: Path) -> Checkpoint:
     files = folder_files(folder)
+    if PACKED_NAME in files:
+        return PackedCheckpoint(folder)
     ggufs = [path for path in files.values() if path.suffix == ".gguf"]
     if not ggufs or SINGLE_NAME in files or INDEX_NAME in files:
         return SafetensorsCheckpoint(folder)

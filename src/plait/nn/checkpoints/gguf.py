@@ -97,6 +97,7 @@ class GGUFCheckpoint:
         self._map: mmap.mmap | None = _map(self.path)
         header = _Header(self.path, self._map)
         self.metadata = header.metadata
+        self._entries = header.entries
         self._tensors, self._starts = header.tensors, header.starts
 
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -132,6 +133,17 @@ class GGUFCheckpoint:
         if info.format in _PLAIN:
             return Dense(self.load(name))
         return Blocks(self._mapped(info, torch.uint8).view(info.shape[0], -1), info.format)
+
+    def metadata_file(self) -> bytes:
+        """A GGUF file that has the metadata of this one and no tensors.
+
+        Raises:
+            ModelFileError: the checkpoint is closed.
+        """
+        if self._map is None:
+            raise ModelFileError(f"{self.path.name} is closed. Open the checkpoint again to copy from it.")
+        count, first, end = self._entries
+        return GGUF_MAGIC + struct.pack("<IQQ", 3, 0, count) + self._map[first:end]
 
     def close(self) -> None:
         """Let go of the file; it stays mapped as long as one of its tensors or arrays is alive."""
@@ -197,8 +209,10 @@ class _Header:
         # The shortest entry is an empty name, a type and one byte; the shortest tensor has no dimensions.
         self._check_room(num_entries, 8 + 4 + 1, "metadata entries")
         self._check_room(num_tensors, 8 + 4 + 4 + 8, "tensors")
+        first = self.at
         for _ in range(num_entries):
             self._read_entry()
+        self.entries = (num_entries, first, self.at)
         self._check_whole()
         described = self._read_tensor_table(num_tensors)
         self._place_tensors(described)

@@ -29,7 +29,7 @@ from plait.nn.checkpoints.files import (
 )
 from plait.weights import Dense
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "SafetensorsCheckpoint"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "SafetensorsCheckpoint", "json_object"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -67,6 +67,8 @@ class SafetensorsCheckpoint:
         self.metadata = _read_json(config, _MAX_CONFIG_BYTES) if has_config else {}
         self._tensors: dict[str, TensorInfo] = {}
         self._files: dict[str, Any] = {}
+        # What each file says about itself, by name of the file.
+        self.notes: dict[str, dict[str, str]] = {}
         for file, names in shards.items():
             self._open_shard(file, names)
 
@@ -129,6 +131,7 @@ class SafetensorsCheckpoint:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise damaged(path, f"it is not a valid safetensors file: {shown(str(error))}") from error
+        self.notes[path.name] = file.metadata() or {}  # type: ignore[no-untyped-call]
         wanted = set(infos if names is None else names)
         missing = sorted(wanted - infos.keys())
         if missing:
@@ -184,7 +187,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     raw = file_start(path, 8 + length)[8:]
     if len(raw) < length:
         raise damaged(path, f"its header claims {length} bytes but the file has {len(raw)} left")
-    header = _json_object(path, raw)
+    header = json_object(path, raw)
     header.pop("__metadata__", None)
     try:
         infos = [
@@ -202,10 +205,10 @@ def _read_json(path: Path, limit: int) -> dict[str, Any]:
     raw = file_start(path, limit + 1)
     if len(raw) > limit:
         raise damaged(path, f"it is above the {limit >> 20} MiB that such a file may have")
-    return _json_object(path, raw)
+    return json_object(path, raw)
 
 
-def _json_object(path: Path, raw: bytes) -> dict[str, Any]:
+def json_object(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     # Deep nesting raises RecursionError; everything else that is not JSON raises ValueError.

@@ -1,0 +1,71 @@
+"""The side of Hugging Face Transformers, with the weights of a folder in fp32; see `protocol.py`.
+
+Tuned as its users would: fused attention, padding on the left, no gradients, a cache. It is the reference too:
+a task with `continuations` is answered with how far, in nats, each of their tokens is below the best one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from protocol import Clock, serve, settings
+
+
+def main() -> None:
+    given = settings()
+    torch.set_num_threads(given["threads"])
+    transformers.utils.logging.disable_progress_bar()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        given["folder"], dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    # Every answer is to have its full length on all sides.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+
+    def answer(
+        prompts: list[list[int]], tokens: int = 0, continuations: Sequence[list[int]] = (), **_: Any
+    ) -> dict[str, Any]:
+        if continuations:
+            return {"gaps": [gaps(model, p, c) for p, c in zip(prompts, continuations, strict=True)]}
+        return generated(model, prompts, tokens)
+
+    serve(f"Transformers {transformers.__version__}, torch {torch.__version__}", answer)
+
+
+def generated(model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+    longest = max(map(len, prompts))
+    clock = Clock(len(prompts))
+
+    class Watch(transformers.StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
+            clock.step(len(prompts))
+            return torch.zeros(len(prompts), dtype=torch.bool)
+
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.inference_mode():
+        found = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=tokens,
+            stopping_criteria=transformers.StoppingCriteriaList([Watch()]),
+        )
+    return clock.answer(found[:, longest:].tolist())
+
+
+@torch.inference_mode()
+def gaps(model: Any, prompt: list[int], continuation: list[int]) -> list[float]:
+    """Of every token of a continuation, how far its log-probability is below the best one's, in nats."""
+    ids = torch.tensor([prompt + continuation[:-1]])
+    logits = model(ids, logits_to_keep=len(continuation)).logits[0]
+    chosen = logits.gather(1, torch.tensor(continuation)[:, None])[:, 0]
+    found: list[float] = (logits.amax(dim=1) - chosen).tolist()
+    return found
+
+
+if __name__ == "__main__":
+    main()

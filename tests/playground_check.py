@@ -1,0 +1,173 @@
+"""Drive the playground in a real browser: every tab, by mouse and keyboard, on a desktop and a phone.
+
+Run by `make playground-check`; not part of `make test`, since it needs a Chromium. It fails on a console error,
+on a rule of axe-core that is broken, on a page wider than its window, and on a layout that jumps. Screenshots are
+kept, to be looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Page, sync_playwright
+
+SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+KEY = "a-key-for-the-browser-test"
+SHIFTS = """
+window.jumps = 0;
+new PerformanceObserver((list) => {
+  for (const entry of list.getEntries()) if (!entry.hadRecentInput) window.jumps += entry.value;
+}).observe({ type: "layout-shift", buffered: true });
+"""
+# The largest layout shift that counts as none, far below the 0.1 that is called good on the web.
+JUMP = 0.02
+
+
+def start_server(model: str) -> tuple[subprocess.Popen[str], str]:
+    """A server of the model with a key, on a free port."""
+    command = [sys.executable, "-c", "from plait.cli import main; main()", "serve", "--model", model]
+    command += ["--port", "0", "--draft", "token-recycling"]
+    server = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PLAIT_SERVE_API_KEYS": KEY}
+    )
+    assert server.stderr is not None
+    for line in server.stderr:
+        if found := re.search(r"Listening on (http://\S+)\.", line):
+            return server, found[1]
+    raise SystemExit("the server did not start")
+
+
+def check_rules(page: Page, axe: str, where: str) -> None:
+    """Fail on what axe-core finds."""
+    page.evaluate(axe)
+    found = page.evaluate("axe.run(document)")["violations"]
+    told = [
+        f"{rule['id']}: {rule['help']}: {[node['html'][:120] for node in rule['nodes'][:3]]}"
+        for rule in found
+    ]
+    assert not told, f"{where}: {told}"
+    is_wide = page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+    assert not is_wide, f"{where} is wider than the window"
+
+
+def wait_until_done(page: Page, form: str) -> None:
+    """Wait for the end of an answer."""
+    page.wait_for_selector(f"{form} .stop:disabled")
+    page.wait_for_function("document.querySelector('#notice').textContent === ''")
+
+
+def drive(page: Page, url: str, axe: str, shots: Path, name: str) -> None:
+    """Use every tab."""
+    page.goto(url)
+    page.wait_for_selector("#key-form:not([hidden])")
+    check_rules(page, axe, f"{name}: key")
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#model').textContent.length > 3")
+
+    page.evaluate("document.querySelector('#max-tokens').value = 30")
+    page.fill("#chat-text", "Why is the sky blue? Answer in two sentences.")
+    before = page.evaluate("window.jumps")
+    page.press("#chat-text", "Enter")
+    page.wait_for_selector("#chat-log .answer span")
+    wait_until_done(page, "#chat-form")
+    jumps = page.evaluate("window.jumps") - before
+    assert jumps < JUMP, f"{name}: the layout jumped by {jumps:.3f} while an answer came"
+    page.focus("#chat-log .answer")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert "bytes" in page.inner_text("#token")
+    assert "stored as" in page.inner_text("#strands")
+    page.screenshot(path=shots / f"{name}-chat.png", full_page=True)
+    check_rules(page, axe, f"{name}: chat")
+
+    page.focus("#tab-chat")
+    page.keyboard.press("ArrowRight")
+    page.click("#complete-form button:not([type])")
+    page.wait_for_selector("#complete-log .answer span")
+    wait_until_done(page, "#complete-form")
+    page.hover("#complete-log .answer span:nth-child(4)")
+    page.screenshot(path=shots / f"{name}-complete.png", full_page=True)
+    check_rules(page, axe, f"{name}: complete")
+
+    page.click("#tab-drafts")
+    page.click("#drafts-form button:not([type])")
+    page.wait_for_selector("#drafts-list li")
+    assert page.locator("#drafts-list li").count() == 4
+    page.screenshot(path=shots / f"{name}-drafts.png", full_page=True)
+    check_rules(page, axe, f"{name}: drafts")
+
+    page.click("#tab-edit")
+    page.click("#edit-form button:not([type])")
+    wait_until_done(page, "#edit-form")
+    page.wait_for_function("document.querySelector('#edit-report').textContent.startsWith('All')")
+    page.evaluate(
+        "document.querySelector('#edit-text').value = document.querySelector('#edit-text').value.replace('a shop', 'one small shop')"
+    )
+    page.click("#edit-form button:not([type])")
+    wait_until_done(page, "#edit-form")
+    page.screenshot(path=shots / f"{name}-edit.png", full_page=True)
+    check_rules(page, axe, f"{name}: edit")
+
+    page.click("#tab-claims")
+    page.wait_for_selector(".claim")
+    page.screenshot(path=shots / f"{name}-claims.png")
+    check_rules(page, axe, f"{name}: claims")
+
+
+def main() -> None:
+    """Check the page on both sizes, light and dark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--axe", type=Path, required=True, help="axe.min.js of npm's axe-core")
+    parser.add_argument("--shots", type=Path, default=Path("build/playground"), help="folder for screenshots")
+    parser.add_argument("--chromium", default="/usr/bin/chromium", help="the browser's program")
+    parser.add_argument("--model", default="smollm2")
+    given = parser.parse_args()
+    axe = given.axe.read_text("utf-8")
+    given.shots.mkdir(parents=True, exist_ok=True)
+    server, url = start_server(given.model)
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=given.chromium, args=ARGUMENTS)
+            for name, (width, height) in SIZES.items():
+                for scheme in ("light", "dark"):
+                    page: Any = browser.new_page(
+                        viewport={"width": width, "height": height}, color_scheme=scheme, bypass_csp=True
+                    )
+                    page.set_default_timeout(180_000)
+                    problems: list[str] = []
+                    page.on(
+                        "console", lambda said, to=problems: said.type == "error" and to.append(said.text)
+                    )
+                    page.on("pageerror", lambda error, to=problems: to.append(str(error)))
+                    page.add_init_script(SHIFTS)
+                    drive(page, url, axe, given.shots, f"{name}-{scheme}")
+                    # The first question for the status is refused, which is how the page learns that a key is needed.
+                    told = [problem for problem in problems if "401" not in problem]
+                    assert not told, f"{name}-{scheme}: {told}"
+                    page.close()
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    assert server.returncode == 0, f"the server ended with {server.returncode}"
+    sys.stdout.write(f"The playground is in order; screenshots are in {given.shots}.\n")
+
+
+if __name__ == "__main__":
+    main()
