@@ -43,6 +43,8 @@ COMMANDS = [
     "methods",
     "claims",
     "train",
+    "watermark",
+    "pac",
 ]
 
 
@@ -85,6 +87,9 @@ def test_help_lists_every_command(plait: Callable[..., Result]) -> None:
             ["train", "lm", "/no/such.txt", "--out", "/no/such/folder", "--shape", "heads=5"],
             "ModelShape.heads must cut",
         ),
+        (["watermark", "detect", "/no/such/file", "--key-file", "/no/such/key"], "could not be read"),
+        (["pac", "complete", "/no/such/file", "--sets", "/no/such/sets"], "could not be read"),
+        (["pac", "calibrate", "/no/such/file", "--output", "/tmp/x"], "could not be read"),
     ],
 )
 def test_a_mistake_is_one_sentence_on_stderr_and_exit_1(

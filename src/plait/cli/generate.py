@@ -19,6 +19,7 @@ from plait.cli.common import (
     Weights,
     load_model,
     print_json,
+    read_file,
     read_sampling,
     read_text,
     say,
@@ -263,13 +264,7 @@ def score(
     """
     from plait.engine import Score
 
-    try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        text = data.decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file} could not be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text: {error}.") from None
+    text = read_file(file)
     lm = load_model(model, weights=weights, offline=offline)
     result: Score = lm.score(text, context=context, stride=stride)
     if json_output:
