@@ -61,7 +61,11 @@ def exact_past(
         keys, values = (torch.cat([getattr(s, name) for s in plain], dim=1) for name in ("keys", "values"))
         layers.append((keys.transpose(0, 1).clone(), values.transpose(0, 1).clone()))
     if stored is not None:
-        named = [(f"{i}.{name}", t) for i, pair in enumerate(layers) for name, t in zip(("keys", "values"), pair, strict=True)]
+        named = [
+            (f"{i}.{name}", t)
+            for i, pair in enumerate(layers)
+            for name, t in zip(("keys", "values"), pair, strict=True)
+        ]
         save_file(dict(named), stored)
     return layers
 

@@ -98,15 +98,14 @@ def _measure(run: Run) -> Measurements:
     yield "loading Gemma 3"
     other = load("gemma3-270m")
     both = ensemble([lm, other])
-    paragraphs = [text.strip() for text in other_manual()[::3]]
-    paragraphs = [text[:240].encode() for text in paragraphs if len(text) >= 240 and text.isascii()]
+    chapters = [text.strip() for text in other_manual()[::3]]
+    paragraphs = [text[:240].encode() for text in chapters if len(text) >= 240 and text.isascii()]
     paragraphs = paragraphs[: run.pick(20, 1)]
     bits: dict[str, list[float]] = {"smollm2": [], "gemma3": [], "both": []}
     forwards = []
-    for number, text in enumerate(paragraphs):
+    for number, paragraph in enumerate(paragraphs):
         yield f"paragraph {number + 1} of {len(paragraphs)}"
-        text = text[: run.pick(240, 60)]
-        first, rest_bytes = text[:40], text[40:]
+        first, rest_bytes = paragraph[:40], paragraph[40 : run.pick(240, 60)]
         state = both.state(first)
         members = list(state.states)
         reader = members[0].reader  # type: ignore[attr-defined]
