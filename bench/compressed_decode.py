@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from plait import LanguageModel, load
 from plait.claims.machine import memory_bandwidth
@@ -49,8 +50,8 @@ def exact_past(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values (T, G, D) of each layer."""
     if stored is not None and stored.exists():
-        layers: list[tuple[torch.Tensor, torch.Tensor]] = torch.load(stored, weights_only=True)
-        return layers
+        tensors = load_file(stored)
+        return [(tensors[f"{i}.keys"], tensors[f"{i}.values"]) for i in range(len(tensors) // 2)]
     past = lm.model.new_past(MemoryPlan())
     lm.new_engine(rows_per_step=512).read(ids, past)
     tails = [[*memory.strands, memory.tail] for memory in past.memories("copied")]
@@ -60,7 +61,12 @@ def exact_past(
         keys, values = (torch.cat([getattr(s, name) for s in plain], dim=1) for name in ("keys", "values"))
         layers.append((keys.transpose(0, 1).clone(), values.transpose(0, 1).clone()))
     if stored is not None:
-        torch.save(layers, stored)
+        named = [
+            (f"{i}.{name}", t)
+            for i, pair in enumerate(layers)
+            for name, t in zip(("keys", "values"), pair, strict=True)
+        ]
+        save_file(dict(named), stored)
     return layers
 
 

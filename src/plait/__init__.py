@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from plait.engine import APE as APE
     from plait.engine import AsyncEngine as AsyncEngine
     from plait.engine import Beam as Beam
+    from plait.engine import ByteLM as ByteLM
     from plait.engine import ContextStore as ContextStore
     from plait.engine import Edit as Edit
     from plait.engine import EditReport as EditReport
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from plait.engine import Score as Score
     from plait.engine import Session as Session
     from plait.engine import Suggestion as Suggestion
+    from plait.engine import ensemble as ensemble
     from plait.engine import load as load
     from plait.engine import quantize as quantize
     from plait.errors import CancelledError as CancelledError
@@ -50,6 +52,7 @@ _HOMES = {
     "AsyncEngine": "plait.engine",
     "APE": "plait.engine",
     "Beam": "plait.engine",
+    "ByteLM": "plait.engine",
     "CancelledError": "plait.errors",
     "CapacityError": "plait.errors",
     "ConfigError": "plait.errors",
@@ -74,6 +77,7 @@ _HOMES = {
     "Suggestion": "plait.engine",
     "TemplateError": "plait.errors",
     "UnknownNameError": "plait.errors",
+    "ensemble": "plait.engine",
     "load": "plait.engine",
     "quantize": "plait.engine",
     "pull": "plait.hub",

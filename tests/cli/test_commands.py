@@ -34,6 +34,7 @@ COMMANDS = [
     "run",
     "chat",
     "score",
+    "bytes",
     "serve",
     "pull",
     "models",
@@ -42,6 +43,8 @@ COMMANDS = [
     "methods",
     "claims",
     "train",
+    "watermark",
+    "pac",
 ]
 
 
@@ -68,6 +71,8 @@ def test_help_lists_every_command(plait: Callable[..., Result]) -> None:
         (["run", "--sampling", "temperature=-1", "hi"], "Sampling.temperature must be"),
         (["run", "--sampling", "temperature", "hi"], "key=value"),
         (["run", "--sampling", "top_q=1", "hi"], "Did you mean 'top_"),
+        (["run", "--prompt-boundary", "word", "hi"], "token, exact or healed"),
+        (["bytes", "-m", "smollm2", "-m", "smollm2", "hi"], "twice"),
         (["score", "/no/such/file"], "could not be read"),
         (["info", "nothing-of-that-name"], "nothing-of-that-name"),
         (["methods", "codec"], "Did you mean 'codecs'"),
@@ -82,6 +87,9 @@ def test_help_lists_every_command(plait: Callable[..., Result]) -> None:
             ["train", "lm", "/no/such.txt", "--out", "/no/such/folder", "--shape", "heads=5"],
             "ModelShape.heads must cut",
         ),
+        (["watermark", "detect", "/no/such/file", "--key-file", "/no/such/key"], "could not be read"),
+        (["pac", "complete", "/no/such/file", "--sets", "/no/such/sets"], "could not be read"),
+        (["pac", "calibrate", "/no/such/file", "--output", "/tmp/x"], "could not be read"),
     ],
 )
 def test_a_mistake_is_one_sentence_on_stderr_and_exit_1(
@@ -129,6 +137,21 @@ def test_run_answers(plait: Callable[..., Result], smollm2_gguf: Path) -> None:
     result = plait("run", "-m", str(smollm2_gguf), "What is the capital of France?")
     assert result.exit_code == 0
     assert result.stdout == "The capital of France is Paris.\n"
+
+
+@pytest.mark.model
+def test_a_prompt_that_ends_inside_a_word_is_finished(
+    plait: Callable[..., Result], smollm2_gguf: Path
+) -> None:
+    law = json.loads(plait("bytes", "-m", str(smollm2_gguf), "--json", "-k", "2", "import nump").stdout)[
+        "next"
+    ]
+    assert law[0]["byte"] == ord("y")
+    assert law[0]["probability"] > 0.9
+    result = plait(
+        "run", "-m", str(smollm2_gguf), "--plain", "--prompt-boundary", "exact", "-n", "3", "import nump"
+    )
+    assert result.stdout.startswith("y as np")
 
 
 @pytest.mark.model

@@ -150,7 +150,7 @@ def _check_specs(parameters: dict[str, Any]) -> None:
         MemoryPlan.parse(parameters["memory"])
     if parameters.get("draft"):
         SPECULATORS.parse(parameters["draft"])
-    if parameters.get("weights", "file") not in ("file", "auto"):
+    if (parameters.get("weights") or "file") not in ("file", "auto"):
         FORMATS.parse(parameters["weights"])
     if parameters.get("sampling"):
         read_sampling(parameters["sampling"])

@@ -79,8 +79,8 @@ def test_every_registered_method_is_in_the_matrix() -> None:
     assert names(POLICY_ENTRIES) == set(POLICIES.names())
 
 
-@pytest.mark.parametrize("codec", ["think:ratio=0.4", "think:ratio=0.4,gear:bits=4"])
+@pytest.mark.parametrize("codec", ["think:value_ratio=0.3", "think:ratio=0.4,value_ratio=0.3,gear:bits=4"])
 def test_a_policy_that_stores_while_reading_refuses_a_codec_that_waits_for_the_end(codec: str) -> None:
     with pytest.raises(IncompatibleError, match=r"infllm.*think"):
         MemoryPlan.parse(f"infllm,{codec}")
-    MemoryPlan.parse("infllm,think:ratio=0,gear:bits=4")
+    MemoryPlan.parse("infllm,think:ratio=0.4,gear:bits=4")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-TOKENS = 60_000
+TOKENS = 40_000
 MEMORIES = [
     "dense",
     "dense:dtype=fp16",
@@ -18,7 +18,7 @@ MEMORIES = [
     "think:ratio=0.4,dense:dtype=bf16",
     "think:ratio=0.4,gear:bits=4",
     "window:size=4096",
-    "infllm:local=2048,execution=2048,topk=4,cached=4,cold=file,gear:bits=4",
+    "infllm:local=2048,execution=2048,topk=4,cached=4,cold=file",
 ]
 
 # One process imports torch once; a child of it holds one memory, so that nothing of the others is left over.
@@ -35,7 +35,9 @@ query = torch.randn(2048, 9, 64, generator=torch.Generator().manual_seed(1))
 def resident():
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return psutil.Process().memory_info().rss
+    # Pages of a file are given back whenever somebody else needs the room.
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
 
 def held(spec):
     def fill(memory, length):
@@ -93,7 +95,7 @@ def test_counted_bytes_are_resident_and_no_others(measured: dict[str, tuple[int,
         ("think:ratio=0.4,dense:dtype=bf16", 0.45),
         ("think:ratio=0.4,gear:bits=4", 0.22),
         ("window:size=4096", 0.15),
-        ("infllm:local=2048,execution=2048,topk=4,cached=4,cold=file,gear:bits=4", 0.25),
+        ("infllm:local=2048,execution=2048,topk=4,cached=4,cold=file", 0.25),
     ],
 )
 def test_a_saving_is_seen_in_the_process(

@@ -25,6 +25,8 @@ __all__ = [
     "Weights",
     "load_model",
     "print_json",
+    "read_bytes",
+    "read_file",
     "read_sampling",
     "read_text",
     "say",
@@ -115,6 +117,30 @@ def read_text(words: list[str], *, wait: bool) -> str:
     if not text:
         raise ConfigError('There is no prompt. Write it as an argument or pipe it in: plait run "Hello".')
     return text
+
+
+def read_bytes(file: Path) -> bytes:
+    """The content of a file; `-` is standard input.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file} could not be read: {error.strerror}.") from None
+
+
+def read_file(file: Path) -> str:
+    """The text of a UTF-8 file; `-` is standard input.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: {error}.") from None
 
 
 def _has_input() -> bool:

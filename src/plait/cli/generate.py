@@ -19,6 +19,7 @@ from plait.cli.common import (
     Weights,
     load_model,
     print_json,
+    read_file,
     read_sampling,
     read_text,
     say,
@@ -61,6 +62,14 @@ def run(
             rich_help_panel="Answer",
         ),
     ] = False,
+    prompt_boundary: Annotated[
+        str,
+        typer.Option(
+            "--prompt-boundary",
+            help="With --plain: token; exact to finish a last word that was cut anywhere in bytes; or healed.",
+            rich_help_panel="Answer",
+        ),
+    ] = "token",
     weights: Weights = "auto",
     memory: Memory = "full",
     draft: Draft = "none",
@@ -74,13 +83,26 @@ def run(
       plait run "What is the capital of France?"
 
       cat report.txt | plait run "Summarise this report in one sentence."
+
+      plait run --plain --prompt-boundary exact -n 20 "import nump"
     """
     chosen = read_sampling(sampling)
+    if prompt_boundary not in ("token", "exact", "healed"):
+        raise ConfigError(f"--prompt-boundary must be token, exact or healed. Got {prompt_boundary!r}.")
     text = read_text(prompt or [], wait=True)
     lm = load_model(model, weights=weights, memory=memory, draft=draft, offline=offline)
     if plain and system is not None:
         raise ConfigError("--system needs a chat template, and --plain switches it off. Give one of them.")
-    if plain or lm.chat_template is None:
+    begun = None
+    is_plain = plain or lm.chat_template is None
+    if prompt_boundary != "token":
+        if not is_plain:
+            raise ConfigError(f"--prompt-boundary {prompt_boundary} continues a text. Give --plain too.")
+        begun = lm.settle(text, chosen, "healed" if prompt_boundary == "healed" else "exact")
+        ids = list(begun.ids)
+        if not json_output:
+            typer.echo(begun.text, nl=False)
+    elif is_plain:
         ids = lm.encode(text)
     else:
         ids = lm.encode_chat([*_system_message(system), {"role": "user", "content": text}])
@@ -91,7 +113,7 @@ def run(
             typer.echo(piece.text, nl=False)
     assert session.last is not None
     if json_output:
-        print_json(_to_json(session.last))
+        print_json(_to_json(session.last if begun is None else begun.before(session.last, stop or ())))
     else:
         typer.echo()
 
@@ -242,13 +264,7 @@ def score(
     """
     from plait.engine import Score
 
-    try:
-        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        text = data.decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file} could not be read: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text: {error}.") from None
+    text = read_file(file)
     lm = load_model(model, weights=weights, offline=offline)
     result: Score = lm.score(text, context=context, stride=stride)
     if json_output:
@@ -264,7 +280,7 @@ def score(
             }
         )
         return
-    typer.echo(f"perplexity     {result.perplexity:.4f}")
+    typer.echo(f"perplexity     {result.perplexity:.5g}")
     typer.echo(f"bits per byte  {result.bits_per_byte:.4f}")
     typer.echo(f"tokens         {result.tokens:,} predicted, {result.num_bytes:,} bytes")
 

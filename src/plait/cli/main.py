@@ -8,7 +8,8 @@ import typer
 import typer.core
 
 from plait import __version__
-from plait.cli import claims, generate, methods, models, train, weights
+from plait.cli import bytes as byte_laws
+from plait.cli import claims, generate, methods, models, pac, train, watermark, weights
 from plait.cli import serve as serving
 from plait.cli.common import say
 from plait.errors import PlaitError
@@ -68,6 +69,7 @@ def _options(
 app.command("run")(generate.run)
 app.command("chat")(generate.chat)
 app.command("score")(generate.score)
+app.command("bytes")(byte_laws.next_bytes)
 app.command("serve")(serving.serve)
 app.command("pull")(models.pull)
 app.command("models")(models.models)
@@ -75,6 +77,8 @@ app.command("info")(models.info)
 app.command("quantize")(weights.quantize)
 app.command("methods")(methods.methods)
 app.add_typer(train.app, name="train")
+app.add_typer(watermark.app, name="watermark")
+app.add_typer(pac.app, name="pac")
 app.add_typer(claims.app, name="claims")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from plait.engine.async_engine import AsyncEngine, Stream
+from plait.engine.byte_model import ByteGeneration, ByteLM, Ensemble, Fill, Settled, ensemble
 from plait.engine.context_store import ContextStore
 from plait.engine.contexts import APE, ContextReport, ParallelExample
 from plait.engine.edits import Edit, EditReport, TokenEdit
@@ -24,7 +25,11 @@ __all__ = [
     "Edit",
     "EditReport",
     "Beam",
+    "ByteGeneration",
+    "ByteLM",
     "Engine",
+    "Ensemble",
+    "Fill",
     "FinishReason",
     "Generation",
     "LanguageModel",
@@ -36,9 +41,11 @@ __all__ = [
     "RunningSequence",
     "Score",
     "Session",
+    "Settled",
     "Stream",
     "TokenEdit",
     "Suggestion",
+    "ensemble",
     "load",
     "quantize",
 ]

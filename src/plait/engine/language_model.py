@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 from plait.decode import Constraint, Sampling
+from plait.decode.bytes import Marginal
 from plait.decode.ngrams import NgramCounts
 from plait.decode.search import BeamSearch, Superposed, beam_search, superposed_drafts
 from plait.decode.speculate import SpeculatorConfig
+from plait.engine.byte_model import ByteLM, Settled
 from plait.engine.engine import Engine
 from plait.engine.prefill import ROWS_PER_PASS, read_packed
 from plait.engine.request import Generation, Piece, Request
@@ -19,7 +21,9 @@ from plait.engine.session import Session
 from plait.errors import CapacityError, ConfigError, suggestion
 from plait.memory import MemoryPlan
 from plait.nn import Transformer
-from plait.text import ChatTemplate, Tokenizer
+from plait.text import ByteVocabulary, ChatTemplate, Tokenizer, byte_vocabulary
+
+PromptBoundary: TypeAlias = Literal["token", "exact", "healed"]
 
 __all__ = ["Beam", "LanguageModel", "Message", "Suggestion"]
 
@@ -92,6 +96,7 @@ class LanguageModel:
         self.plan = plan
         self.draft_model = draft_model
         self.draft = draft
+        self._byte_vocabulary: ByteVocabulary | None = None
 
     @property
     def draft(self) -> SpeculatorConfig:
@@ -142,11 +147,19 @@ class LanguageModel:
     @overload
     def generate(self, prompt: Sequence[str], **options: Any) -> list[Generation]: ...
 
-    def generate(self, prompt: str | Sequence[str], **options: Any) -> Generation | list[Generation]:
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        prompt_boundary: PromptBoundary = "token",
+        **options: Any,
+    ) -> Generation | list[Generation]:
         """Continue one prompt, or several at once without padding.
 
         Args:
             prompt: a text, or a sequence of texts of any lengths.
+            prompt_boundary: `token` continues the prompt's tokens; `exact` finishes a last word that was cut
+                anywhere in bytes first, and `healed` chooses the last token again; see `settle`.
             options: `max_new_tokens` (256), `stop` (a text or several), the other fields of `Request`, and
                 the fields of `Sampling`, where `temperature` is 0 (greedy) unless given.
 
@@ -156,9 +169,71 @@ class LanguageModel:
         Example:
             >>> lm.generate("The capital of France is", max_new_tokens=8).text  # doctest: +SKIP
         """
-        if isinstance(prompt, str):
-            return self._finish([self.request(self.encode(prompt), **options)])[0]
-        return self._finish([self.request(self.encode(text), **options) for text in prompt])
+        if prompt_boundary not in get_args(PromptBoundary):
+            raise ConfigError(f"prompt_boundary must be token, exact or healed. Got {prompt_boundary!r}.")
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if prompt_boundary == "token":
+            answers = self._finish([self.request(self.encode(text), **options) for text in texts])
+        else:
+            sampling = self.request([0], **options).sampling
+            settled = [self.settle(text, sampling, prompt_boundary) for text in texts]
+            found = self._finish([self.request(each.ids, **options) for each in settled])
+            answers = [
+                begun.before(answer, options.get("stop", ()))
+                for begun, answer in zip(settled, found, strict=True)
+            ]
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def bytes(self, *, marginal: Marginal | None = None, start: Sequence[int] | None = None) -> ByteLM:
+        """This model as a model of bytes, whose prompts may end anywhere; see `plait.engine.ByteLM`.
+
+        Args:
+            marginal: sum over all token sequences of the last word, in a beam, and not only over those that
+                the tokenizer makes.
+            start: tokens before every text; those that the model wants, or else its end-of-text token.
+
+        Raises:
+            IncompatibleError: the tokenizer normalises text, or is not made of byte pairs.
+            ConfigError: the model names no token that starts a text.
+
+        Example:
+            >>> lm.bytes().generate("import nump", max_bytes=8).text  # doctest: +SKIP
+        """
+        if self._byte_vocabulary is None:
+            self._byte_vocabulary = byte_vocabulary(self.tokenizer)
+        if start is None:
+            start = (
+                self.tokenizer.start_ids
+                or [
+                    id
+                    for id in (self.tokenizer.id_of("<|endoftext|>"), self.tokenizer.bos_id)
+                    if id is not None
+                ][:1]
+            )
+        if not start:
+            raise ConfigError(f"{self.name} names no token that starts a text. Give bytes start=[id].")
+        if outside := [id for id in start if not 0 <= id < self.model.config.vocab_size]:
+            raise ConfigError(
+                f"start names token {outside[0]}; ids must be in [0, {self.model.config.vocab_size})."
+            )
+        return ByteLM(self, self._byte_vocabulary, start, marginal)
+
+    def settle(
+        self, prompt: str, sampling: Sampling | None = None, how: Literal["exact", "healed"] = "exact"
+    ) -> Settled:
+        """Finish the last word of a prompt that was cut anywhere, so that tokens can go on.
+
+        Args:
+            prompt: the text so far.
+            sampling: how bytes or the token are chosen; greedy when left out.
+            how: `exact`, byte by byte, or `healed`: the last token is chosen again among those that begin with
+                its text.
+
+        Raises:
+            As `bytes`, and for prompts that its models refuse.
+        """
+        byte_lm = self.bytes()
+        return byte_lm.heal(prompt, sampling) if how == "healed" else byte_lm.settle(prompt, sampling)
 
     def chat(self, messages: str | Sequence[Message], **options: Any) -> Generation:
         """Answer a conversation; options are those of `generate`."""

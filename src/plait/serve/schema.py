@@ -207,6 +207,7 @@ class EmbeddingsRequest(_Body):
 
     model: str
     input: str | list[str]
+    encoding_format: Literal["float", "base64"] = "float"
 
 
 class TokenizeRequest(_Body):

@@ -36,8 +36,8 @@ class Backend:
         self._parsing = tokenizer
         # Whether special tokens are recognised is a setting of the package's tokenizer, not of a call:
         # two of them around one model let threads choose freely.
-        self._plain = _twin(tokenizer)
-        self._plain.encode_special_tokens = True
+        self.plain = _twin(tokenizer)
+        self.plain.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool) -> list[list[int]]:
         """The ids of each text, which must be Unicode.
@@ -45,7 +45,7 @@ class Backend:
         Raises:
             ModelFileError: the tokenizer of the model fails on a text.
         """
-        tokenizer = self._parsing if parse_special else self._plain
+        tokenizer = self._parsing if parse_special else self.plain
         with _failures_of("The tokenizer of this model fails on a text"):
             if len(texts) == 1:
                 # A batch starts threads, which a process that forks later must not have.

@@ -59,6 +59,26 @@ class Tokenizer:
         self._backend = Backend(parts.backend)
         self._source = parts.backend
 
+    @property
+    def pieces(self) -> Sequence[str]:
+        """Each token as the model file writes it, by id."""
+        return self._vocabulary.pieces
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Tokens that are matched whole in text and stand for themselves."""
+        return self._vocabulary.added
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """The tokens that `encode` puts before a text with `add_special`."""
+        return self._prefix
+
+    @property
+    def package_tokenizer(self) -> tokenizers.Tokenizer:
+        """The `tokenizers` package's own object, to be read and not changed."""
+        return self._backend.plain
+
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Self:
         """The tokenizer described by the metadata of a GGUF file.

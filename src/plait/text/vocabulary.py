@@ -16,6 +16,7 @@ __all__ = [
     "SPACE_MARK",
     "TokenizerParts",
     "Vocabulary",
+    "byte_level_alphabet",
     "spell_byte_level",
     "spell_sentencepiece",
     "spell_word",
@@ -50,7 +51,7 @@ END_OF_TURN = frozenset(
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The characters by which GPT-2 (Radford et al. 2019, encoder.py) writes the 256 bytes.
 
     Printable Latin-1 characters stand for their own byte; the other bytes, in order, are written as
@@ -61,7 +62,7 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF: Mapping[str, int] = _byte_level_alphabet()
+_BYTE_OF: Mapping[str, int] = byte_level_alphabet()
 
 
 def spell_byte_level(piece: str) -> bytes:
