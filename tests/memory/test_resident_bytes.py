@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-TOKENS = 40_000
+TOKENS = 60_000
 MEMORIES = [
     "dense",
     "dense:dtype=fp16",

@@ -206,12 +206,14 @@ def test_a_row_has_the_same_bits_in_any_tree_and_behind_any_cut_of_its_past(kind
 )
 @torch.inference_mode()
 def test_codes_that_sequences_share_are_visited_once_with_the_same_bits(memory: str) -> None:
+    plain = model()
     lowered = Lowered(model())
     text = torch.randint(0, 101, (600,))
-    past = new_past(model(), memory)
+    past = new_past(plain, memory)
+    # A codec that chooses by the prompt's queries is asked for them by the modules only.
     for at in range(0, 600, 200):
-        lowered(text[at : at + 200], Rows([(200, at)]), [past])
-        past.commit()
+        plain(text[at : at + 200], Rows([(200, at)]), [past])
+        past.commit(is_prompt=at < 400)
     alone = past.fork()
     wanted = []
     for at, token in enumerate((5, 6, 7)):
