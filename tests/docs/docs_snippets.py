@@ -104,6 +104,8 @@ def commands_of(block: Block) -> Iterator[Command]:
         typed, _, output = part.replace("\\\n", " ").partition("\n")
         before, _, after = typed.rpartition("|")
         words = shlex.split(after)
+        # Where a shell sends the output is not the command's.
+        words = words[: words.index(">")] if ">" in words else words
         while re.match(r"[A-Z_]+=", words[0]):
             del words[0]
         yield Command(line, words, shlex.split(before) or None, output)
