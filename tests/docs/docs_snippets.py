@@ -30,7 +30,7 @@ from plait.weights import FORMATS
 
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^( *)(`{3,})([\w{}-]*)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
-_NOT_OURS = ("cat", "cd", "git", "head", "pip", "printf", "python")
+_NOT_OURS = ("cat", "cd", "echo", "git", "head", "pip", "printf", "python")
 
 
 class Block(NamedTuple):
