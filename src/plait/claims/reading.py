@@ -13,13 +13,20 @@ if TYPE_CHECKING:
 __all__ = ["decode_times", "fill", "filled_past", "token_nats"]
 
 
-def token_nats(lm: LanguageModel, memory: str, ids: Sequence[int], chunk: int = 256) -> list[float]:
-    """Negative log-probability of each token but the first, in nats, read in chunks through a memory."""
+def token_nats(lm: LanguageModel, memory: str | Past, ids: Sequence[int], chunk: int = 256) -> list[float]:
+    """Negative log-probability of each token but the first, in nats, read in chunks through a memory.
+
+    Args:
+        lm: the model.
+        memory: a spec string, or an empty past that holds all of them in the end.
+        ids: the tokens.
+        chunk: tokens of a forward pass.
+    """
     import torch
 
     from plait.memory import MemoryPlan, Rows
 
-    past = lm.model.new_past(MemoryPlan.parse(memory))
+    past = lm.model.new_past(MemoryPlan.parse(memory)) if isinstance(memory, str) else memory
     nats: list[float] = []
     with torch.inference_mode():
         for start in range(0, len(ids), chunk):

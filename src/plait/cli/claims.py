@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from plait.cli.common import Json, print_json, say
+from plait.cli.common import Json, print_json, say, telling
 from plait.errors import ConfigError, DownloadError, MissingExtraError
 from plait.files import write_text
 
 if TYPE_CHECKING:
-    from plait.claims import Claim, Result, Row
+    from plait.claims import Result, Row
 
 __all__ = ["app"]
 
@@ -82,7 +79,7 @@ def run(
     missing = 0
     for claim in claims:
         try:
-            with _progress(claim) as tell:
+            with telling(claim.name) as tell:
                 result = run_claim(claim, Run(quick=quick), tell)
         except KeyboardInterrupt:
             say(f"{claim.name} was not measured; its earlier result, if any, is unchanged")
@@ -192,25 +189,6 @@ def _read(results: Path | None) -> list[Row]:
     from plait.claims import Store, all_claims, read_ledger
 
     return read_ledger(all_claims().values(), Store(results))
-
-
-@contextmanager
-def _progress(claim: Claim) -> Iterator[Callable[[str], None]]:
-    """How to tell progress on stderr: one changing line on a terminal, else a line each time."""
-    if not sys.stderr.isatty():
-        yield lambda line: say(f"{claim.name}: {line}")
-        return
-
-    # No spinner: the thread that turns it would take time from what is being measured.
-    def put(line: str) -> None:
-        width = shutil.get_terminal_size().columns
-        typer.echo(f"\r\x1b[2K{line[: width - 1]}", err=True, nl=False)
-
-    put(claim.name)
-    try:
-        yield lambda line: put(f"{claim.name}: {line}")
-    finally:
-        put("")
 
 
 def _print_result(result: Result) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +33,7 @@ __all__ = [
     "read_sampling",
     "read_text",
     "say",
+    "telling",
 ]
 
 Model = Annotated[
@@ -89,6 +93,25 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def say(text: str) -> None:
     """Print a line on stderr."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def telling(name: str) -> Iterator[Callable[[str], None]]:
+    """How to tell the progress of something on stderr: one changing line on a terminal, else a line each time."""
+    if not sys.stderr.isatty():
+        yield lambda line: say(f"{name}: {line}")
+        return
+
+    # No spinner: the thread that turns it would take time from what is being measured.
+    def put(line: str) -> None:
+        width = shutil.get_terminal_size().columns
+        typer.echo(f"\r\x1b[2K{line[: width - 1]}", err=True, nl=False)
+
+    put(name)
+    try:
+        yield lambda line: put(f"{name}: {line}")
+    finally:
+        put("")
 
 
 def print_json(data: Any) -> None:

@@ -190,15 +190,17 @@ class Session:
         ids = self.lm.tokenizer.encode(text)
         if not self.tokens or not ids:
             raise ConfigError("score takes a text of at least one token, behind at least one that was read.")
-        if len(self.tokens) + len(ids) > self.lm.model.config.max_positions:
+        limit = self.lm.plan.longest(self.lm.model.config.max_positions)
+        if len(self.tokens) + len(ids) > limit:
             raise CapacityError(
                 f"{len(self.tokens)} tokens were read and {len(ids)} would come; the model's context is "
-                f"{self.lm.model.config.max_positions}. Shorten the text."
+                f"{limit}. Shorten the text."
             )
         self._feed()
-        past = self.past.fork()
-        past.truncate(len(self.tokens) - 1)
+        twin = self._twin()
+        past = twin.ready()
         with torch.inference_mode():
+            self.lm.new_engine().read(self.tokens[:-1], past)
             fed = torch.tensor([self.tokens[-1], *ids[:-1]], dtype=torch.int64)
             hidden = self.lm.model(fed, Rows([(len(fed), len(past))]), [past])
             nats = nats_of_rows(self.lm.model, hidden, torch.tensor(ids, dtype=torch.int64))
