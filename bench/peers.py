@@ -90,6 +90,7 @@ PEERS = {
             ("torchvision", "torchaudio", "torchcodec"),
             "folder",
         ),
+        Peer("kvpress", "kvpress_side.py", ("kvpress==0.5.5", "optimum-quanto==0.2.7"), weights="folder"),
     )
 }
 
