@@ -85,7 +85,7 @@ class Settings(BaseModel):
         default=65536, description="Largest JSON schema, in bytes."
     )
     max_text_chars: Annotated[int, Field(ge=1)] = Field(
-        default=16384,
+        default=8192,
         description="Longest text whose bytes are asked for or that is watermarked, in characters.",
     )
     max_requests_per_key: Annotated[int, Field(ge=1)] = Field(
