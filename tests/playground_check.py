@@ -27,6 +27,8 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# The results that are published with the documentation.
+CLAIMS = Path(__file__).parents[1] / "docs" / "claims"
 KEY = "a-key-for-the-browser-test"
 SHIFTS = """
 window.jumps = 0;
@@ -43,7 +45,10 @@ def start_server(model: str) -> tuple[subprocess.Popen[str], str]:
     command = [sys.executable, "-c", "from plait.cli import main; main()", "serve", "--model", model]
     command += ["--port", "0", "--draft", "token-recycling"]
     server = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PLAIT_SERVE_API_KEYS": KEY}
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PLAIT_SERVE_API_KEYS": KEY, "PLAIT_CLAIMS": str(CLAIMS)},
     )
     assert server.stderr is not None
     for line in server.stderr:
@@ -91,7 +96,8 @@ def drive(page: Page, url: str, axe: str, shots: Path, name: str) -> None:
     page.focus("#chat-log .answer")
     for _ in range(3):
         page.keyboard.press("ArrowRight")
-    assert "bytes" in page.inner_text("#token")
+    page.wait_for_selector("#token .laws td")
+    assert "Byte by byte" in page.inner_text("#token")
     assert "stored as" in page.inner_text("#strands")
     page.screenshot(path=shots / f"{name}-chat.png", full_page=True)
     check_rules(page, axe, f"{name}: chat")
@@ -102,6 +108,7 @@ def drive(page: Page, url: str, axe: str, shots: Path, name: str) -> None:
     page.wait_for_selector("#complete-log .answer span")
     wait_until_done(page, "#complete-form")
     page.hover("#complete-log .answer span:nth-child(4)")
+    page.wait_for_selector("#token .laws td")
     page.screenshot(path=shots / f"{name}-complete.png", full_page=True)
     check_rules(page, axe, f"{name}: complete")
 
@@ -110,23 +117,31 @@ def drive(page: Page, url: str, axe: str, shots: Path, name: str) -> None:
     page.wait_for_selector("#drafts-list li")
     assert page.locator("#drafts-list li").count() == 4
     page.screenshot(path=shots / f"{name}-drafts.png", full_page=True)
+    page.select_option("#drafts-how", "drawn")
+    page.click("#drafts-form button:not([type])")
+    page.wait_for_selector("#drafts-list small:not(:empty)")
+    wait_until_done(page, "#drafts-form")
+    page.screenshot(path=shots / f"{name}-drawn.png", full_page=True)
     check_rules(page, axe, f"{name}: drafts")
 
     page.click("#tab-edit")
     page.click("#edit-form button:not([type])")
     wait_until_done(page, "#edit-form")
     page.wait_for_function("document.querySelector('#edit-report').textContent.startsWith('All')")
+    page.wait_for_selector("#edit-log .answer span")
     page.evaluate(
         "document.querySelector('#edit-text').value = document.querySelector('#edit-text').value.replace('a shop', 'one small shop')"
     )
     page.click("#edit-form button:not([type])")
+    page.wait_for_function("document.querySelector('#edit-report').textContent.includes('saved')")
+    page.wait_for_selector("#edit-log .answer span")
     wait_until_done(page, "#edit-form")
     page.screenshot(path=shots / f"{name}-edit.png", full_page=True)
     check_rules(page, axe, f"{name}: edit")
 
     page.click("#tab-claims")
-    page.wait_for_selector(".claim")
-    page.screenshot(path=shots / f"{name}-claims.png")
+    page.wait_for_selector(".claim .plot")
+    page.screenshot(path=shots / f"{name}-claims.png", full_page=True)
     check_rules(page, axe, f"{name}: claims")
 
 
