@@ -98,7 +98,7 @@ def drive(page: Page, url: str, axe: str, shots: Path, name: str) -> None:
         page.keyboard.press("ArrowRight")
     page.wait_for_selector("#token .laws td")
     assert "Byte by byte" in page.inner_text("#token")
-    assert "stored as" in page.inner_text("#strands")
+    assert "attention" in page.inner_text("#strands table")
     page.screenshot(path=shots / f"{name}-chat.png", full_page=True)
     check_rules(page, axe, f"{name}: chat")
 
