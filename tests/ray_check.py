@@ -12,6 +12,9 @@ import time
 
 # Set before Ray is imported, which would tell its makers of its use.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# A machine that does other things too needs longer than Ray waits for its proxy.
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "120"
+os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"] = "120"
 
 import openai
 import ray
