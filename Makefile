@@ -62,7 +62,7 @@ fuzz: $(VENV)/test.stamp
 
 # What cannot share an environment with the tests: the server in Ray Serve, and LangChain's client.
 ray-check: $(VENV)/test.stamp
-	@$(PIP) install --editable ".[ray]" "langchain-openai>=1"
+	@$(PIP) install --constraint constraints.txt --editable ".[ray]" "langchain-openai>=1"
 	$(BIN)/python tests/ray_check.py
 
 clean:

@@ -138,6 +138,8 @@ def draw_long(page: Page, to: Callable[[str], None], name: str, text: str) -> No
     wait_until_done(page, "#complete-form")
     page.hover("#complete-log .answer span:nth-child(2)")
     page.wait_for_selector("#token .laws td")
+    # What the memory did lies below.
+    page.evaluate("document.querySelector('#h-token').scrollIntoView()")
     to(name)
 
 
@@ -160,7 +162,7 @@ def take_pictures(browser: Browser, model: str, folder: Path) -> None:
         server, url = start_server(model, *flags)
         try:
             page = browser.new_page(
-                viewport={"width": 1120, "height": 960}, color_scheme="light", bypass_csp=True
+                viewport={"width": 1040, "height": 820}, color_scheme="light", bypass_csp=True
             )
             page.set_default_timeout(180_000)
             page.goto(url)

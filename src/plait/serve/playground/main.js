@@ -101,7 +101,7 @@ const newAnswer = (log, who, before) => {
   const entries = [];
   let at = -1;
   const point = (index) => {
-    text.children[at]?.classList.remove("chosen");
+    for (const other of document.querySelectorAll(".answer .chosen")) other.classList.remove("chosen");
     at = Math.max(0, Math.min(index, entries.length - 1));
     if (!entries[at]) return;
     text.children[at].classList.add("chosen");
