@@ -11,7 +11,7 @@ MODEL ?= smollm2
 comma := ,
 PROJECT := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test lint format docs claims bench playground-check clean help
+.PHONY: run test lint format docs claims bench playground-check fuzz ray-check clean help
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -55,6 +55,15 @@ playground-check: $(VENV)/test.stamp
 	@$(PIP) install "playwright>=1.50"
 	@npm install --silent --no-save --prefix build/playground axe-core@4.14.1
 	$(BIN)/python tests/playground_check.py --chromium $(CHROMIUM) --axe build/playground/node_modules/axe-core/axe.min.js
+
+# Five minutes of requests that schemathesis makes from the OpenAPI document.
+fuzz: $(VENV)/test.stamp
+	PLAIT_FUZZ_SECONDS=300 $(BIN)/python -m pytest tests/serve/test_clients.py -k schemathesis --timeout 1200 -s
+
+# What cannot share an environment with the tests: the server in Ray Serve, and LangChain's client.
+ray-check: $(VENV)/test.stamp
+	@$(PIP) install --constraint constraints.txt --editable ".[ray]" "langchain-openai>=1"
+	$(BIN)/python tests/ray_check.py
 
 clean:
 	rm -rf $(VENV) build docs/_build

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Peer:
     @property
     def is_installed(self) -> bool:
         """Whether it can take part: its packages are there, and not only an environment for them."""
-        names = [package.partition("==")[0].replace("-", "_") for package in self.packages]
+        names = [re.split(r"[\[=]", package)[0].replace("-", "_") for package in self.packages]
         found = [
             list((ROOT / self.name).glob(f"lib/python*/site-packages/{name}-*.dist-info")) for name in names
         ]
@@ -79,7 +80,7 @@ class Peer:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("llama.cpp", "llama_cpp_side.py", ("llama-cpp-python==0.3.36",)),
+        Peer("llama.cpp", "llama_cpp_side.py", ("llama-cpp-python[server]==0.3.36",)),
         Peer("openvino", "openvino_side.py", ("openvino-genai==2026.4.1.0",)),
         Peer("transformers", "transformers_side.py", weights="folder"),
         # Its wheel is for processors only, and wants a torch that is, too.

@@ -16,3 +16,10 @@ def prompts(lengths: Sequence[int]) -> list[list[int]]:
     with open_checkpoint(resolve(peers.MODEL)) as checkpoint:
         tokenizer, _ = read_text_side(checkpoint)
     return token_runs(tokenizer, lengths)
+
+
+def words() -> list[str]:
+    """The words of the manual, in order, without its line breaks."""
+    from plait.claims.texts import manual
+
+    return manual().split()

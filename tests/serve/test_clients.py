@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,23 @@ import jsonschema
 import openai
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from live import live_server
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "text"))
+from tiny_wordnet import write_wordnet
 
 from plait.engine import LanguageModel, load
 from plait.serve import Settings
+from plait.serve import service as service_module
+from plait.text.wordnet import WordNet
+from plait.text.words import Lexicon
 
 KEY = "a-key-for-the-openai-client"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
-# A longer run, as before a release, is PLAIT_EXAMPLES=500.
-EXAMPLES = int(os.environ.get("PLAIT_EXAMPLES", "3"))
+# A longer run, as before a release, is `make fuzz`.
+FUZZ_SECONDS = float(os.environ.get("PLAIT_FUZZ_SECONDS", "0"))
+EXAMPLES = 20 if FUZZ_SECONDS else 3
 
 
 @pytest.fixture(scope="module")
@@ -133,27 +142,37 @@ LEFT_OUT = [schemathesis.checks.positive_data_acceptance]
 MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
 
 
-def test_schemathesis_finds_nothing(make_small: Callable[..., LanguageModel]) -> None:
+def test_schemathesis_finds_nothing(
+    make_small: Callable[..., LanguageModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lexicon = Lexicon(WordNet(write_wordnet(tmp_path / "dict")))
+    monkeypatch.setattr(service_module, "_read_lexicon", lambda _: lexicon)
     limits = settings(
         max_examples=EXAMPLES,
         deadline=None,
-        derandomize=True,
+        derandomize=not FUZZ_SECONDS,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    count = 0
-    with live_server(make_small(), Settings(port=0, max_new_tokens=8, max_sessions_per_key=10_000)) as url:
+    count = rounds = 0
+    begun = time.monotonic()
+    served = Settings(port=0, max_new_tokens=8, max_sessions_per_key=10_000, watermark=True)
+    with live_server(make_small(), served) as url:
         document = schemathesis.openapi.from_url(f"{url}/openapi.json")
-        for found in document.get_all_operations():
-            operation = found.ok()
-            for mode in MODES if operation.body else MODES[:1]:
+        while not rounds or time.monotonic() < begun + FUZZ_SECONDS:
+            rounds += 1
+            for found in document.get_all_operations():
+                operation = found.ok()
+                for mode in MODES if operation.body else MODES[:1]:
 
-                @limits
-                @given(case=operation.as_strategy(generation_mode=mode))
-                def run(case: schemathesis.Case) -> None:
-                    nonlocal count
-                    count += 1
-                    case.call_and_validate(excluded_checks=LEFT_OUT, timeout=120)
+                    @seed(rounds)
+                    @limits
+                    @given(case=operation.as_strategy(generation_mode=mode))
+                    def run(case: schemathesis.Case) -> None:
+                        nonlocal count
+                        count += 1
+                        case.call_and_validate(excluded_checks=LEFT_OUT, timeout=120)
 
-                run()
+                    run()
     assert count >= 20 * EXAMPLES
+    sys.stdout.write(f"{count} requests in {rounds} rounds\n")

@@ -20,6 +20,7 @@ import pytest
 from plait.serve import Settings
 from plait.serve.errors import HTTPError
 from plait.serve.front import Front, Target
+from plait.serve.sharing import sequences
 
 
 @pytest.fixture
@@ -27,6 +28,7 @@ def served(smollm2_gguf: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of two replicas, and the front's process."""
     command = [sys.executable, "-c", "from plait.cli import main; main()", "serve", "--replicas", "2"]
     command += ["--port", "0", "--model", str(smollm2_gguf)]
+    command += ["--max-requests-per-key", "2", "--max-sessions-per-key", "2"]
     front = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -72,8 +74,21 @@ def test_a_killed_replica_tells_its_client_and_the_others_go_on(
             assert re.match(r"s[01]-", session)
             assert (await client.get(f"{url}/v1/sessions/{session}")).json()["text"] == "Hello"
             begun = [asyncio.Event() for _ in range(2)]
-            streams = [asyncio.ensure_future(read(client, url, one)) for one in begun]
-            await asyncio.gather(*(one.wait() for one in begun))
+            streams = [asyncio.ensure_future(read(client, url, begun[0]))]
+            await begun[0].wait()
+            # The other replica has less to do, so this session opens there; both are the key's.
+            other = (await client.post(f"{url}/v1/sessions", json={})).json()["id"]
+            assert {session[:2], other[:2]} == {"s0", "s1"}
+            listed = (await client.get(f"{url}/v1/sessions")).json()["data"]
+            assert {one["id"] for one in listed} == {session, other}
+            for path, body in ((f"/v1/sessions/{other}/fork", {}), ("/v1/sessions", {})):
+                assert (await client.post(url + path, json=body)).status_code == 429
+            streams.append(asyncio.ensure_future(read(client, url, begun[1])))
+            await begun[1].wait()
+            model = (await client.get(f"{url}/v1/models")).json()["data"][0]["id"]
+            over = await client.post(f"{url}/v1/completions", json={"model": model, "prompt": "Once"})
+            assert over.status_code == 429
+            assert int(over.headers["retry-after"]) >= 1
             replicas[0].kill()
             answers = await asyncio.gather(*streams)
             ends = sorted(answer[-1] == "[DONE]" for answer in answers)
@@ -103,6 +118,26 @@ def test_a_replica_ends_with_its_front(smollm2_gguf: Path) -> None:
         # This is what its operating system does for a front that is killed.
         replica.stdin.close()
         assert replica.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "count"),
+    [
+        ("/v1/completions", {"prompt": "x"}, 1),
+        ("/v1/completions", {"prompt": ["x", "y"], "n": 3}, 6),
+        ("/v1/completions", {"prompt": [[1], [2], [3]], "n": 1, "best_of": 4}, 12),
+        ("/v1/completions", {"prompt": [1, 2, 3], "n": None}, 1),
+        ("/v1/completions", {"prompt": "x", "n": 1000}, 1),
+        ("/v1/chat/completions", {"n": 5}, 5),
+        ("/v1/sessions/s0-a/generate", {}, 1),
+        ("/v1/completions", [], 1),
+        ("/v1/sessions/s0-a/read", {"n": 3}, 0),
+        ("/v1/bytes", {}, 0),
+    ],
+)
+def test_the_front_counts_sequences_as_a_replica_does(path: str, body: object, count: int) -> None:
+    assert sequences("POST", path, json.dumps(body).encode(), Settings()) == count
+    assert sequences("GET", path, b"", Settings()) == 0
 
 
 def test_requests_go_to_the_replica_with_the_fewest_and_sessions_to_theirs() -> None:

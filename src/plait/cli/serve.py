@@ -14,7 +14,7 @@ from plait.cli.common import load_model, print_json, say
 __all__ = ["serve"]
 
 _PANELS = {
-    "Model": ("model", "weights", "memory", "draft", "draft_model", "offline"),
+    "Model": ("model", "weights", "memory", "draft", "draft_model", "offline", "watermark"),
     "Address": ("host", "port", "replicas"),
     "Access": ("api_keys", "share_across_keys", "allowed_origins"),
     "Engine": ("memory_bytes", "rows_per_step", "max_sequences"),

@@ -103,8 +103,7 @@ def detect(
 
 
 def _lexicon(offline: bool) -> Lexicon:
-    from plait.hub import RichProgress, wordnet_folder
-    from plait.text.wordnet import WordNet
-    from plait.text.words import Lexicon
+    from plait.hub import RichProgress
+    from plait.prose import english_lexicon
 
-    return Lexicon(WordNet(wordnet_folder(progress=RichProgress(), offline=offline or None)))
+    return english_lexicon(progress=RichProgress(), offline=offline or None)

@@ -10,6 +10,7 @@ from plait.errors import import_extra
 if TYPE_CHECKING:
     from plait.serve.app import create_app as create_app
     from plait.serve.runner import run as run
+    from plait.serve.runner import serving as serving
     from plait.serve.settings import Settings as Settings
     from plait.serve.settings import read_settings as read_settings
 
@@ -19,6 +20,7 @@ _HOMES = {
     "create_app": "plait.serve.app",
     "read_settings": "plait.serve.settings",
     "run": "plait.serve.runner",
+    "serving": "plait.serve.runner",
 }
 
 __all__ = sorted(_HOMES)

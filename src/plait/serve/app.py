@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from plait import __version__
 from plait.engine import LanguageModel
 from plait.errors import PlaitError
-from plait.serve import openai_routes, plait_routes, session_routes
+from plait.serve import openai_routes, plait_routes, session_routes, text_routes
 from plait.serve.errors import HTTPError, error_of, refusal, validation_error
 from plait.serve.gate import Gate
 from plait.serve.logs import logger
@@ -69,6 +69,7 @@ def create_app(lm: LanguageModel, settings: Settings | None = None, *, replica: 
     app.state.service = service
     app.include_router(openai_routes.router)
     app.include_router(session_routes.router)
+    app.include_router(text_routes.router)
     app.include_router(plait_routes.router)
     if settings.playground:
         _add_playground(app)

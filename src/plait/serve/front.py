@@ -2,7 +2,8 @@
 
 Each replica is a process of its own with the whole model, on a free port of the loopback interface. The front
 checks keys and bodies as a single server does, hands each request to the replica with the fewest, and starts a
-replica again that has died. Sessions live in one replica, whose number is part of their id.
+replica again that has died. Sessions live in one replica, whose number is part of their id; a list of them asks all. What a
+key may have at once, sequences and sessions, is counted here, over all replicas.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import json
 import re
 import signal
 import sys
+import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h11
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from plait.serve.errors import HTTPError, error_body, refusal
@@ -25,7 +29,9 @@ from plait.serve.gate import Gate
 from plait.serve.keys import Keys
 from plait.serve.logs import log_event, logger, set_up_logging
 from plait.serve.runner import bind, serve_app
+from plait.serve.running import Admission
 from plait.serve.settings import Settings
+from plait.serve.sharing import check_sessions, new_sessions, sequences
 
 __all__ = ["Front", "Replica", "run_front"]
 
@@ -123,6 +129,10 @@ class Front:
 
     def __init__(self, settings: Settings) -> None:
         self.replicas = [Replica(number, settings) for number in range(settings.replicas)]
+        self.settings = settings
+        self.admission = Admission(settings)
+        # Held by a key while it opens sessions, so that none is opened between counting and opening.
+        self._opening: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._keepers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -141,12 +151,44 @@ class Front:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return
-        replica = self._choose(scope["path"])
-        replica.running += 1
+        # The gate has read the body; it comes in one piece.
+        body = (await receive()).get("body", b"")
+        method, path, tenant = scope["method"], scope["path"], scope["state"]["tenant"]
+        if (method, path) == ("GET", "/v1/sessions"):
+            listed = {"object": "list", "data": await self._sessions(scope)}
+            await JSONResponse(listed)(scope, receive, send)
+            return
+        if more := new_sessions(method, path, body):
+            async with self._opening[tenant]:
+                check_sessions(len(await self._sessions(scope)), more, self.settings)
+                await self._hand_on(scope, body, receive, send)
+            return
+        count = sequences(method, path, body, self.settings)
+        if count:
+            self.admission.take(tenant, count)
+        begun = time.monotonic()
         try:
-            await self._hand_on(replica, scope, receive, send)
+            await self._hand_on(scope, body, receive, send)
         finally:
-            replica.running -= 1
+            if count:
+                self.admission.give_back(tenant, count)
+                self.admission.note(time.monotonic() - begun)
+
+    async def _sessions(self, scope: Scope) -> list[dict[str, Any]]:
+        """The sessions of a key in all replicas, oldest first."""
+        headers = [*_handed_on(scope), (b"connection", b"close")]
+        request = h11.Request(method="GET", target=b"/v1/sessions", headers=headers)
+
+        async def of(target: Target) -> list[dict[str, Any]]:
+            # One that dies now has no sessions any more.
+            with contextlib.suppress(OSError, EOFError, h11.ProtocolError, KeyError, ValueError):
+                parts = [part async for part in _answer(target, request, b"")]
+                body = b"".join(bytes(part.data) for part in parts if isinstance(part, h11.Data))
+                return list(json.loads(body)["data"])
+            return []
+
+        found = await asyncio.gather(*(of(one.target) for one in self.replicas if one.target is not None))
+        return sorted((one for some in found for one in some), key=lambda one: (one["created"], one["id"]))
 
     async def _live(self, receive: Receive, send: Send) -> None:
         assert (await receive())["type"] == "lifespan.startup"
@@ -177,16 +219,20 @@ class Front:
             raise HTTPError(503, "The replica is being started again. Try again.", retry_after=5)
         return min(ready, key=lambda replica: (replica.running, replica.number))
 
-    async def _hand_on(self, replica: Replica, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _hand_on(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        replica = self._choose(scope["path"])
+        replica.running += 1
+        try:
+            await self._answer_from(replica, scope, body, receive, send)
+        finally:
+            replica.running -= 1
+
+    async def _answer_from(
+        self, replica: Replica, scope: Scope, body: bytes, receive: Receive, send: Send
+    ) -> None:
         assert replica.target is not None
-        # The gate has read the body; it comes in one piece.
-        body = (await receive()).get("body", b"")
-        headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _NOT_HANDED_ON]
-        headers += [
-            (b"host", b"127.0.0.1"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
+        length = (b"content-length", str(len(body)).encode())
+        headers = [*_handed_on(scope), length, (b"connection", b"close")]
         query = scope.get("query_string", b"")
         target = scope["path"].encode() if not scope.get("raw_path") else scope["raw_path"]
         request = h11.Request(
@@ -250,6 +296,12 @@ class Front:
                 pause = min(2 * pause, 60.0)
                 with contextlib.suppress(OSError, RuntimeError):
                     await replica.start()
+
+
+def _handed_on(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The headers that a replica gets."""
+    kept = [(name, value) for name, value in scope["headers"] if name.lower() not in _NOT_HANDED_ON]
+    return [*kept, (b"host", b"127.0.0.1")]
 
 
 async def _answer(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ from plait.serve.app import create_app
 from plait.serve.logs import log_event, set_up_logging
 from plait.serve.settings import Settings
 
-__all__ = ["bind", "run", "url_of"]
+__all__ = ["bind", "run", "serve_app", "serving", "url_of"]
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -80,7 +82,57 @@ def serve_app(
     say: Callable[[str], None],
 ) -> None:
     """Run an application on a listening socket until a signal comes."""
-    config = uvicorn.Config(
+    server = _Server(_config(app, settings))
+    server.when_ready = lambda: say(f"Listening on {url_of(listener)}. Ctrl-C ends.")
+    # A signal that ended the server is not raised again: ending is what was asked for.
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+    log_event("ended")
+    if not server.has_started:
+        raise PlaitError("The server did not start; its log says why.")
+
+
+@contextlib.contextmanager
+def serving(
+    lm: LanguageModel, settings: Settings | None = None, *, listener: socket.socket | None = None
+) -> Iterator[str]:
+    """Serve a model from a thread of this process for as long as a `with` block runs.
+
+    Example:
+        >>> with serving(plait.load("smollm2")) as url:  # doctest: +SKIP
+        ...     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+
+    Args:
+        lm: the model; used by nobody else meanwhile.
+        settings: of the server; any free port when left out.
+        listener: a socket that listens, in place of the address of the settings; it stays the caller's.
+
+    Yields:
+        The address, such as `http://127.0.0.1:40123`.
+
+    Raises:
+        ConfigError: the address cannot be taken.
+        PlaitError: the server does not start; its log says why.
+    """
+    settings = settings or Settings(port=0)
+    with contextlib.ExitStack() as stack:
+        listener = listener or stack.enter_context(bind(settings))
+        server = uvicorn.Server(_config(create_app(lm, settings), settings))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                if not thread.is_alive():
+                    raise PlaitError("The server did not start; its log says why.")
+                time.sleep(0.01)
+            yield url_of(listener)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def _config(app: Any, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
@@ -91,14 +143,6 @@ def serve_app(
         ws="none",
         lifespan="on",
     )
-    server = _Server(config)
-    server.when_ready = lambda: say(f"Listening on {url_of(listener)}. Ctrl-C ends.")
-    # A signal that ended the server is not raised again: ending is what was asked for.
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listener])
-    log_event("ended")
-    if not server.has_started:
-        raise PlaitError("The server did not start; its log says why.")
 
 
 class _Server(uvicorn.Server):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plait.decode import Sampling
+from plait.errors import ConfigError
 
 __all__ = [
+    "BytesRequest",
     "ChatRequest",
     "CompletionRequest",
     "DetokenizeRequest",
@@ -26,10 +30,16 @@ __all__ = [
     "RewindRequest",
     "SessionGenerateRequest",
     "TokenizeRequest",
+    "WatermarkCheckRequest",
+    "WatermarkMarkRequest",
 ]
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 Stop = Annotated[str, Field(min_length=1)]
+
+# Bytes that a request for laws may follow or write, each a short pass of the model.
+_MOST_BYTES = 64
 
 
 class _Body(BaseModel):
@@ -211,10 +221,19 @@ class EmbeddingsRequest(_Body):
 
 
 class TokenizeRequest(_Body):
-    """Turn a text into token ids."""
+    """Turn a text, or a conversation, into token ids."""
 
-    text: str
-    add_special: bool = Field(False, description="Put the tokens around it that the model expects.")
+    text: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = Field(
+        None, description="Instead of text: a conversation, as the model's chat template writes it."
+    )
+    add_special: bool = Field(False, description="Put the tokens around a text that the model expects.")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TokenizeRequest:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError("give either text or messages")
+        return self
 
 
 class DetokenizeRequest(_Body):
@@ -229,6 +248,58 @@ class DraftsRequest(_Body):
     prompt: Annotated[str, Field(min_length=1)]
     num_drafts: Annotated[int, Field(ge=1, le=16)] = 3
     max_tokens: Annotated[int, Field(ge=1, le=64)] = 10
+
+
+class BytesRequest(_Body):
+    """Ask for the law of the next byte."""
+
+    prompt: str | list[Byte] = Field(description="Text, or bytes that may end inside a character.")
+    before: Annotated[list[TokenId], Field(min_length=1)] | None = Field(
+        None,
+        description="Tokens before the prompt, such as those of a conversation from /tokenize; what starts a text "
+        "when left out.",
+    )
+    then: (
+        Annotated[str, Field(max_length=_MOST_BYTES)] | Annotated[list[Byte], Field(max_length=_MOST_BYTES)]
+    ) = Field("", description="What follows the prompt; the law before each of its bytes is told.")
+    top: Annotated[int, Field(ge=1, le=257)] = Field(10, description="How many outcomes are told.")
+    max_bytes: Annotated[int, Field(ge=0, le=_MOST_BYTES)] = Field(
+        0, description="Go on by that many bytes, the likeliest each time."
+    )
+
+
+class _WatermarkRequest(_Body):
+    text: str
+    key: Annotated[str, Field(min_length=22, max_length=1400, pattern=r"^[A-Za-z0-9+/]+={0,2}$")] = Field(
+        description="16 secret bytes or more, in base64. Whoever has them finds the mark, and can remove it."
+    )
+
+    def secret(self) -> bytes:
+        """The bytes of the key."""
+        try:
+            return base64.b64decode(self.key, validate=True)
+        except binascii.Error as error:
+            raise ConfigError(
+                f"key is not base64: {error}. Make one: head -c 32 /dev/urandom | base64"
+            ) from None
+
+
+class WatermarkMarkRequest(_WatermarkRequest):
+    """Mark a text."""
+
+    max_replaced: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="Largest share of the words that is replaced."
+    )
+    target_z: Annotated[float, Field(gt=0, le=100)] = Field(6.0, description="Strength at which to stop.")
+
+
+class WatermarkCheckRequest(_WatermarkRequest):
+    """Look for the mark of a key."""
+
+    precise: bool = Field(False, description="Ask the model which words could have been replaced.")
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, description="Share of unmarked texts that may be taken for marked."
+    )
 
 
 class NewSessionRequest(_Body):

@@ -8,10 +8,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from plait.decode import Constraint
 from plait.engine import AsyncEngine, LanguageModel, Request
@@ -24,6 +24,9 @@ from plait.serve.running import Admission
 from plait.serve.schema import GenerationOptions, JSONObjectFormat, JSONSchemaFormat
 from plait.serve.sessions import Sessions
 from plait.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from plait.text.words import Lexicon
 
 __all__ = ["Service"]
 
@@ -61,6 +64,7 @@ class Service:
         self.admission = Admission(settings)
         self.metrics = ServeMetrics(str(lm.plan), str(lm.draft))
         self.sessions = Sessions(self)
+        self._lexicon = _read_lexicon(settings) if settings.watermark else None
         self._grammars: Grammars | None = None
         self._grammars_lock = threading.Lock()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="plait-beside")
@@ -119,6 +123,22 @@ class Service:
                 code="model_not_found",
             )
 
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raise `ConfigError` for a prompt that is longer than the server lets it be."""
+        longest = self.settings.max_prompt_tokens
+        if longest is not None and len(prompt) > longest:
+            raise ConfigError(f"A prompt has at most {longest} tokens here. Got {len(prompt)}.")
+
+    def lexicon(self) -> Lexicon:
+        """The words that a watermark replaces.
+
+        Raises:
+            ConfigError: watermarks are switched off.
+        """
+        if self._lexicon is None:
+            raise ConfigError("Watermarks are switched off on this server. Start it with --watermark.")
+        return self._lexicon
+
     async def constraint(self, options: GenerationOptions) -> Constraint | None:
         """What `response_format` asks for."""
         wanted = options.response_format
@@ -161,9 +181,7 @@ class Service:
             raise ConfigError(
                 f"A request has at most {settings.max_stops} stop texts. Got {len(options.stops)}."
             )
-        longest = settings.max_prompt_tokens
-        if longest is not None and len(prompt) > longest:
-            raise ConfigError(f"A prompt has at most {longest} tokens here. Got {len(prompt)}.")
+        self.check_prompt(prompt)
         if max_new_tokens is None:
             room = self.lm.plan.longest(self.lm.model.config.max_positions) - len(prompt)
             max_new_tokens = max(1, min(settings.max_new_tokens, room))
@@ -200,6 +218,12 @@ class Service:
             "session_bytes": self.metrics.session_bytes,
             "engine": now._asdict(),
         }
+
+
+def _read_lexicon(settings: Settings) -> Lexicon:
+    from plait.prose import english_lexicon
+
+    return english_lexicon(offline=settings.offline or None)
 
 
 def _resident_bytes() -> int:

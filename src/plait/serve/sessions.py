@@ -13,6 +13,7 @@ from plait.decode import Choice
 from plait.engine import Request, Session
 from plait.errors import CapacityError
 from plait.serve.errors import HTTPError
+from plait.serve.sharing import check_sessions
 
 if TYPE_CHECKING:
     from plait.serve.running import Running
@@ -113,14 +114,7 @@ class Sessions:
 
     def check_count(self, tenant: str, more: int) -> None:
         """Raise 429 if a key would have too many sessions."""
-        most = self.settings.max_sessions_per_key
-        if len(self.of(tenant)) + more > most:
-            raise HTTPError(
-                429,
-                f"A key has at most {most} open sessions. Delete one first.",
-                code="too_many_sessions",
-                retry_after=1,
-            )
+        check_sessions(len(self.of(tenant)), more, self.settings)
 
     def delete(self, one: ServedSession) -> None:
         """Close a session.

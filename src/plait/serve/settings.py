@@ -84,6 +84,10 @@ class Settings(BaseModel):
     max_schema_bytes: Annotated[int, Field(ge=2)] = Field(
         default=65536, description="Largest JSON schema, in bytes."
     )
+    max_text_chars: Annotated[int, Field(ge=1)] = Field(
+        default=8192,
+        description="Longest text whose bytes are asked for or that is watermarked, in characters.",
+    )
     max_requests_per_key: Annotated[int, Field(ge=1)] = Field(
         default=64, description="Most unfinished sequences of one key; then 429."
     )
@@ -127,6 +131,9 @@ class Settings(BaseModel):
     )
 
     playground: bool = Field(default=True, description="Serve the playground page at /.")
+    watermark: bool = Field(
+        default=False, description="Mark and check English texts; brings WordNet, about 11 MB, at the start."
+    )
     trace: bool = Field(default=True, description="Let requests ask what the memory and the draft do.")
     log_format: Literal["text", "json"] = Field(default="text", description="Log lines as text or as JSON.")
     log_prompts: bool = Field(default=False, description="Write prompts and answers to the log.")

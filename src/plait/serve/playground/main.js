@@ -1,7 +1,7 @@
 // The page: tabs, forms, and what they ask of the server.
 
 import { Refused, get, post, remove, stream, useKey } from "./api.js";
-import { bytes, drawDraft, drawEdit, drawStrands, drawToken, element, percent, shown } from "./draw.js";
+import { bytes, drawBar, drawBytes, drawDraft, drawEdit, drawStrands, drawToken, element, percent, shown } from "./draw.js";
 
 const $ = (id) => document.getElementById(id);
 let status = null;
@@ -50,7 +50,10 @@ const choose = (tab) => {
     $(other.getAttribute("aria-controls")).hidden = !chosen;
   }
   $("notice").textContent = "";
-  if (tab.id === "tab-claims") showClaims().catch(say);
+  const isLedger = tab.id === "tab-claims";
+  $("happened").hidden = isLedger;
+  $("columns").classList.toggle("wide", isLedger);
+  if (isLedger) showClaims().catch(say);
 };
 tabs.forEach((tab, at) => {
   tab.addEventListener("click", () => choose(tab));
@@ -65,7 +68,32 @@ tabs.forEach((tab, at) => {
 
 // ---- tokens of an answer
 
-const newAnswer = (log, who) => {
+// What the step did that made a token.
+const drawTrace = (trace) => {
+  drawStrands($("strands"), trace.strands, status.memory);
+  if (trace.draft.tokens.length > 1) drawDraft($("draft"), trace.draft);
+};
+
+// Ask for the law of each byte of a token, once somebody rests on it. `before` brings what the model had read.
+let resting = 0;
+const askBytes = (box, before, entries, at) => {
+  clearTimeout(resting);
+  const then = entries[at].bytes;
+  if (!before || !then.length || then.length > 64 || entries[at].isSpecial) return;
+  box.textContent = "Byte by byte …";
+  resting = setTimeout(async () => {
+    try {
+      const { tokens, text } = await before();
+      const prompt = [...new TextEncoder().encode(text), ...entries.slice(0, at).flatMap((entry) => entry.bytes)];
+      const { steps } = await post("/v1/bytes", { prompt, before: tokens, then, top: 4 });
+      drawBytes(box, steps);
+    } catch (error) {
+      box.textContent = `No bytes: ${error.message}`;
+    }
+  }, 250);
+};
+
+const newAnswer = (log, who, before) => {
   const text = element("span", { className: "answer", tabIndex: 0 });
   text.setAttribute("role", "group");
   text.setAttribute("aria-label", `${who}: arrow keys move from token to token`);
@@ -73,11 +101,12 @@ const newAnswer = (log, who) => {
   const entries = [];
   let at = -1;
   const point = (index) => {
-    text.children[at]?.classList.remove("chosen");
+    for (const other of document.querySelectorAll(".answer .chosen")) other.classList.remove("chosen");
     at = Math.max(0, Math.min(index, entries.length - 1));
     if (!entries[at]) return;
     text.children[at].classList.add("chosen");
-    drawToken($("token"), entries[at]);
+    if (entries[at].trace) drawTrace(entries[at].trace);
+    askBytes(drawToken($("token"), entries[at]), before, entries, at);
   };
   text.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -124,8 +153,8 @@ const asEntries = (logprobs) =>
     top_logprobs: Object.entries(logprobs.top_logprobs[at]).map(([other, logprob]) => ({ token: other, bytes: [...new TextEncoder().encode(other)], logprob })),
   }));
 
-// Run one stream: draw what it tells, and return the text.
-const run = async (form, path, body, answer) => {
+// Give each chunk of a stream to `take`; the form's Stop button ends it.
+const follow = async (form, path, body, take) => {
   running?.abort();
   running = new AbortController();
   const { signal } = running;
@@ -134,38 +163,48 @@ const run = async (form, path, body, answer) => {
   stop.disabled = false;
   send.disabled = true;
   $("notice").textContent = "";
+  try {
+    for await (const chunk of stream(path, body, signal)) take(chunk);
+  } catch (error) {
+    // What was said before a stop stays.
+    if (error.name !== "AbortError") throw error;
+  } finally {
+    // A button that has the focus hands it on before it is disabled.
+    if (document.activeElement === stop) {
+      send.disabled = false;
+      send.focus();
+    }
+    stop.disabled = true;
+    send.disabled = false;
+  }
+};
+
+// Run one stream: draw what it tells, and return the text.
+const run = async (form, path, body, answer) => {
   let said = "";
   let count = 0;
   let first = 0;
   const begun = performance.now();
-  try {
-    for await (const chunk of stream(path, body, signal)) {
-      const [choice] = chunk.choices;
-      if (!choice) continue;
-      said += choice.text ?? choice.delta.content ?? "";
-      const { logprobs } = choice;
-      const entries = !logprobs ? [] : (logprobs.content ?? asEntries(logprobs));
-      const isEnd = choice.finish_reason === "stop";
-      entries.forEach((entry, at) => {
-        if (!(isEnd && at === entries.length - 1 && entry.token.startsWith("<"))) answer.add(entry);
-      });
-      if (entries.length) {
-        const now = performance.now();
-        first ||= now;
-        count += entries.length;
-        $("meter-first").textContent = `${Math.round(first - begun)} ms`;
-        if (count > 1 && now > first) $("meter-speed").textContent = `${((1000 * (count - 1)) / (now - first)).toFixed(1)} tok/s`;
-      }
-      if (chunk.trace) {
-        drawStrands($("strands"), chunk.trace.strands, status.memory);
-        if (chunk.trace.draft.tokens.length > 1) drawDraft($("draft"), chunk.trace.draft);
-      }
+  await follow(form, path, body, (chunk) => {
+    const [choice] = chunk.choices;
+    if (!choice) return;
+    said += choice.text ?? choice.delta.content ?? "";
+    const { logprobs } = choice;
+    const entries = !logprobs ? [] : (logprobs.content ?? asEntries(logprobs));
+    const isEnd = choice.finish_reason === "stop";
+    entries.forEach((entry, at) => {
+      if (!(isEnd && at === entries.length - 1 && entry.token.startsWith("<"))) answer.add({ ...entry, trace: chunk.trace });
+    });
+    if (entries.length) {
+      const now = performance.now();
+      first ||= now;
+      count += entries.length;
+      $("meter-first").textContent = `${Math.round(first - begun)} ms`;
+      if (count > 1 && now > first) $("meter-speed").textContent = `${((1000 * (count - 1)) / (now - first)).toFixed(1)} tok/s`;
     }
-  } finally {
-    stop.disabled = true;
-    send.disabled = false;
-  }
-  return { said, first: first - begun };
+    if (chunk.trace) drawTrace(chunk.trace);
+  });
+  return said;
 };
 
 for (const stop of document.querySelectorAll(".stop")) stop.addEventListener("click", () => running?.abort());
@@ -180,13 +219,19 @@ $("chat-form").addEventListener("submit", async (event) => {
   messages.push({ role: "user", content: text });
   log.append(element("p", { className: "turn" }, element("span", { className: "who", textContent: "you" }), text));
   $("chat-text").value = "";
-  const answer = newAnswer(log, status?.model ?? "model");
-  log.scrollTop = log.scrollHeight;
   const system = $("system").value ? [{ role: "system", content: $("system").value }] : [];
-  const body = { model: status?.model ?? "", messages: [...system, ...messages], logprobs: true, top_logprobs: 5, ...options() };
+  const asked = [...system, ...messages];
+  let read = null;
+  const answer = newAnswer(log, status?.model ?? "model", async () => {
+    read ??= (await post("/tokenize", { messages: asked })).tokens;
+    return { tokens: read, text: "" };
+  });
+  log.scrollTop = log.scrollHeight;
+  const body = { model: status?.model ?? "", messages: asked, logprobs: true, top_logprobs: 5, ...options() };
   try {
-    const { said } = await run(event.target, "/v1/chat/completions", body, answer);
-    messages.push({ role: "assistant", content: said });
+    const said = await run(event.target, "/v1/chat/completions", body, answer);
+    if (said) messages.push({ role: "assistant", content: said });
+    else messages.pop();
   } catch (error) {
     messages.pop();
     say(error);
@@ -209,29 +254,56 @@ $("chat-clear").addEventListener("click", () => {
 $("complete-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   $("complete-log").replaceChildren();
-  const answer = newAnswer($("complete-log"), status?.model ?? "model");
-  const body = { model: status?.model ?? "", prompt: $("complete-text").value, logprobs: 5, ...options() };
+  const text = $("complete-text").value;
+  const answer = newAnswer($("complete-log"), status?.model ?? "model", () => ({ text }));
+  const body = { model: status?.model ?? "", prompt: text, logprobs: 5, ...options() };
   await run(event.target, "/v1/completions", body, answer).catch(say);
 });
 
 // ---- drafts
 
+// A card for a draft; it may be taken over into the text.
+const newDraft = (prompt) => {
+  const text = element("div", { className: "draft" }, "…");
+  const note = element("small", {});
+  const use = element("button", { type: "button", textContent: "Use" });
+  use.addEventListener("click", () => {
+    $("drafts-text").value = prompt + text.textContent.slice(1);
+    $("drafts-text").focus();
+  });
+  $("drafts-list").append(element("li", {}, text, element("p", { className: "buttons" }, note, use)));
+  return { text, note };
+};
+
+const nats = (sum) => `${sum.toFixed(1)} nats`;
+
 $("drafts-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   $("notice").textContent = "";
   const prompt = $("drafts-text").value;
+  const count = number("drafts-count") ?? 4;
+  $("drafts-list").replaceChildren();
   try {
-    const { data } = await post("/v1/drafts", { prompt, num_drafts: number("drafts-count") ?? 4, max_tokens: 12 });
-    $("drafts-list").replaceChildren(
-      ...data.map((draft) => {
-        const use = element("button", { type: "button", textContent: "Use" });
-        use.addEventListener("click", () => {
-          $("drafts-text").value = prompt + draft.text;
-          $("drafts-text").focus();
-        });
-        return element("li", {}, element("div", { textContent: `…${draft.text}` }), element("small", { textContent: `${draft.logprob.toFixed(1)} nats ` }), use);
-      }),
-    );
+    if ($("drafts-how").value === "superposed") {
+      const { data } = await post("/v1/drafts", { prompt, num_drafts: count, max_tokens: 12 });
+      for (const draft of data) {
+        const card = newDraft(prompt);
+        card.text.append(draft.text);
+        card.note.textContent = nats(draft.logprob);
+      }
+      return;
+    }
+    const cards = Array.from({ length: count }, () => ({ ...newDraft(prompt), sum: 0 }));
+    const temperature = Math.max(number("temperature") ?? 0, 0.8);
+    const body = { model: status?.model ?? "", prompt, n: count, temperature, seed: number("seed"), max_tokens: 24, logprobs: 0 };
+    await follow(event.target, "/v1/completions", body, ({ choices }) => {
+      for (const choice of choices) {
+        const card = cards[choice.index];
+        card.text.append(choice.text);
+        card.sum += choice.logprobs.token_logprobs.reduce((sum, one) => sum + one, 0);
+        card.note.textContent = nats(card.sum);
+      }
+    });
   } catch (error) {
     say(error);
   }
@@ -304,7 +376,7 @@ $("edit-form").addEventListener("submit", async (event) => {
       }
     }
     $("edit-log").replaceChildren();
-    const answer = newAnswer($("edit-log"), "continuation");
+    const answer = newAnswer($("edit-log"), "continuation", () => ({ text }));
     const body = { ...options(), max_tokens: Math.min(number("max-tokens") ?? 40, 40), logprobs: 5 };
     try {
       await run(form, `/v1/sessions/${session.id}/generate`, body, answer);
@@ -329,16 +401,20 @@ $("edit-form").addEventListener("submit", async (event) => {
 
 const showClaims = async () => {
   const { data } = await get("/v1/claims");
+  // What was measured comes first.
+  data.sort((one, other) => Boolean(other.result) - Boolean(one.result));
   $("claims-list").replaceChildren(
     ...data.map((row) => {
-      const measured = Object.entries(row.result?.quantities ?? {}).map(([name, found]) => `${name} ${Number(found.value.toPrecision(4))}${found.unit ? ` ${found.unit}` : ""}`);
+      const found = row.result?.quantities ?? {};
       const told = element("article", { className: "claim" });
       told.append(
         element("h2", { textContent: row.title }),
-        element("p", {}, element("span", { className: `state ${row.state}`, textContent: row.state }), ` · ${row.claim}`),
-        element("p", { textContent: `Claimed: ${row.headline}` }),
-        element("p", { textContent: measured.length ? `Measured: ${measured.join("; ")}` : "Not measured on this machine." }),
+        element("p", {}, element("span", { className: `state ${row.state.replaceAll(" ", "-")}`, textContent: row.state }), element("code", { textContent: row.claim })),
+        element("p", { textContent: row.headline }),
       );
+      const judged = (row.result?.judgements ?? []).filter(({ bar }) => found[bar.quantity]);
+      if (row.result?.error) told.append(element("p", { textContent: row.result.error }));
+      told.append(...judged.map((judgement) => drawBar(judgement, found[judgement.bar.quantity])));
       return told;
     }),
   );
