@@ -13,6 +13,7 @@ constexpr int kTile = 16;    // output rows of a packed matrix that are stored t
 constexpr int kBlock = 32;   // columns that share one scale
 constexpr int kRowChunk = 8; // most rows of activations that meet a decoded tile at once
 constexpr int kKeyChunk = 256;  // positions that one chunk of attention covers, from position 0 of the sequence
+constexpr int kKeyBlock = 64;   // of them, those that many rows visit at a time
 constexpr int kScoreStride = kKeyChunk + kLanes;  // numbers between the scores of two rows
 
 enum class Number : int { fp32 = 0, bf16 = 1, fp16 = 2 };
@@ -175,7 +176,7 @@ struct Kernels {
 // Numbers of scratch that attend_chunk needs for this many rows.
 inline int64_t attend_scratch(int64_t rows, int64_t padded_dim, int64_t padded_value) {
     const int64_t widest = padded_dim > padded_value ? padded_dim : padded_value;
-    return rows * kScoreStride + kKeyChunk * widest;
+    return rows * kScoreStride + kKeyBlock * widest;
 }
 
 const Kernels* scalar_kernels();

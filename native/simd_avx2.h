@@ -15,6 +15,7 @@ struct Avx2 {
     // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
     static constexpr int keys_at_once([[maybe_unused]] int rows) { return rows == 1 ? 4 : 2; }
     static constexpr int vectors_at_once([[maybe_unused]] int rows) { return rows == 1 ? 4 : 2; }
+    static constexpr int kScoreVectors = 2;  // of keys that meet many rows
 
     struct F {
         __m256 lo, hi;
@@ -103,6 +104,23 @@ struct Avx2 {
             _mm_storeu_ps(out + r * stride,
                           sums(quarters(x[r][0]), quarters(x[r][1]), quarters(x[r][2]), quarters(x[r][3])));
     }
+    // Four vectors as columns: out[lane][which].
+    static void store_turned(const F (&x)[4], float* out, int64_t stride) {
+        store_turned(x[0].lo, x[1].lo, x[2].lo, x[3].lo, out, stride);
+        store_turned(x[0].hi, x[1].hi, x[2].hi, x[3].hi, out + 8 * stride, stride);
+    }
+    static void store_turned(__m256 a, __m256 b, __m256 c, __m256 d, float* out, int64_t stride) {
+        const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
+        const __m256d ab_high = _mm256_castps_pd(_mm256_unpackhi_ps(a, b));
+        const __m256d cd_high = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+        const __m256d columns[4] = {_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd),
+                                    _mm256_unpacklo_pd(ab_high, cd_high), _mm256_unpackhi_pd(ab_high, cd_high)};
+        for (int i = 0; i < 4; ++i) {
+            const __m256 column = _mm256_castpd_ps(columns[i]);
+            _mm_storeu_ps(out + i * stride, _mm256_castps256_ps128(column));
+            _mm_storeu_ps(out + (i + 4) * stride, _mm256_extractf128_ps(column, 1));
+        }
+    }
     static void store_int8(int8_t* p, F x) {
         const __m256i words = _mm256_permute4x64_epi64(
             _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)), 0xd8);
@@ -133,6 +151,7 @@ struct Avx2 {
     static Wide wide_load(const float* p) { return _mm256_loadu_ps(p); }
     static Wide wide_load(const uint16_t* p) { return load8(p, false); }
     static void wide_store(float* p, Wide x) { _mm256_storeu_ps(p, x); }
+    static Wide wide_add(Wide a, Wide b) { return _mm256_add_ps(a, b); }
     static Wide wide_mul(Wide a, Wide b) { return _mm256_mul_ps(a, b); }
     static Wide wide_fma(Wide a, Wide b, Wide c) { return _mm256_fmadd_ps(a, b, c); }
     static Wide to_float(WideInt x) { return _mm256_cvtepi32_ps(x); }

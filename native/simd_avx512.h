@@ -15,6 +15,7 @@ struct Avx512 {
     // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
     static constexpr int keys_at_once([[maybe_unused]] int rows) { return 4; }
     static constexpr int vectors_at_once([[maybe_unused]] int rows) { return 4; }
+    static constexpr int kScoreVectors = 2;  // of keys that meet many rows
 
     using F = __m512;
     using Wide = __m512;
@@ -97,6 +98,14 @@ struct Avx512 {
         if constexpr (Rows > 2) _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
         if constexpr (Rows > 3) _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
     }
+    // Four vectors as columns: out[lane][which].
+    static void store_turned(const F (&x)[4], float* out, int64_t stride) {
+        float lanes[16];
+        for (int k = 0; k < 4; ++k) {
+            store(lanes, x[k]);
+            for (int i = 0; i < 16; ++i) out[i * stride + k] = lanes[i];
+        }
+    }
     static void store_int8(int8_t* p, F x) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
     }
@@ -119,6 +128,7 @@ struct Avx512 {
     static Wide wide_load(const float* p) { return load(p); }
     static Wide wide_load(const uint16_t* p) { return load(p, false); }
     static void wide_store(float* p, Wide x) { store(p, x); }
+    static Wide wide_add(Wide a, Wide b) { return _mm512_add_ps(a, b); }
     static Wide wide_mul(Wide a, Wide b) { return mul(a, b); }
     static Wide wide_fma(Wide a, Wide b, Wide c) { return fma(a, b, c); }
     static Wide to_float(WideInt x) { return _mm512_cvtepi32_ps(x); }

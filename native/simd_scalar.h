@@ -17,6 +17,7 @@ struct Scalar {
     // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
     static constexpr int keys_at_once([[maybe_unused]] int rows) { return 4; }
     static constexpr int vectors_at_once([[maybe_unused]] int rows) { return 4; }
+    static constexpr int kScoreVectors = 1;  // of keys that meet many rows
 
     struct F {
         float at[16];
@@ -102,6 +103,14 @@ struct Scalar {
         for (int r = 0; r < Rows; ++r)
             for (int k = 0; k < 4; ++k) out[r * stride + k] = sum(x[r][k]);
     }
+    // Four vectors as columns: out[lane][which].
+    static void store_turned(const F (&x)[4], float* out, int64_t stride) {
+        float lanes[16];
+        for (int k = 0; k < 4; ++k) {
+            store(lanes, x[k]);
+            for (int i = 0; i < 16; ++i) out[i * stride + k] = lanes[i];
+        }
+    }
     // Whole numbers in [-127, 127] as bytes.
     static void store_int8(int8_t* p, F x) {
         for (int i = 0; i < 16; ++i) p[i] = int8_t(x.at[i]);
@@ -122,6 +131,7 @@ struct Scalar {
     static Wide wide_load(const float* p) { return load(p); }
     static Wide wide_load(const uint16_t* p) { return load(p, false); }
     static void wide_store(float* p, Wide x) { store(p, x); }
+    static Wide wide_add(Wide a, Wide b) { return add(a, b); }
     static Wide wide_mul(Wide a, Wide b) { return mul(a, b); }
     static Wide wide_fma(Wide a, Wide b, Wide c) { return fma(a, b, c); }
     static Wide to_float(WideInt x) {
