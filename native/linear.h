@@ -20,10 +20,8 @@ public:
     int64_t rows() const { return rows_; }
     int64_t columns() const { return columns_; }
 
-    // The chunk of rows that starts at `row`.
-    const int8_t* codes(int64_t row) const { return reinterpret_cast<int8_t*>(codes_.data()) + 2 * row * columns_; }
-    const RowBlock* blocks(int64_t row) const {
-        return reinterpret_cast<RowBlock*>(blocks_.data()) + row * (columns_ / kBlock);
+    QuantizedRows view() const {
+        return {reinterpret_cast<int8_t*>(codes_.data()), reinterpret_cast<RowBlock*>(blocks_.data()), rows_, columns_};
     }
     // Where block `block` of `row` goes.
     struct Place {

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace plait {
 namespace {
 
@@ -129,6 +131,14 @@ struct Avx2 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
     }
 
+    // Sixteen numbers of 16 bits, those of four in the order 0, 2, 1, 3.
+    static void store_pairs(int8_t* p, F x) {
+        const __m256i words = _mm256_permute4x64_epi64(
+            _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)), 0xd8);
+        const __m256i pairs = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
+    }
+
     // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
     static F bytes(const uint8_t* p) {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -177,6 +187,34 @@ struct Avx2 {
                 codes.at[g] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64 * g));
         }
         return codes;
+    }
+
+    // Codes less `Less` as pairs: [group of four columns][first and third, second and fourth][row of the tile][which].
+    template <int Less, int Bits>
+    static void store_pairs(const Codes<Bits>& codes, int16_t* out) {
+        for (int g = 0; g < 8; ++g) {
+            store_words(_mm256_sub_epi16(_mm256_and_si256(codes.at[g], _mm256_set1_epi16(255)), _mm256_set1_epi16(Less)),
+                        out + 4 * g * kTile);
+            store_words(_mm256_sub_epi16(_mm256_srli_epi16(codes.at[g], 8), _mm256_set1_epi16(Less)), out + (4 * g + 2) * kTile);
+        }
+    }
+    static void store_words(__m256i words, int16_t* out) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words); }
+
+    using WidePairs = __m256i;
+    static WideInt wide_int_zero() { return _mm256_setzero_si256(); }
+    static WidePairs load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static WidePairs same_pairs(const int8_t* p) { return four(p); }
+    static WideInt add_pairs(WideInt sum, WidePairs a, WidePairs b) {
+#if defined(__AVXVNNI__)
+        return _mm256_dpwssd_avx_epi32(sum, a, b);
+#elif defined(__GNUC__)
+        // As one piece of code: compilers otherwise make products early and spill sums, which costs twice the time.
+        __m256i product;
+        __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
+        return sum;
+#else
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
     }
 
     static __m256i four(const int8_t* x) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "half.h"
+#include "kernels.h"
 
 namespace plait {
 namespace {
@@ -116,6 +117,14 @@ struct Scalar {
         for (int i = 0; i < 16; ++i) p[i] = int8_t(x.at[i]);
     }
 
+    // Sixteen numbers of 16 bits, those of four in the order 0, 2, 1, 3.
+    static void store_pairs(int8_t* p, F x) {
+        for (int i = 0; i < 16; i += 4) {
+            const int16_t four[4] = {int16_t(x.at[i]), int16_t(x.at[i + 2]), int16_t(x.at[i + 1]), int16_t(x.at[i + 3])};
+            __builtin_memcpy(p + 2 * i, four, sizeof four);
+        }
+    }
+
     // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
     static F bytes(const uint8_t* p) {
         return each([&](int i) { return float(p[i]); });
@@ -157,6 +166,33 @@ struct Scalar {
                 codes.at[g][i] = Bits == 4 ? (p[(g / 2) * 64 + i] >> (4 * (g & 1))) & 15 : p[g * 64 + i];
         return codes;
     }
+    // Codes less `Less` as pairs: [group of four columns][first and third, second and fourth][row of the tile][which].
+    template <int Less, int Bits>
+    static void store_pairs(const Codes<Bits>& codes, int16_t* out) {
+        for (int g = 0; g < 8; ++g)
+            for (int i = 0; i < 64; ++i)
+                out[(4 * g + 2 * (i % 2)) * kTile + i / 4 * 2 + i % 4 / 2] = int16_t(codes.at[g][i] - Less);
+    }
+
+    struct WidePairs {
+        int16_t at[32];
+    };
+    static WideInt wide_int_zero() { return {}; }
+    static WidePairs load_pairs(const int16_t* p) {
+        WidePairs pairs;
+        __builtin_memcpy(pairs.at, p, sizeof pairs.at);
+        return pairs;
+    }
+    static WidePairs same_pairs(const int8_t* p) {
+        WidePairs pairs;
+        for (int r = 0; r < 16; ++r) __builtin_memcpy(pairs.at + 2 * r, p, 4);
+        return pairs;
+    }
+    static WideInt add_pairs(WideInt sum, WidePairs a, WidePairs b) {
+        for (int r = 0; r < 16; ++r) sum.at[r] += a.at[2 * r] * b.at[2 * r] + a.at[2 * r + 1] * b.at[2 * r + 1];
+        return sum;
+    }
+
     // Sum over the columns of groups [From, To) of (code - 2^Shift) * x, exact; minus_sum is -sum(x).
     template <int Bits, int Shift, int From, int To>
     static WideInt dot(const Codes<Bits>& codes, const int8_t* x, const int32_t* minus_sum) {
