@@ -11,6 +11,9 @@ namespace {
 constexpr int64_t kRowsAtOnce = 128;
 static_assert(kRowsAtOnce % kRowChunk == 0, "whole chunks of rows pass at once");
 
+// Blocks that are asked for beforehand: some tens of kilobytes, which the second-level cache has room for.
+constexpr int64_t kBlocksAsked = 160;
+
 // Which part holds tile `tile`.
 const Part& part_of(const Projection& projection, int64_t& tile) {
     size_t index = 0;
@@ -76,6 +79,18 @@ int64_t Projection::grain(int threads, int64_t rows) const {
     const int64_t pieces = int64_t(threads) * 16;
     const int64_t most = rows >= 32 ? 8 : 64;
     return std::min(most, std::max<int64_t>(1, (num_tiles + pieces - 1) / pieces));
+}
+
+void Projection::ask(int64_t begin, int64_t end) const {
+    if (begin >= end) return;
+    const Part& part = part_of(*this, begin);
+    const PackedView& w = *part.matrix;
+    if (w.grid != nullptr) return;
+    const int64_t num_blocks = std::min(w.columns / kBlock * (end - begin), kBlocksAsked);
+    const int64_t first = (part.first_tile + begin) * (w.columns / kBlock);
+    for (int64_t at = 0; at < num_blocks * w.code_bytes; at += 64) __builtin_prefetch(w.codes + first * w.code_bytes + at, 0, 2);
+    for (int64_t at = 0; at < num_blocks * w.parameter_bytes; at += 64)
+        __builtin_prefetch(w.parameters + first * w.parameter_bytes + at, 0, 2);
 }
 
 void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y, int64_t ldy, bool is_sum) const {
