@@ -343,14 +343,21 @@ void AttentionPlan::run(Team& team) {
     const auto stored = [&](const Unit& unit, int64_t head) {
         return fold_at(folds + unit.fold + head * fold_numbers(unit.num_rows), unit.num_rows);
     };
-    if (num_units > 0)
-        team.share(num_units * num_heads, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-                const Unit& unit = units_[size_t(i % num_units)];
-                attend(&members_[size_t(unit.first_member)], unit.last_member - unit.first_member, i / num_units, scratch,
-                       stored(unit, i / num_units));
-            }
-        });
+    const auto visit = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const Unit& unit = units_[size_t(i % num_units)];
+            attend(&members_[size_t(unit.first_member)], unit.last_member - unit.first_member, i / num_units, scratch,
+                   stored(unit, i / num_units));
+        }
+    };
+    if (num_units > 0 && num_blocks == 1) {
+        // The chunks of few rows are read once, from memory: each thread has a run of them, asked for ahead.
+        const Team::Range part = team.part(num_units * num_heads);
+        visit(part.begin, part.end);
+        team.barrier();
+    } else if (num_units > 0) {
+        team.share(num_units * num_heads, 1, visit);
+    }
     team.share(num_blocks * num_heads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const Block& block = blocks_[size_t(i % num_blocks)];

@@ -117,7 +117,7 @@ void fuzz_gate() {
         Pool::get().run([&](Team& team) {
             team.share(inner / kBlock, 2, [&](int64_t begin, int64_t end) { gated.run(a, begin, end, h); });
         });
-        for (int64_t i = 0; i < batch * inner; ++i) out[i] = float(h.codes(0)[2 * i]) + 256 * float(h.codes(0)[2 * i + 1]);
+        for (int64_t i = 0; i < batch * inner; ++i) out[i] = float(h.view().codes[2 * i]) + 256 * float(h.view().codes[2 * i + 1]);
     });
 }
 

@@ -6,6 +6,8 @@
 // their depths, so that a path has the bits of the same tokens in a row.
 #pragma once
 
+#include <type_traits>
+
 #include "kernel_math.h"
 
 // Functions that are called from many places and are long: one copy of each keeps code and compile time small.
@@ -13,6 +15,9 @@
 
 namespace plait {
 namespace {
+
+template <int N>
+using Count = std::integral_constant<int, N>;
 
 template <class S>
 struct Attention {
@@ -165,7 +170,7 @@ struct Attention {
         int64_t keys[64], slots[64], count = 0;
         alignas(64) float found[64 + kLanes];
         const auto write = [&] {
-            scores_of<1>(q, v.padded_dim, keys_of(v, piece, nullptr), keys, count, nullptr, found);
+            scores_of<1>(q, v.padded_dim, keys_of(v, piece), keys, count, nullptr, found);
             if (v.softcap != 0.0f) cap(v.softcap, found, count);
             for (int64_t i = 0; i < count; ++i) row[slots[i]] = found[i];
             count = 0;
@@ -245,48 +250,57 @@ struct Attention {
     static const void* moved(const void* base, int64_t index, Number number) {
         return static_cast<const char*>(base) + index * nbytes_of(number);
     }
-    // Where the keys or values of a piece are read: in the strand, or widened, each in its slot.
-    static Source keys_of(const Visit& v, const Piece& piece, const float* wide) {
-        if (wide == nullptr || piece.nodes != nullptr) return {piece.keys, piece.key_stride, v.head_dim, piece.number};
-        return {wide + piece.slot * v.padded_dim, v.padded_dim, v.head_dim, Number::fp32};
+    static Source keys_of(const Visit& v, const Piece& piece) {
+        return {piece.keys, piece.key_stride, v.head_dim, piece.number};
     }
-    static Source values_of_piece(const Visit& v, const Piece& piece, const float* wide) {
-        if (wide == nullptr || piece.nodes != nullptr) return {piece.values, piece.value_stride, v.value_dim, piece.number};
-        return {wide + piece.slot * v.padded_value, v.padded_value, v.value_dim, Number::fp32};
+    static Source values_of_piece(const Visit& v, const Piece& piece) {
+        return {piece.values, piece.value_stride, v.value_dim, piece.number};
+    }
+
+    // From the first to the last slot of the runs that some row of a block sees.
+    static Range runs_seen(const Visit& v, int64_t row, int rows) {
+        Range slots{kKeyChunk, 0};
+        for (int64_t i = 0; i < v.num_pieces; ++i) {
+            const Piece& piece = v.pieces[i];
+            const Range range = seen(v, piece, row, rows);
+            if (piece.nodes != nullptr || range.low >= range.high) continue;
+            slots.low = smaller(slots.low, piece.slot + range.low);
+            slots.high = larger(slots.high, piece.slot + range.high);
+        }
+        return slots;
+    }
+
+    // Scores of a block of rows to weights. A draft may have nodes in all slots from its first one on.
+    static void soften_rows(const Visit& v, int64_t row, int rows, float* weights, Fold fold) {
+        Range slots = runs_seen(v, row, rows);
+        for (int64_t i = 0; i < v.num_pieces; ++i) {
+            const Range range = seen(v, v.pieces[i], row, rows);
+            if (v.pieces[i].nodes != nullptr && range.low < range.high)
+                slots = {smaller(slots.low, larger(v.pieces[i].nodes->first_slot, 0)), kKeyChunk};
+        }
+        const int64_t begin = slots.low / kLanes * kLanes, end = (slots.high + kLanes - 1) / kLanes * kLanes;
+        for (int64_t r = row; r < row + rows; ++r)
+            soften(v, r / v.group, v.q + r * v.padded_dim, begin, end, weights + r * kScoreStride, fold.top + r, fold.total + r);
     }
 
     template <int Rows>
-    static void weigh(const Visit& v, int64_t row, const float* wide, float* weights, Fold fold) {
-        float* own = weights + row * kScoreStride;
-        int64_t begin = kKeyChunk, end = 0;
+    static void weigh(const Visit& v, int64_t row, float* weights, Fold fold) {
         for (int64_t i = 0; i < v.num_pieces; ++i) {
             const Piece& piece = v.pieces[i];
             const Range range = seen(v, piece, row, Rows);
-            if (range.low >= range.high) continue;
-            if (piece.nodes != nullptr) {
-                begin = smaller(begin, larger(piece.nodes->first_slot, 0));
-                end = kKeyChunk;
-                continue;
-            }
-            begin = smaller(begin, piece.slot + range.low);
-            end = larger(end, piece.slot + range.high);
-            Source keys = keys_of(v, piece, wide), later = values_of_piece(v, piece, nullptr);
+            if (piece.nodes != nullptr || range.low >= range.high) continue;
+            Source keys = keys_of(v, piece), later = values_of_piece(v, piece);
             keys.at = moved(keys.at, range.low * keys.stride, keys.number);
             later.at = moved(later.at, range.low * later.stride, later.number);
-            const bool asks = row == 0 && wide == nullptr;
             scores_of<Rows>(v.q + row * v.padded_dim, v.padded_dim, keys, nullptr, range.high - range.low,
-                            asks ? &later : nullptr, own + piece.slot + range.low);
+                            row == 0 ? &later : nullptr, weights + row * kScoreStride + piece.slot + range.low);
         }
-        begin = begin / kLanes * kLanes;
-        end = (end + kLanes - 1) / kLanes * kLanes;
-        for (int r = 0; r < Rows; ++r)
-            soften(v, (row + r) / v.group, v.q + (row + r) * v.padded_dim, begin, end, own + r * kScoreStride,
-                   fold.top + row + r, fold.total + row + r);
+        soften_rows(v, row, Rows, weights, fold);
     }
 
     // sum += weight * value over the nodes that a row sees; over the keys of a run with a weight where `is_careful`.
     PLAIT_APART static void add_rows(const Visit& v, const Piece& piece, int64_t query, const float* weights, bool is_careful, float* sum) {
-        const Source from = values_of_piece(v, piece, nullptr);
+        const Source from = values_of_piece(v, piece);
         const auto add = [&](int64_t key, int64_t slot) {
             if (is_careful && weights[slot] == 0.0f) return;
             Source own = from;
@@ -297,83 +311,53 @@ struct Attention {
         for (int64_t key = piece.low[query]; key < piece.high[query]; ++key) add(key, piece.slot + key);
     }
 
+    // What drafts add to the sums of a block of rows whose values of runs are in.
+    static void finish_rows(const Visit& v, int64_t row, int rows, const float* weights, Fold fold) {
+        for (int64_t r = row; r < row + rows; ++r) {
+            const float* own = weights + r * kScoreStride;
+            float* sum = fold.sum + r * v.padded_value;
+            for (int64_t i = 0; i < v.num_pieces; ++i)
+                if (v.pieces[i].nodes != nullptr) add_rows(v, v.pieces[i], r / v.group, own, false, sum);
+            // Where a hidden key's value is infinite or NaN, 0 times it is NaN: leave keys of weight 0 out then.
+            if (is_finite(sum, v.padded_value)) continue;
+            std::memset(sum, 0, size_t(v.padded_value) * sizeof(float));
+            for (int64_t i = 0; i < v.num_pieces; ++i) add_rows(v, v.pieces[i], r / v.group, own, true, sum);
+        }
+    }
+
     template <int Rows>
-    static void combine(const Visit& v, int64_t row, const float* wide, const float* weights, Fold fold) {
-        const float* own = weights + row * kScoreStride;
+    static void combine(const Visit& v, int64_t row, const float* weights, Fold fold) {
         float* sum = fold.sum + row * v.padded_value;
         std::memset(sum, 0, size_t(Rows * v.padded_value) * sizeof(float));
         for (int64_t i = 0; i < v.num_pieces; ++i) {
             const Piece& piece = v.pieces[i];
             const Range range = seen(v, piece, row, Rows);
-            if (range.low >= range.high) continue;
-            if (piece.nodes == nullptr) {
-                values_of<Rows>(own + piece.slot, values_of_piece(v, piece, wide), v.padded_value, range.low, range.high, sum);
-                continue;
-            }
-            for (int r = 0; r < Rows; ++r)
-                add_rows(v, piece, (row + r) / v.group, own + r * kScoreStride, false, sum + r * v.padded_value);
+            if (piece.nodes != nullptr || range.low >= range.high) continue;
+            values_of<Rows>(weights + row * kScoreStride + piece.slot, values_of_piece(v, piece), v.padded_value, range.low,
+                            range.high, sum);
         }
-        // Where a hidden key's value is infinite or NaN, 0 times it is NaN: leave keys of weight 0 out then.
-        for (int r = 0; r < Rows; ++r) {
-            float* of_row = sum + r * v.padded_value;
-            if (is_finite(of_row, v.padded_value)) continue;
-            std::memset(of_row, 0, size_t(v.padded_value) * sizeof(float));
-            for (int64_t i = 0; i < v.num_pieces; ++i)
-                add_rows(v, v.pieces[i], (row + r) / v.group, own + r * kScoreStride, true, of_row);
-        }
+        finish_rows(v, row, Rows, weights, fold);
     }
 
-    template <int Rows>
-    static void rows_of(const Visit& v, int64_t row, bool is_value_pass, const float* wide, float* weights, Fold fold) {
-        if (is_value_pass) combine<Rows>(v, row, wide, weights, fold);
-        else weigh<Rows>(v, row, wide, weights, fold);
-    }
-    static void all_rows(const Visit& v, bool is_value_pass, const float* wide, float* weights, Fold fold) {
+    // Call body(first row, how many as a constant) for the blocks of rows that meet a key at once.
+    template <class Body>
+    static void each_rows(const Visit& v, Body body) {
         constexpr int kMost = S::kQueryRows;
         int64_t row = 0;
-        for (; row + kMost <= v.rows; row += kMost) rows_of<kMost>(v, row, is_value_pass, wide, weights, fold);
+        for (; row + kMost <= v.rows; row += kMost) body(row, Count<kMost>());
         if constexpr (kMost > 3) {
-            if (v.rows - row == 3) return rows_of<3>(v, row, is_value_pass, wide, weights, fold);
+            if (v.rows - row == 3) return body(row, Count<3>());
         }
         if constexpr (kMost > 2) {
-            if (v.rows - row == 2) return rows_of<2>(v, row, is_value_pass, wide, weights, fold);
+            if (v.rows - row == 2) return body(row, Count<2>());
         }
-        for (; row < v.rows; ++row) rows_of<1>(v, row, is_value_pass, wide, weights, fold);
+        for (; row < v.rows; ++row) body(row, Count<1>());
     }
 
-    // Keys or values of a piece as fp32, `padded` apart.
-    template <Number N>
-    static void widen(Source from, int64_t padded, int64_t count, float* out) {
-        for (int64_t j = 0; j < count; ++j)
-            for (int64_t c = 0; c < from.dim; c += kLanes)
-                S::store(out + j * padded + c,
-                         from.dim - c >= kLanes ? Reader<S, N>::load(from.at, j * from.stride + c)
-                                                : Reader<S, N>::load_some(from.at, j * from.stride + c, from.dim - c));
-    }
-    static void widen_all(const Visit& v, bool is_value_pass, int64_t padded, float* wide) {
-        for (int64_t i = 0; i < v.num_pieces; ++i) {
-            const Piece& piece = v.pieces[i];
-            if (piece.nodes != nullptr) continue;
-            const Source from = is_value_pass ? values_of_piece(v, piece, nullptr) : keys_of(v, piece, nullptr);
-            float* to = wide + piece.slot * padded;
-            switch (from.number) {
-                case Number::fp32: widen<Number::fp32>(from, padded, piece.count, to); break;
-                case Number::bf16: widen<Number::bf16>(from, padded, piece.count, to); break;
-                case Number::fp16: widen<Number::fp16>(from, padded, piece.count, to); break;
-            }
-        }
-    }
-
-    static void attend_chunk(const Visit& v, float* scratch, Fold fold) {
-        bool is_narrow = false;
-        for (int64_t i = 0; i < v.num_pieces; ++i) is_narrow = is_narrow || v.pieces[i].number != Number::fp32;
-        // With many rows, 16-bit numbers are widened once instead of once for each block of rows.
-        float* wide = is_narrow && v.rows >= 12 ? scratch + v.rows * kScoreStride : nullptr;
-        for (int pass = 0; pass < 2; ++pass) {
-            const bool is_value_pass = pass == 1;
-            if (wide != nullptr) widen_all(v, is_value_pass, is_value_pass ? v.padded_value : v.padded_dim, wide);
-            all_rows(v, is_value_pass, wide, scratch, fold);
-        }
+    // Few rows: keys and values are read where they lie.
+    static void attend(const Visit& v, float* weights, Fold fold) {
+        each_rows(v, [&](int64_t row, auto rows) { weigh<rows>(v, row, weights, fold); });
+        each_rows(v, [&](int64_t row, auto rows) { combine<rows>(v, row, weights, fold); });
     }
 
     static void merge_folds(Fold into, Fold from, int64_t rows, int64_t padded_value) {

@@ -9,7 +9,7 @@
 #include <cstring>
 
 #include "half.h"
-#include "kernels.h"
+#include "kernel_pairs.h"
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -51,6 +51,16 @@ struct GridLanes {
     template <int Shift>
     static U raised(U x) { return _mm256_slli_epi16(x, Shift); }
     static U join(U a, U b) { return _mm256_or_si256(a, b); }
+
+    // Bytes less `less` as pairs; see `Panel`.
+    static void store_pairs(const U (&u)[8], int less, int16_t* out) {
+        const __m256i minus = _mm256_set1_epi16(int16_t(less));
+        for (int g = 0; g < 8; ++g) {
+            const __m256i pairs[2] = {_mm256_and_si256(u[g], _mm256_set1_epi16(255)), _mm256_srli_epi16(u[g], 8)};
+            for (int i = 0; i < 2; ++i)
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (4 * g + 2 * i) * kTile), _mm256_sub_epi16(pairs[i], minus));
+        }
+    }
 
     using Table = __m256i;
     static Table table(const uint8_t* entries) {
@@ -131,6 +141,7 @@ struct GridFormat {
     static constexpr int Top = Bits == 8 ? 255 : IsTable ? 2 * kGridOffset : 15;
 };
 
+template <class S>
 struct GridKernels {
     using L = GridLanes;
     using F = L::F;
@@ -280,12 +291,41 @@ struct GridKernels {
         }
     }
 
+    // What bytes are too large by; zeros take that off apart.
+    static int less(const GridView& w) { return w.zeros != nullptr ? 0 : w.offset; }
+
+    // Blocks [begin, end) of a tile for many rows.
     template <class Fmt>
-    static void tile_of(const GridView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
-        int m = 0;
-        for (; m + L::kRows <= rows; m += L::kRows)
-            tile<Fmt, L::kRows>(w, t, x + m * kBlockCodes, xb + m, rows, out + m * kTile);
-        for (; m < rows; ++m) tile<Fmt, 1>(w, t, x + m * kBlockCodes, xb + m, rows, out + m * kTile);
+    static void fill(const GridView& w, int64_t tile, int64_t begin, int64_t end, Panel& panel) {
+        const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
+        const L::Table table = L::table(w.table);
+        for (int64_t b = begin; b < end; ++b) {
+            const uint8_t* at = w.codes + (tile * num_blocks + b) * 64 * Fmt::Bits;
+            for (int part = 0; part < kParts; ++part) {
+                const Group group = group_of<Fmt>(w, tile, b / per_group, part);
+                U u[8];
+                decode<Fmt>(at + 4 * L::kCount * part, table, group.special, u);
+                L::store_pairs(u, less(w), &panel.codes[b - begin][0][part * L::kCount][0]);
+                L::store(panel.scales[b - begin][0] + part * L::kCount, group.scale);
+                L::store(panel.minima[b - begin][0] + part * L::kCount,
+                         L::sub(L::zero(), L::mul(group.scale, group.zero)));
+            }
+        }
+    }
+
+    template <class Fmt>
+    static void tile_of(const GridView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+        const auto widen = [&](Panel& panel, int64_t begin, int64_t end) { fill<Fmt>(w, t, begin, end, panel); };
+        int64_t row = w.zeros != nullptr ? Pairs<S>::template run<1, true>(x, first, last, out, widen)
+                                         : Pairs<S>::template run<1, false>(x, first, last, out, widen);
+        if (w.row_scales != nullptr)
+            for (int64_t i = 0; i < (row - first) * kTile; ++i) out[i] *= w.row_scales[t * kTile + i % kTile];
+        for (int rows = 0; row < last; row += rows) {
+            rows = chunk_rows(x.rows - row);
+            for (int m = 0; m < rows; ++m)
+                tile<Fmt, 1>(w, t, x.codes_of(row, 0, rows) + m * kBlockCodes, x.blocks_of(row, 0, rows) + m, rows,
+                             out + (row - first + m) * kTile);
+        }
     }
 
     template <class Fmt>
@@ -310,8 +350,8 @@ struct GridKernels {
         return w.types != nullptr ? function(GridFormat<4, true, true>{}) : function(GridFormat<4, true, false>{});
     }
 
-    static void grid_tile(const GridView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
-        with_format(w, [&](auto format) { tile_of<decltype(format)>(w, t, x, xb, rows, out); });
+    static void grid_tile(const GridView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+        with_format(w, [&](auto format) { tile_of<decltype(format)>(w, t, x, first, last, out); });
     }
 
     static void grid_exact(const GridView& w, int64_t t, const float* x, int64_t ldx, int rows, float* out) {
@@ -322,6 +362,7 @@ struct GridKernels {
 #else
 
 // The definition of both products, in plain C++.
+template <class S>
 struct GridKernels {
     static constexpr int kBytes = 64;
 
@@ -358,7 +399,36 @@ struct GridKernels {
         return w.types == nullptr ? nullptr : w.types + 4 * group;
     }
 
-    static void grid_tile(const GridView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
+    // Blocks [begin, end) of a tile for many rows.
+    static void fill(const GridView& w, int64_t tile, int64_t begin, int64_t end, Panel& panel) {
+        const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
+        uint8_t u[8][kBytes];
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t group = tile * w.groups + b / per_group;
+            decode(w, w.codes + (tile * num_blocks + b) * 64 * w.bits, types_of(w, group), u);
+            for (int g = 0; g < 8; ++g)
+                for (int i = 0; i < kBytes; ++i)
+                    panel.codes[b - begin][2 * g + i % 2][i / 4][i % 4 / 2] =
+                        int16_t(u[g][i] - (w.zeros != nullptr ? 0 : w.offset));
+            for (int r = 0; r < kTile; ++r) {
+                const float scale = panel.scales[b - begin][0][r] = scale_of(w, group * kTile + r);
+                if (w.zeros != nullptr) panel.minima[b - begin][0][r] = -(scale * half_at(w.zeros, group * kTile + r));
+            }
+        }
+    }
+
+    static void grid_tile(const GridView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+        const auto widen = [&](Panel& panel, int64_t begin, int64_t end) { fill(w, t, begin, end, panel); };
+        int64_t row = w.zeros != nullptr ? Pairs<S>::template run<1, true>(x, first, last, out, widen)
+                                         : Pairs<S>::template run<1, false>(x, first, last, out, widen);
+        finish(w, t, row - first, out);
+        for (int rows = 0; row < last; row += rows) {
+            rows = chunk_rows(x.rows - row);
+            small_chunk(w, t, x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), rows, out + (row - first) * kTile);
+        }
+    }
+
+    static void small_chunk(const GridView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
         const int less = w.bits == 8 ? 128 : 0;  // of every byte, as the vector path has it
         const int shift = (w.zeros != nullptr ? 0 : w.offset) - less;
@@ -414,9 +484,9 @@ struct GridKernels {
         finish(w, t, rows, out);
     }
 
-    static void finish(const GridView& w, int64_t t, int rows, float* out) {
+    static void finish(const GridView& w, int64_t t, int64_t rows, float* out) {
         if (w.row_scales == nullptr) return;
-        for (int i = 0; i < rows * kTile; ++i) out[i] *= w.row_scales[t * kTile + i % kTile];
+        for (int64_t i = 0; i < rows * kTile; ++i) out[i] *= w.row_scales[t * kTile + i % kTile];
     }
 };
 

@@ -1,7 +1,7 @@
 // Products with packed matrices (activations in two bytes, exact integer sums) and with dense ones (fp32).
 #pragma once
 
-#include "kernel_math.h"
+#include "kernel_pairs.h"
 
 namespace plait {
 namespace {
@@ -46,11 +46,9 @@ struct Linear {
         for (int64_t b = 0; b < num_blocks; ++b) {
             const Scale* scales = reinterpret_cast<const Scale*>(parameters_at);
             // The processor's own prefetching stops at the end of a page; this keeps some blocks ahead.
-            if constexpr (Rows <= 2) {
-                for (int64_t at = 0; at < kTile * kBlock * (Fmt::Bits == 4 ? 4 : 8) / 8; at += 64)
-                    __builtin_prefetch(codes_at + kAhead * w.code_bytes + at);
-                __builtin_prefetch(parameters_at + kAhead * w.parameter_bytes);
-            }
+            for (int64_t at = 0; at < kTile * kBlock * (Fmt::Bits == 4 ? 4 : 8) / 8; at += 64)
+                __builtin_prefetch(codes_at + kAhead * w.code_bytes + at);
+            __builtin_prefetch(parameters_at + kAhead * w.parameter_bytes);
 #pragma GCC unroll 2
             for (int part = 0; part < kParts; ++part) {
                 const auto codes = S::template load_codes<Fmt::Bits>(codes_at + 4 * S::kWideLanes * part);
@@ -96,29 +94,52 @@ struct Linear {
                 S::wide_store(out + m * kTile + S::kWideLanes * part, sum[part][m]);
     }
 
+    // Blocks [begin, end) of a tile for many rows.
     template <class Fmt>
-    static void tile_of(const PackedView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
-        switch (rows) {
-            case 1: return tile<Fmt, 1>(w, t, x, xb, out);
-            case 2: return tile<Fmt, 2>(w, t, x, xb, out);
-            case 4: return tile<Fmt, 4>(w, t, x, xb, out);
-            default: return tile<Fmt, 8>(w, t, x, xb, out);
+    static void fill(const PackedView& w, int64_t tile, int64_t begin, int64_t end, Panel& panel) {
+        using Scale = typename Fmt::Scale;
+        constexpr int kLess = Fmt::Shift < 0 ? 0 : 1 << (Fmt::Shift < 0 ? 0 : Fmt::Shift);
+        for (int64_t b = begin; b < end; ++b) {
+            const int64_t at = tile * (w.columns / kBlock) + b;
+            const Scale* scales = reinterpret_cast<const Scale*>(w.parameters + at * w.parameter_bytes);
+            for (int part = 0; part < kParts; ++part) {
+                const int first = part * S::kWideLanes;
+                S::template store_pairs<kLess>(S::template load_codes<Fmt::Bits>(w.codes + at * w.code_bytes + 4 * first),
+                                               &panel.codes[b - begin][0][first][0]);
+                for (int group = 0; group < Fmt::Groups; ++group) {
+                    S::wide_store(panel.scales[b - begin][group] + first, S::wide_load(scales + group * kTile + first));
+                    if constexpr (Fmt::HasMinima)
+                        S::wide_store(panel.minima[b - begin][group] + first, S::wide_load(scales + (Fmt::Groups + group) * kTile + first));
+                }
+            }
         }
     }
 
-    static void packed_tile(const PackedView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
+    template <class Fmt>
+    static void tile_of(const PackedView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+        int64_t row = Pairs<S>::template run<Fmt::Groups, Fmt::HasMinima>(
+            x, first, last, out, [&](Panel& panel, int64_t begin, int64_t end) { fill<Fmt>(w, t, begin, end, panel); });
+        for (int rows = 0; row < last; row += rows) {
+            rows = chunk_rows(x.rows - row);
+            float* to = out + (row - first) * kTile;
+            if (rows == 1) tile<Fmt, 1>(w, t, x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), to);
+            else tile<Fmt, 2>(w, t, x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), to);
+        }
+    }
+
+    static void packed_tile(const PackedView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
         using Half = uint16_t;
         switch (w.layout) {
-            case Layout::u4_f16: return tile_of<Format<4, 3, Half, false, 1>>(w, t, x, xb, rows, out);
-            case Layout::u4_f16_min: return tile_of<Format<4, -1, Half, true, 1>>(w, t, x, xb, rows, out);
-            case Layout::u4_f32_min: return tile_of<Format<4, -1, float, true, 1>>(w, t, x, xb, rows, out);
-            case Layout::u4_f32_pair: return tile_of<Format<4, 2, float, false, 2>>(w, t, x, xb, rows, out);
-            case Layout::u4_f32_min_pair: return tile_of<Format<4, -1, float, true, 2>>(w, t, x, xb, rows, out);
-            case Layout::u7_f16_16: return tile_of<Format<7, 4, Half, false, 1>>(w, t, x, xb, rows, out);
-            case Layout::u7_f16_min: return tile_of<Format<7, -1, Half, true, 1>>(w, t, x, xb, rows, out);
-            case Layout::u7_f32_min: return tile_of<Format<7, -1, float, true, 1>>(w, t, x, xb, rows, out);
-            case Layout::u7_f32_pair: return tile_of<Format<7, 5, float, false, 2>>(w, t, x, xb, rows, out);
-            default: return tile_of<Format<8, 7, Half, false, 1>>(w, t, x, xb, rows, out);
+            case Layout::u4_f16: return tile_of<Format<4, 3, Half, false, 1>>(w, t, x, first, last, out);
+            case Layout::u4_f16_min: return tile_of<Format<4, -1, Half, true, 1>>(w, t, x, first, last, out);
+            case Layout::u4_f32_min: return tile_of<Format<4, -1, float, true, 1>>(w, t, x, first, last, out);
+            case Layout::u4_f32_pair: return tile_of<Format<4, 2, float, false, 2>>(w, t, x, first, last, out);
+            case Layout::u4_f32_min_pair: return tile_of<Format<4, -1, float, true, 2>>(w, t, x, first, last, out);
+            case Layout::u7_f16_16: return tile_of<Format<7, 4, Half, false, 1>>(w, t, x, first, last, out);
+            case Layout::u7_f16_min: return tile_of<Format<7, -1, Half, true, 1>>(w, t, x, first, last, out);
+            case Layout::u7_f32_min: return tile_of<Format<7, -1, float, true, 1>>(w, t, x, first, last, out);
+            case Layout::u7_f32_pair: return tile_of<Format<7, 5, float, false, 2>>(w, t, x, first, last, out);
+            default: return tile_of<Format<8, 7, Half, false, 1>>(w, t, x, first, last, out);
         }
     }
 
@@ -145,10 +166,15 @@ struct Linear {
             const F q_high = S::max(S::min(S::round(S::mul(high, factor)), limit), floor);
             const F over = S::set1(1.0f / 128.0f), minus = S::set1(-128.0f);
             const F top_low = S::round(S::mul(q_low, over)), top_high = S::round(S::mul(q_high, over));
-            S::store_int8(out, top_low);
-            S::store_int8(out + kLanes, top_high);
-            S::store_int8(out + kBlock, S::fma(top_low, minus, q_low));
-            S::store_int8(out + kBlock + kLanes, S::fma(top_high, minus, q_high));
+            if (rows >= kPairRows) {
+                S::store_pairs(out, q_low);
+                S::store_pairs(out + 2 * kLanes, q_high);
+            } else {
+                S::store_int8(out, top_low);
+                S::store_int8(out + kLanes, top_high);
+                S::store_int8(out + kBlock, S::fma(top_low, minus, q_low));
+                S::store_int8(out + kBlock + kLanes, S::fma(top_high, minus, q_high));
+            }
             const float sum_low = S::sum(q_low), sum_high = S::sum(q_high);  // whole numbers: exact
             block = {scale, scale * (sum_low + sum_high), scale * sum_low, scale * sum_high,
                      -int32_t(sum_low + sum_high), -int32_t(sum_low), -int32_t(sum_high), 0};

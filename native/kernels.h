@@ -13,17 +13,20 @@ constexpr int kTile = 16;    // output rows of a packed matrix that are stored t
 constexpr int kBlock = 32;   // columns that share one scale
 constexpr int kRowChunk = 8; // most rows of activations that meet a decoded tile at once
 constexpr int kKeyChunk = 256;  // positions that one chunk of attention covers, from position 0 of the sequence
+constexpr int kKeyBlock = 64;   // of them, those that many rows visit at a time
 constexpr int kScoreStride = kKeyChunk + kLanes;  // numbers between the scores of two rows
 
 enum class Number : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 
 inline int64_t nbytes_of(Number number) { return number == Number::fp32 ? 4 : 2; }
 
-// Bytes of 32 activations: their high parts, then their low parts.
-constexpr int kBlockCodes = 64;
+constexpr int kBlockCodes = 64;  // bytes of 32 activations
+constexpr int kPairRows = 4;     // rows of a chunk from which on activations are kept as pairs
 
-// One block of 32 activations as whole numbers q in [-16256, 16256]: x = scale * q. Each is kept in two bytes,
-// q = 128 * high + low with high in [-127, 127] and low in [-64, 64], so that 8-bit products add up to exact sums.
+// One block of 32 activations as whole numbers q in [-16256, 16256]: x = scale * q. In chunks of one or two rows each is
+// kept in two bytes, q = 128 * high + low with high in [-127, 127] and low in [-64, 64], first all high ones, so that
+// 8-bit products add up to exact sums. In larger chunks numbers of 16 bits are kept, those of four columns in the order
+// 0, 2, 1, 3.
 struct RowBlock {
     float scale;
     float scaled_sum, scaled_low, scaled_high;    // scale * sum(q): of all, of the first and last 16
@@ -38,7 +41,11 @@ struct RowBlock {
 struct QuantizedRows {
     int8_t* codes;
     RowBlock* blocks;
-    int64_t columns;
+    int64_t rows, columns;
+
+    // From a block on, those of a chunk of `chunk` rows that starts at `row`.
+    int8_t* codes_of(int64_t row, int64_t block, int chunk) const { return codes + 2 * row * columns + block * chunk * kBlockCodes; }
+    RowBlock* blocks_of(int64_t row, int64_t block, int chunk) const { return blocks + row * (columns / kBlock) + block * chunk; }
 };
 
 inline int chunk_rows(int64_t rows_left) { return rows_left >= 8 ? 8 : rows_left >= 4 ? 4 : rows_left >= 2 ? 2 : 1; }
@@ -135,10 +142,9 @@ struct CodedNumbers;
 struct Kernels {
     const char* name;
 
-    // Tile `tile` times a chunk of `rows` (1, 2, 4 or 8) activations: out[row][16].
-    void (*packed_tile)(const PackedView&, int64_t tile, const int8_t* codes, const RowBlock* blocks, int rows,
-                        float* out);
-    void (*grid_tile)(const GridView&, int64_t tile, const int8_t* codes, const RowBlock* blocks, int rows, float* out);
+    // Tile `tile` times rows [first, last), which are whole chunks: out[row - first][16].
+    void (*packed_tile)(const PackedView&, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out);
+    void (*grid_tile)(const GridView&, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out);
     // The same with `rows` (1, 2 or 4) activations in fp32, ldx apart.
     void (*grid_exact)(const GridView&, int64_t tile, const float* x, int64_t ldx, int rows, float* out);
     // y[r] = x . w[r] for output rows [begin, end) of a dense row-major matrix; y has row stride ldy.
@@ -175,7 +181,7 @@ struct Kernels {
 // Numbers of scratch that attend_chunk needs for this many rows.
 inline int64_t attend_scratch(int64_t rows, int64_t padded_dim, int64_t padded_value) {
     const int64_t widest = padded_dim > padded_value ? padded_dim : padded_value;
-    return rows * kScoreStride + kKeyChunk * widest;
+    return rows * kScoreStride + kKeyBlock * widest;
 }
 
 const Kernels* scalar_kernels();

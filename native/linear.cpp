@@ -8,7 +8,11 @@ namespace plait {
 namespace {
 
 // Rows that pass all tiles of a piece before the next ones: their codes stay in the second-level cache.
-constexpr int64_t kRowsAtOnce = 256;
+constexpr int64_t kRowsAtOnce = 128;
+static_assert(kRowsAtOnce % kRowChunk == 0, "whole chunks of rows pass at once");
+
+// Blocks that are asked for beforehand: some tens of kilobytes, which the second-level cache has room for.
+constexpr int64_t kBlocksAsked = 160;
 
 // Which part holds tile `tile`.
 const Part& part_of(const Projection& projection, int64_t& tile) {
@@ -17,16 +21,14 @@ const Part& part_of(const Projection& projection, int64_t& tile) {
     return projection.parts[index];
 }
 
-// A tile times a chunk of rows, with bias: out[row][16].
-void multiply(const Projection& projection, int64_t tile, const Activations& x, int64_t row, int rows, float* out) {
+// A tile times rows [first, last), with bias: out[row - first][16].
+void multiply(const Projection& projection, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
     const Part& part = part_of(projection, tile);
-    if (part.matrix->grid != nullptr)
-        kernels().grid_tile(*part.matrix->grid, part.first_tile + tile, x.codes(row), x.blocks(row), rows, out);
-    else
-        kernels().packed_tile(*part.matrix, part.first_tile + tile, x.codes(row), x.blocks(row), rows, out);
+    if (part.matrix->grid != nullptr) kernels().grid_tile(*part.matrix->grid, part.first_tile + tile, x, first, last, out);
+    else kernels().packed_tile(*part.matrix, part.first_tile + tile, x, first, last, out);
     if (projection.bias == nullptr) return;
     const int64_t at = part.out + tile * kTile, count = std::min<int64_t>(kTile, part.num_outputs - tile * kTile);
-    for (int m = 0; m < rows; ++m)
+    for (int64_t m = 0; m < last - first; ++m)
         for (int64_t i = 0; i < count; ++i) out[m * kTile + i] += projection.bias[at + i];
 }
 
@@ -48,9 +50,7 @@ Activations::Place Activations::place(int64_t row, int64_t block) const {
         start += size;
         size = chunk_rows(rows_ - start);
     }
-    const int64_t num_blocks = columns_ / kBlock;
-    return {reinterpret_cast<int8_t*>(codes_.data()) + 2 * start * columns_ + block * size * kBlockCodes,
-            reinterpret_cast<RowBlock*>(blocks_.data()) + start * num_blocks + block * size, int(row - start), size};
+    return {view().codes_of(start, block, size), view().blocks_of(start, block, size), int(row - start), size};
 }
 
 void Activations::quantize_row(const float* x, int64_t row) {
@@ -81,28 +81,37 @@ int64_t Projection::grain(int threads, int64_t rows) const {
     return std::min(most, std::max<int64_t>(1, (num_tiles + pieces - 1) / pieces));
 }
 
+void Projection::ask(int64_t begin, int64_t end) const {
+    if (begin >= end) return;
+    const Part& part = part_of(*this, begin);
+    const PackedView& w = *part.matrix;
+    if (w.grid != nullptr) return;
+    const int64_t num_blocks = std::min(w.columns / kBlock * (end - begin), kBlocksAsked);
+    const int64_t first = (part.first_tile + begin) * (w.columns / kBlock);
+    for (int64_t at = 0; at < num_blocks * w.code_bytes; at += 64) __builtin_prefetch(w.codes + first * w.code_bytes + at, 0, 2);
+    for (int64_t at = 0; at < num_blocks * w.parameter_bytes; at += 64)
+        __builtin_prefetch(w.parameters + first * w.parameter_bytes + at, 0, 2);
+}
+
 void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y, int64_t ldy, bool is_sum) const {
-    alignas(64) float out[kRowChunk * kTile];
-    for (int64_t first = 0; first < x.rows(); first += kRowsAtOnce) {
-        const int64_t last = std::min(first + kRowsAtOnce, x.rows());
+    alignas(64) float out[kRowsAtOnce * kTile];
+    const QuantizedRows rows = x.view();
+    for (int64_t first = 0; first < rows.rows; first += kRowsAtOnce) {
+        const int64_t last = std::min(first + kRowsAtOnce, rows.rows);
         for (int64_t t = begin; t < end; ++t) {
             int64_t tile = t;
             const Part& part = part_of(*this, tile);
             const int64_t at = part.out + tile * kTile;
             const int64_t count = std::min<int64_t>(kTile, part.num_outputs - tile * kTile);
-            for (int64_t row = first; row < last;) {
-                const int rows = chunk_rows(x.rows() - row);
-                multiply(*this, t, x, row, rows, out);
-                for (int m = 0; m < rows; ++m) {
-                    float* to = y + (row + m) * ldy + at;
-                    const float* from = out + m * kTile;
-                    if (is_sum) {
-                        for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-                    } else {
-                        std::memcpy(to, from, size_t(count) * sizeof(float));
-                    }
+            multiply(*this, t, rows, first, last, out);
+            for (int64_t row = first; row < last; ++row) {
+                float* to = y + row * ldy + at;
+                const float* from = out + (row - first) * kTile;
+                if (is_sum) {
+                    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+                } else {
+                    std::memcpy(to, from, size_t(count) * sizeof(float));
                 }
-                row += rows;
             }
         }
     }
@@ -110,25 +119,22 @@ void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y,
 
 void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activations& h) const {
     const Kernels& k = kernels();
-    alignas(64) float opened[kRowChunk * kTile], carried[kRowChunk * kTile], block[kRowChunk * kBlock];
-    for (int64_t first = 0; first < x.rows(); first += kRowsAtOnce) {
-        const int64_t last = std::min(first + kRowsAtOnce, x.rows());
+    alignas(64) float opened[kRowsAtOnce * kTile], carried[kRowsAtOnce * kTile], block[kRowsAtOnce * kBlock];
+    const QuantizedRows rows = x.view();
+    const bool is_gated = !gate.parts.empty();
+    for (int64_t first = 0; first < rows.rows; first += kRowsAtOnce) {
+        const int64_t last = std::min(first + kRowsAtOnce, rows.rows);
         for (int64_t b = begin; b < end; ++b) {
-            for (int64_t row = first; row < last;) {
-                const int rows = chunk_rows(x.rows() - row);
-                for (int half = 0; half < 2; ++half) {
-                    multiply(up, 2 * b + half, x, row, rows, carried);
-                    const bool is_gated = !gate.parts.empty();
-                    if (is_gated) multiply(gate, 2 * b + half, x, row, rows, opened);
-                    for (int m = 0; m < rows; ++m)
-                        k.activate(activation, (is_gated ? opened : carried) + m * kTile,
-                                   is_gated ? carried + m * kTile : nullptr, kTile, block + m * kBlock + half * kTile);
-                }
-                for (int m = 0; m < rows; ++m) {
-                    const Activations::Place at = h.place(row + m, b);
-                    k.quantize_row(block + m * kBlock, 1, at.row, at.rows, at.codes, at.blocks);
-                }
-                row += rows;
+            for (int half = 0; half < 2; ++half) {
+                multiply(up, 2 * b + half, rows, first, last, carried);
+                if (is_gated) multiply(gate, 2 * b + half, rows, first, last, opened);
+                for (int64_t m = 0; m < last - first; ++m)
+                    k.activate(activation, (is_gated ? opened : carried) + m * kTile,
+                               is_gated ? carried + m * kTile : nullptr, kTile, block + m * kBlock + half * kTile);
+            }
+            for (int64_t row = first; row < last; ++row) {
+                const Activations::Place at = h.place(row, b);
+                k.quantize_row(block + (row - first) * kBlock, 1, at.row, at.rows, at.codes, at.blocks);
             }
         }
     }

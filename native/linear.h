@@ -20,10 +20,8 @@ public:
     int64_t rows() const { return rows_; }
     int64_t columns() const { return columns_; }
 
-    // The chunk of rows that starts at `row`.
-    const int8_t* codes(int64_t row) const { return reinterpret_cast<int8_t*>(codes_.data()) + 2 * row * columns_; }
-    const RowBlock* blocks(int64_t row) const {
-        return reinterpret_cast<RowBlock*>(blocks_.data()) + row * (columns_ / kBlock);
+    QuantizedRows view() const {
+        return {reinterpret_cast<int8_t*>(codes_.data()), reinterpret_cast<RowBlock*>(blocks_.data()), rows_, columns_};
     }
     // Where block `block` of `row` goes.
     struct Place {
@@ -56,6 +54,8 @@ struct Projection {
     // One thread's share: tiles [begin, end), counted over all parts.
     void run(const Activations& x, int64_t begin, int64_t end, float* y, int64_t ldy, bool is_sum) const;
     int64_t grain(int threads, int64_t rows) const;
+    // Ask for the first numbers of tiles [begin, end), so that they come while the thread waits.
+    void ask(int64_t begin, int64_t end) const;
 };
 
 // h = activation(gate x) * (up x), or activation(up x) when there is no gate, quantised for the next product.
@@ -63,6 +63,7 @@ struct Gate {
     Projection gate, up;  // no parts in `gate`: not gated
     Activation activation;
 
+    int64_t num_blocks() const { return up.num_outputs / kBlock; }
     // One thread's share: blocks [begin, end) of 32 outputs.
     void run(const Activations& x, int64_t begin, int64_t end, const Activations& h) const;
 };

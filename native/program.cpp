@@ -6,7 +6,8 @@
 namespace plait {
 namespace {
 
-// Up to this many rows, every thread normalises and quantises all of them for itself: cheaper than a barrier.
+// Up to this many rows, every thread normalises and quantises all of them for itself, which is cheaper than a barrier,
+// and has a fixed part of every matrix, which it reads in one run.
 constexpr int64_t kFewRows = 2;
 
 float* floats_of(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
@@ -36,7 +37,9 @@ int64_t Program::run(const RunArguments& a) {
     reserve(rows_, threads_ * (std::max(width, widest_out) + widest_head));
     reserve(hidden_, int64_t(a.logit_rows.size()) * width);
     own_.resize(size_t(threads_));
+    own_mixed_.resize(size_t(threads_));
     for (Activations& own : own_) own.resize(std::min(a.rows, kFewRows), width);
+    for (Activations& own : own_mixed_) own.resize(std::min(a.rows, kFewRows), widest_out);
     shared_.resize(a.rows, width);
     last_.resize(int64_t(a.logit_rows.size()), width);
     mixed_.resize(a.rows, widest_out);
@@ -158,29 +161,59 @@ void Program::walk(Team& team, const RunArguments& a) {
     float* branch = floats_of(branch_);
     const float* added = nullptr;
     const float* added_norm = nullptr;
-    const auto project = [&](const Projection& p, const Activations& x, float* y, int64_t ldy, bool is_sum) {
-        team.share(p.num_tiles, p.grain(team.size, x.rows()),
-                   [&](int64_t begin, int64_t end) { p.run(x, begin, end, y, ldy, is_sum); });
+    const bool is_few = a.rows <= kFewRows;
+    const auto ask = [&](const Projection& next) {
+        const Team::Range tiles = team.part(next.num_tiles);
+        next.ask(tiles.begin, tiles.end);
+    };
+    // Products of few rows end by asking for the first numbers of the matrix behind them.
+    const auto project = [&](const Projection& p, const Activations& x, float* y, int64_t ldy, bool is_sum, const Projection* next) {
+        if (!is_few) {
+            team.share(p.num_tiles, p.grain(team.size, x.rows()),
+                       [&](int64_t begin, int64_t end) { p.run(x, begin, end, y, ldy, is_sum); });
+            return;
+        }
+        const Team::Range tiles = team.part(p.num_tiles);
+        p.run(x, tiles.begin, tiles.end, y, ldy, is_sum);
+        if (next != nullptr) ask(*next);
+        team.barrier();
     };
     // A branch goes straight onto x, or aside when it is normalised first.
-    const auto join = [&](const Projection& p, const Activations& x, const std::vector<float>& norm) {
+    const auto join = [&](const Projection& p, const Activations& x, const std::vector<float>& norm, const Projection* next) {
         added = norm.empty() ? nullptr : branch;
         added_norm = norm.empty() ? nullptr : norm.data();
-        project(p, x, norm.empty() ? a.x : branch, width, norm.empty());
+        project(p, x, norm.empty() ? a.x : branch, width, norm.empty(), next);
+    };
+    const auto mixed = [&](const Layer& layer) -> const Activations& {
+        const int64_t columns = layer.output.columns;
+        if (is_few) {
+            Activations& own = own_mixed_[size_t(team.index)];
+            own.quantize(floats_of(attended_), columns, 0, a.rows);
+            return own;
+        }
+        team.share(a.rows, 1, [&](int64_t begin, int64_t end) { mixed_.quantize(floats_of(attended_), columns, begin, end); });
+        return mixed_;
+    };
+    const auto open = [&](const Layer& layer, const Activations& x) {
+        if (!is_few) {
+            team.share(layer.gate.num_blocks(), a.rows >= 32 ? 2 : 1,
+                       [&](int64_t begin, int64_t end) { layer.gate.run(x, begin, end, inner_); });
+            return;
+        }
+        const Team::Range blocks = team.part(layer.gate.num_blocks());
+        layer.gate.run(x, blocks.begin, blocks.end, inner_);
+        ask(layer.down);
+        team.barrier();
     };
     for (size_t index = 0; index < layers.size(); ++index) {
         const Layer& layer = layers[index];
+        const Projection& next = index + 1 < layers.size() ? layers[index + 1].query_key_value : head;
         const Activations& x = read(team, a, layer.mixer_norm.data(), layer.epsilon, added, added_norm);
-        project(layer.query_key_value, x, floats_of(qkv_), layer.query_key_value.num_outputs, false);
+        project(layer.query_key_value, x, floats_of(qkv_), layer.query_key_value.num_outputs, false, &layer.output);
         attention(team, a, index);
-        team.share(a.rows, 1, [&](int64_t begin, int64_t end) {
-            mixed_.quantize(floats_of(attended_), layer.output.columns, begin, end);
-        });
-        join(layer.output, mixed_, layer.mixer_output_norm);
-        const Activations& y = read(team, a, layer.feed_forward_norm.data(), layer.epsilon, added, added_norm);
-        team.share(layer.down.columns / kBlock, a.rows >= 32 ? 2 : 1,
-                   [&](int64_t begin, int64_t end) { layer.gate.run(y, begin, end, inner_); });
-        join(layer.down, inner_, layer.feed_forward_output_norm);
+        join(layer.output, mixed(layer), layer.mixer_output_norm, &layer.gate.up);
+        open(layer, read(team, a, layer.feed_forward_norm.data(), layer.epsilon, added, added_norm));
+        join(layer.down, inner_, layer.feed_forward_output_norm, &next);
     }
     if (added != nullptr) read(team, a, nullptr, layers.back().epsilon, added, added_norm);
     const int64_t count = int64_t(a.logit_rows.size());
@@ -193,7 +226,7 @@ void Program::walk(Team& team, const RunArguments& a) {
             last_.quantize_row(row, i);
         }
     });
-    if (a.logits != nullptr && count > 0) project(head, last_, a.logits, head.num_outputs, false);
+    if (a.logits != nullptr && count > 0) project(head, last_, a.logits, head.num_outputs, false, nullptr);
 }
 
 }  // namespace plait

@@ -85,7 +85,7 @@ private:
 
     int threads_ = 1;
     std::vector<AttentionPlan> plans_;
-    std::vector<Activations> own_;  // of each thread, for few rows
+    std::vector<Activations> own_, own_mixed_;  // of each thread, for few rows
     Activations shared_, mixed_, inner_, last_;
     AttentionScratch room_;
     Buffer qkv_, queries_, attended_, branch_, rows_, hidden_;

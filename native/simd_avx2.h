@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace plait {
 namespace {
 
@@ -15,6 +17,7 @@ struct Avx2 {
     // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
     static constexpr int keys_at_once([[maybe_unused]] int rows) { return rows == 1 ? 4 : 2; }
     static constexpr int vectors_at_once([[maybe_unused]] int rows) { return rows == 1 ? 4 : 2; }
+    static constexpr int kScoreVectors = 2;  // of keys that meet many rows
 
     struct F {
         __m256 lo, hi;
@@ -103,12 +106,37 @@ struct Avx2 {
             _mm_storeu_ps(out + r * stride,
                           sums(quarters(x[r][0]), quarters(x[r][1]), quarters(x[r][2]), quarters(x[r][3])));
     }
+    // Four vectors as columns: out[lane][which].
+    static void store_turned(const F (&x)[4], float* out, int64_t stride) {
+        store_turned(x[0].lo, x[1].lo, x[2].lo, x[3].lo, out, stride);
+        store_turned(x[0].hi, x[1].hi, x[2].hi, x[3].hi, out + 8 * stride, stride);
+    }
+    static void store_turned(__m256 a, __m256 b, __m256 c, __m256 d, float* out, int64_t stride) {
+        const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b)), cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
+        const __m256d ab_high = _mm256_castps_pd(_mm256_unpackhi_ps(a, b));
+        const __m256d cd_high = _mm256_castps_pd(_mm256_unpackhi_ps(c, d));
+        const __m256d columns[4] = {_mm256_unpacklo_pd(ab, cd), _mm256_unpackhi_pd(ab, cd),
+                                    _mm256_unpacklo_pd(ab_high, cd_high), _mm256_unpackhi_pd(ab_high, cd_high)};
+        for (int i = 0; i < 4; ++i) {
+            const __m256 column = _mm256_castpd_ps(columns[i]);
+            _mm_storeu_ps(out + i * stride, _mm256_castps256_ps128(column));
+            _mm_storeu_ps(out + (i + 4) * stride, _mm256_extractf128_ps(column, 1));
+        }
+    }
     static void store_int8(int8_t* p, F x) {
         const __m256i words = _mm256_permute4x64_epi64(
             _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)), 0xd8);
         const __m128i bytes =
             _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+    }
+
+    // Sixteen numbers of 16 bits, those of four in the order 0, 2, 1, 3.
+    static void store_pairs(int8_t* p, F x) {
+        const __m256i words = _mm256_permute4x64_epi64(
+            _mm256_packs_epi32(_mm256_cvtps_epi32(x.lo), _mm256_cvtps_epi32(x.hi)), 0xd8);
+        const __m256i pairs = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
     }
 
     // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
@@ -133,6 +161,7 @@ struct Avx2 {
     static Wide wide_load(const float* p) { return _mm256_loadu_ps(p); }
     static Wide wide_load(const uint16_t* p) { return load8(p, false); }
     static void wide_store(float* p, Wide x) { _mm256_storeu_ps(p, x); }
+    static Wide wide_add(Wide a, Wide b) { return _mm256_add_ps(a, b); }
     static Wide wide_mul(Wide a, Wide b) { return _mm256_mul_ps(a, b); }
     static Wide wide_fma(Wide a, Wide b, Wide c) { return _mm256_fmadd_ps(a, b, c); }
     static Wide to_float(WideInt x) { return _mm256_cvtepi32_ps(x); }
@@ -158,6 +187,34 @@ struct Avx2 {
                 codes.at[g] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64 * g));
         }
         return codes;
+    }
+
+    // Codes less `Less` as pairs: [group of four columns][first and third, second and fourth][row of the tile][which].
+    template <int Less, int Bits>
+    static void store_pairs(const Codes<Bits>& codes, int16_t* out) {
+        for (int g = 0; g < 8; ++g) {
+            store_words(_mm256_sub_epi16(_mm256_and_si256(codes.at[g], _mm256_set1_epi16(255)), _mm256_set1_epi16(Less)),
+                        out + 4 * g * kTile);
+            store_words(_mm256_sub_epi16(_mm256_srli_epi16(codes.at[g], 8), _mm256_set1_epi16(Less)), out + (4 * g + 2) * kTile);
+        }
+    }
+    static void store_words(__m256i words, int16_t* out) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), words); }
+
+    using WidePairs = __m256i;
+    static WideInt wide_int_zero() { return _mm256_setzero_si256(); }
+    static WidePairs load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+    static WidePairs same_pairs(const int8_t* p) { return four(p); }
+    static WideInt add_pairs(WideInt sum, WidePairs a, WidePairs b) {
+#if defined(__AVXVNNI__)
+        return _mm256_dpwssd_avx_epi32(sum, a, b);
+#elif defined(__GNUC__)
+        // As one piece of code: compilers otherwise make products early and spill sums, which costs twice the time.
+        __m256i product;
+        __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
+        return sum;
+#else
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
     }
 
     static __m256i four(const int8_t* x) {

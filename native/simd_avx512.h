@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace plait {
 namespace {
 
@@ -15,6 +17,7 @@ struct Avx512 {
     // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
     static constexpr int keys_at_once([[maybe_unused]] int rows) { return 4; }
     static constexpr int vectors_at_once([[maybe_unused]] int rows) { return 4; }
+    static constexpr int kScoreVectors = 2;  // of keys that meet many rows
 
     using F = __m512;
     using Wide = __m512;
@@ -97,8 +100,23 @@ struct Avx512 {
         if constexpr (Rows > 2) _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
         if constexpr (Rows > 3) _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
     }
+    // Four vectors as columns: out[lane][which].
+    static void store_turned(const F (&x)[4], float* out, int64_t stride) {
+        float lanes[16];
+        for (int k = 0; k < 4; ++k) {
+            store(lanes, x[k]);
+            for (int i = 0; i < 16; ++i) out[i * stride + k] = lanes[i];
+        }
+    }
     static void store_int8(int8_t* p, F x) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+    }
+
+    // Sixteen numbers of 16 bits, those of four in the order 0, 2, 1, 3.
+    static void store_pairs(int8_t* p, F x) {
+        const __m256i words = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x));
+        const __m256i pairs = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
     }
 
     // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
@@ -119,6 +137,7 @@ struct Avx512 {
     static Wide wide_load(const float* p) { return load(p); }
     static Wide wide_load(const uint16_t* p) { return load(p, false); }
     static void wide_store(float* p, Wide x) { store(p, x); }
+    static Wide wide_add(Wide a, Wide b) { return _mm512_add_ps(a, b); }
     static Wide wide_mul(Wide a, Wide b) { return mul(a, b); }
     static Wide wide_fma(Wide a, Wide b, Wide c) { return fma(a, b, c); }
     static Wide to_float(WideInt x) { return _mm512_cvtepi32_ps(x); }
@@ -143,6 +162,23 @@ struct Avx512 {
         }
         return codes;
     }
+    // Codes less `Less` as pairs: [group of four columns][first and third, second and fourth][row of the tile][which].
+    template <int Less, int Bits>
+    static void store_pairs(const Codes<Bits>& codes, int16_t* out) {
+        for (int g = 0; g < 8; ++g) {
+            _mm512_storeu_si512(out + 4 * g * kTile, _mm512_sub_epi16(_mm512_and_si512(codes.at[g], _mm512_set1_epi16(255)),
+                                                                      _mm512_set1_epi16(Less)));
+            _mm512_storeu_si512(out + (4 * g + 2) * kTile,
+                                _mm512_sub_epi16(_mm512_srli_epi16(codes.at[g], 8), _mm512_set1_epi16(Less)));
+        }
+    }
+
+    using WidePairs = __m512i;
+    static WideInt wide_int_zero() { return _mm512_setzero_si512(); }
+    static WidePairs load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
+    static WidePairs same_pairs(const int8_t* p) { return four(p); }
+    static WideInt add_pairs(WideInt sum, WidePairs a, WidePairs b) { return _mm512_dpwssd_epi32(sum, a, b); }
+
     static __m512i four(const int8_t* x) {
         int32_t bits;
         __builtin_memcpy(&bits, x, 4);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "half.h"
+#include "kernels.h"
 
 namespace plait {
 namespace {
@@ -17,6 +18,7 @@ struct Scalar {
     // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
     static constexpr int keys_at_once([[maybe_unused]] int rows) { return 4; }
     static constexpr int vectors_at_once([[maybe_unused]] int rows) { return 4; }
+    static constexpr int kScoreVectors = 1;  // of keys that meet many rows
 
     struct F {
         float at[16];
@@ -102,9 +104,25 @@ struct Scalar {
         for (int r = 0; r < Rows; ++r)
             for (int k = 0; k < 4; ++k) out[r * stride + k] = sum(x[r][k]);
     }
+    // Four vectors as columns: out[lane][which].
+    static void store_turned(const F (&x)[4], float* out, int64_t stride) {
+        float lanes[16];
+        for (int k = 0; k < 4; ++k) {
+            store(lanes, x[k]);
+            for (int i = 0; i < 16; ++i) out[i * stride + k] = lanes[i];
+        }
+    }
     // Whole numbers in [-127, 127] as bytes.
     static void store_int8(int8_t* p, F x) {
         for (int i = 0; i < 16; ++i) p[i] = int8_t(x.at[i]);
+    }
+
+    // Sixteen numbers of 16 bits, those of four in the order 0, 2, 1, 3.
+    static void store_pairs(int8_t* p, F x) {
+        for (int i = 0; i < 16; i += 4) {
+            const int16_t four[4] = {int16_t(x.at[i]), int16_t(x.at[i + 2]), int16_t(x.at[i + 1]), int16_t(x.at[i + 3])};
+            __builtin_memcpy(p + 2 * i, four, sizeof four);
+        }
     }
 
     // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
@@ -122,6 +140,7 @@ struct Scalar {
     static Wide wide_load(const float* p) { return load(p); }
     static Wide wide_load(const uint16_t* p) { return load(p, false); }
     static void wide_store(float* p, Wide x) { store(p, x); }
+    static Wide wide_add(Wide a, Wide b) { return add(a, b); }
     static Wide wide_mul(Wide a, Wide b) { return mul(a, b); }
     static Wide wide_fma(Wide a, Wide b, Wide c) { return fma(a, b, c); }
     static Wide to_float(WideInt x) {
@@ -147,6 +166,33 @@ struct Scalar {
                 codes.at[g][i] = Bits == 4 ? (p[(g / 2) * 64 + i] >> (4 * (g & 1))) & 15 : p[g * 64 + i];
         return codes;
     }
+    // Codes less `Less` as pairs: [group of four columns][first and third, second and fourth][row of the tile][which].
+    template <int Less, int Bits>
+    static void store_pairs(const Codes<Bits>& codes, int16_t* out) {
+        for (int g = 0; g < 8; ++g)
+            for (int i = 0; i < 64; ++i)
+                out[(4 * g + 2 * (i % 2)) * kTile + i / 4 * 2 + i % 4 / 2] = int16_t(codes.at[g][i] - Less);
+    }
+
+    struct WidePairs {
+        int16_t at[32];
+    };
+    static WideInt wide_int_zero() { return {}; }
+    static WidePairs load_pairs(const int16_t* p) {
+        WidePairs pairs;
+        __builtin_memcpy(pairs.at, p, sizeof pairs.at);
+        return pairs;
+    }
+    static WidePairs same_pairs(const int8_t* p) {
+        WidePairs pairs;
+        for (int r = 0; r < 16; ++r) __builtin_memcpy(pairs.at + 2 * r, p, 4);
+        return pairs;
+    }
+    static WideInt add_pairs(WideInt sum, WidePairs a, WidePairs b) {
+        for (int r = 0; r < 16; ++r) sum.at[r] += a.at[2 * r] * b.at[2 * r] + a.at[2 * r + 1] * b.at[2 * r + 1];
+        return sum;
+    }
+
     // Sum over the columns of groups [From, To) of (code - 2^Shift) * x, exact; minus_sum is -sum(x).
     template <int Bits, int Shift, int From, int To>
     static WideInt dot(const Codes<Bits>& codes, const int8_t* x, const int32_t* minus_sum) {

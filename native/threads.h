@@ -39,6 +39,11 @@ public:
     int size;
 
     void barrier();
+    // This thread's part of [0, count), the same in every call: its memory is read in one run. No barrier.
+    struct Range {
+        int64_t begin, end;
+    };
+    Range part(int64_t count) const { return {count * index / size, count * (index + 1) / size}; }
     // Call `body(begin, end)` on pieces of [0, count) of at most `grain`, shared among the team; then wait for
     // all. Every thread must come here.
     template <class Body>

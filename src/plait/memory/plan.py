@@ -370,6 +370,13 @@ class MemoryPlan:
         """Whether sequences may share what they remember of a common beginning."""
         return self.codec.is_shareable and self.policy.is_shareable
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether queries see all strands and nobody observes, so that a forward pass visits what the last one did."""
+        policy, codec = type(self.policy), type(self.codec)
+        is_observed = policy.observe is not Policy.observe or codec.observe is not Codec.observe
+        return policy.visits is Policy.visits and not is_observed
+
     def longest(self, trained: int) -> int:
         """Tokens that a sequence may have under this plan, of a model trained on sequences of `trained` tokens.
 

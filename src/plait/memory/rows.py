@@ -92,6 +92,9 @@ class Rows:
         key = (rope, tuple(offsets))
         if key not in self._angles:
             if rope.rule is None or not self.segments:
+                if len(set(key[1])) == 1:
+                    self._angles[key] = rope.looked_up(self.positions - offsets[0])
+                    return self._angles[key]
                 lengths = torch.tensor([segment.length for segment in self.segments], dtype=torch.int64)
                 shift = torch.tensor(list(offsets), dtype=torch.int64).repeat_interleave(lengths)
                 self._angles[key] = rope.looked_up(self.positions - shift.to(self.device))

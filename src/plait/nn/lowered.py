@@ -6,17 +6,19 @@ Shapes: N packed rows, W width, V vocabulary, S segments.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import Memory, Past, Rows, Strand, check_pasts
+from plait.memory import Memory, Past, Rows, check_pasts
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.mixers.attention import Attention
+from plait.nn.past_tables import Frame, PastTables
 from plait.nn.transformer import Block, Transformer
-from plait.ops import Angles, Causal, Everything, Mask, Rope, Tree, native
+from plait.ops import Causal, Everything, Mask, Rope, Tree, native
 from plait.ops.native import ACTIVATIONS, Projection, tree_bits
 from plait.weights import Linear
 
@@ -92,6 +94,7 @@ class Lowered:
         # Of the last call: visits to chunks of strands that were not made, because another sequence's was theirs.
         self.saved_visits = 0
         self._ropes: list[Rope | None] = []
+        self._past_tables: WeakKeyDictionary[Past, PastTables] = WeakKeyDictionary()
         for block in _blocks(model):
             self._add(block)
 
@@ -128,8 +131,10 @@ class Lowered:
             return None
         if any(type(segment.mask) not in _MASKS for segment in rows.segments):
             return None
-        if any(not _is_plain(layer) for past in pasts for layer in past.layers):
-            return None
+        # Tables that last were made of layers that stay plain.
+        for past in pasts:
+            if past not in self._past_tables and not all(map(_is_plain, past.layers)):
+                return None
         check_pasts(rows, pasts)
         if embeddings is not None:
             x = embeddings.detach().float().clone()
@@ -150,42 +155,37 @@ class Lowered:
         chosen = torch.arange(len(rows)) if wanted is None else wanted.to(torch.int64)
         hidden = torch.empty(len(chosen), self.config.width)
         logits = torch.empty(len(chosen), self.head_rows) if with_logits else None
-        tables, targets, visits = plan
+        # Strands are visited by address; the tables keep them.
+        tables, parts = plan
         self.saved_visits = self._program.run(
-            x.contiguous(), segments, tables.angles, _table(targets, 10), _table(visits, 14), trees,
-            chosen.view(-1, 1), hidden, logits,
-        )  # fmt: skip
+            x.contiguous(),
+            segments,
+            tables.angles,
+            *PastTables.joined(parts),
+            trees,
+            chosen.view(-1, 1),
+            hidden,
+            logits,
+        )
         return hidden, None if logits is None else self.finish(logits)
 
-    def _plan(self, rows: Rows, pasts: Sequence[Past]) -> tuple[_Tables, list[int], list[int]] | None:
-        """Where rows are written and what they visit, layer by layer; None for a visit of another kind."""
+    def _plan(self, rows: Rows, pasts: Sequence[Past]) -> tuple[_Tables, list[PastTables]] | None:
+        """Where rows are written and what they visit; None for a visit of another kind."""
         tables = _Tables(rows)
-        targets: list[int] = []
-        visits: list[int] = []
-        for layer, rope in enumerate(self._ropes):
-            memories = [memory for past in pasts if isinstance(memory := past.layers[layer], Memory)]
-            key_table = tables.index(rope, [memory.tail.offset for memory in memories])
-            for index, (segment, memory) in enumerate(zip(rows.segments, memories, strict=True)):
-                draft = segment.mask if isinstance(segment.mask, Tree) else None
-                first = memory.extend(segment.length, draft)
-                at = memory.tail.layout
-                if at is None:
+        parts = []
+        for index, (segment, past) in enumerate(zip(rows.segments, pasts, strict=True)):
+            part = self._past_tables.get(past)
+            if part is None or not part.extended(segment):
+                part = PastTables.made(past, segment, self._ropes)
+                if part is None:
                     return None
-                targets += (*at[:7], first, at.number, key_table)
-                for strand, window, mask, turned_at, queries, log_weight in memory.plan.policy.visits(
-                    memory, segment
-                ):
-                    at = strand.layout
-                    if at is None or mask is not None or queries is not None or log_weight:
-                        return None
-                    if turned_at is None:
-                        table = tables.at(rope, strand.offset)
-                    else:
-                        table = tables.pinned(rope, turned_at)
-                    tables.strands.append(strand)
-                    visits += (layer, index, *at[:6], at.first + len(strand), at.number)
-                    visits += (strand.offset + strand.start - at.first, window or 0, table, at.first)
-        return tables, targets, visits
+                if part.is_lasting:
+                    self._past_tables[past] = part
+                else:
+                    self._past_tables.pop(past, None)
+            part.number(index, [tables.index(frame) for frame in part.frames])
+            parts.append(part)
+        return tables, parts
 
     def _add(self, block: Block) -> None:
         mixer, feed_forward = block.mixer, block.feed_forward
@@ -216,41 +216,22 @@ class Lowered:
 
 
 class _Tables:
-    """The tables of angles of one call, each made once, and the strands that it visits."""
+    """The tables of angles of one call, each made once."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
         self.angles: list[tuple[Tensor, Tensor]] = []
-        # Visited by address, so they must live as long as the call.
-        self.strands: list[Strand] = []
-        self.known: dict[tuple[Rope, str, tuple[int, ...] | int], int] = {}
+        self.known: dict[Frame, int] = {}
 
-    def index(self, rope: Rope | None, offsets: list[int]) -> int:
-        """The table in which the rows of each segment stand in the frame that starts at its offset."""
-        if rope is None:
-            return -1
-        if len(set(offsets)) == 1:
-            return self.at(rope, offsets[0])
-        return self._table((rope, "frames", tuple(offsets)), lambda: self.rows.angles(rope, offsets))
-
-    def at(self, rope: Rope | None, offset: int) -> int:
-        """The table in which all rows stand in one frame."""
-        if rope is None:
-            return -1
-        offsets = len(self.rows.segments)
-        return self._table((rope, "frame", offset), lambda: self.rows.angles(rope, [offset] * offsets))
-
-    def pinned(self, rope: Rope | None, position: int) -> int:
-        """The table in which every row stands at one position."""
-        if rope is None:
-            return -1
-        return self._table((rope, "pinned", position), lambda: self.rows.angles_at(rope, position))
-
-    def _table(self, key: tuple[Rope, str, tuple[int, ...] | int], make: Callable[[], Angles]) -> int:
-        found = self.known.get(key)
+    def index(self, frame: Frame) -> int:
+        """The table in which all rows stand in a frame, or at one position of it."""
+        found = self.known.get(frame)
         if found is None:
-            found = self.known[key] = len(self.angles)
-            angles = make()
+            found = self.known[frame] = len(self.angles)
+            if frame.is_pinned:
+                angles = self.rows.angles_at(frame.rope, frame.offset)
+            else:
+                angles = self.rows.angles(frame.rope, [frame.offset] * len(self.rows.segments))
             self.angles.append((angles.cos.contiguous(), angles.sin.contiguous()))
         return found
 

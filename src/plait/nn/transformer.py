@@ -154,7 +154,8 @@ class Transformer(nn.Module):
         Raises:
             ConfigError: an id is outside the vocabulary.
         """
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+        low, high = map(int, tokens.aminmax()) if tokens.numel() else (0, 0)
+        if not 0 <= low <= high < self.config.vocab_size:
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
             raise ConfigError(f"Token ids must be in [0, {self.config.vocab_size}). Got {int(bad)}.")
         x = self.embedding(tokens).float()

@@ -1,0 +1,104 @@
+// Many rows times a tile of codes: codes and activations as whole numbers of 16 bits, multiplied in pairs of columns.
+//
+// A tile's codes are widened once for all rows. Sums over a block are whole numbers below 2^31 and so exact, whatever
+// their order; they meet scales in the order in which one row's do, and a row has the same bits in both forms.
+#pragma once
+
+#include "kernel_math.h"
+
+namespace plait {
+namespace {
+
+// Blocks of a tile that are widened at a time; they lie in the first-level cache.
+constexpr int64_t kPanelBlocks = 18;
+
+struct Panel {
+    // [block][pair of columns][row][which]: of each four columns, the first and third, then the second and fourth.
+    alignas(64) int16_t codes[kPanelBlocks][kBlock / 2][kTile][2];
+    alignas(64) float scales[kPanelBlocks][2][kTile], minima[kPanelBlocks][2][kTile];  // of each 32, or 16, columns
+};
+
+template <class S>
+struct Pairs {
+    using Wide = typename S::Wide;
+    using WideInt = typename S::WideInt;
+    static constexpr int kParts = kTile / S::kWideLanes;
+
+    // Sums over pairs [From, To) of a block: codes times rows of activations.
+    template <int Rows, int From, int To>
+    static void products(const int16_t* codes, const int8_t* x, WideInt (&sums)[Rows][kParts]) {
+        WideInt own[Rows][kParts];
+        for (int m = 0; m < Rows; ++m)
+            for (int part = 0; part < kParts; ++part) own[m][part] = S::wide_int_zero();
+        for (int pair = From; pair < To; ++pair) {
+            typename S::WidePairs code[kParts];
+            for (int part = 0; part < kParts; ++part)
+                code[part] = S::load_pairs(codes + 2 * (pair * kTile + part * S::kWideLanes));
+            for (int m = 0; m < Rows; ++m) {
+                const auto two = S::same_pairs(x + m * kBlockCodes + 4 * pair);
+                for (int part = 0; part < kParts; ++part) own[m][part] = S::add_pairs(own[m][part], code[part], two);
+            }
+        }
+        for (int m = 0; m < Rows; ++m)
+            for (int part = 0; part < kParts; ++part) sums[m][part] = own[m][part];
+    }
+
+    template <int Groups, bool HasMinima, int Rows>
+    static void multiply(const Panel& panel, int64_t num_blocks, const int8_t* x, const RowBlock* xb, int chunk, float* out) {
+        for (int64_t b = 0; b < num_blocks; ++b, x += chunk * kBlockCodes, xb += chunk) {
+            const int16_t* codes = &panel.codes[b][0][0][0];
+            WideInt sums[Groups][Rows][kParts];
+            products<Rows, 0, kBlock / 2 / Groups>(codes, x, sums[0]);
+            if constexpr (Groups == 2) products<Rows, kBlock / 4, kBlock / 2>(codes, x, sums[1]);
+            for (int part = 0; part < kParts; ++part) {
+                const int first = part * S::kWideLanes;
+                Wide scale[Groups], minimum[Groups];
+                for (int group = 0; group < Groups; ++group) {
+                    scale[group] = S::wide_load(panel.scales[b][group] + first);
+                    if constexpr (HasMinima) minimum[group] = S::wide_load(panel.minima[b][group] + first);
+                }
+                for (int m = 0; m < Rows; ++m) {
+                    const RowBlock& of = xb[m];
+                    const Wide x_scale = S::wide_set1(&of.scale);
+                    Wide total = S::wide_load(out + m * kTile + first);
+                    for (int group = 0; group < Groups; ++group)
+                        total = S::wide_fma(S::wide_mul(scale[group], x_scale), S::to_float(sums[group][m][part]), total);
+                    if constexpr (HasMinima && Groups == 1) total = S::wide_fma(minimum[0], S::wide_set1(&of.scaled_sum), total);
+                    if constexpr (HasMinima && Groups == 2) {
+                        total = S::wide_fma(minimum[0], S::wide_set1(&of.scaled_low), total);
+                        total = S::wide_fma(minimum[1], S::wide_set1(&of.scaled_high), total);
+                    }
+                    S::wide_store(out + m * kTile + first, total);
+                }
+            }
+        }
+    }
+
+    // The chunks of 8 and 4 rows among rows [first, last) times a tile: out[row - first][16]. `fill` widens blocks
+    // [begin, end) of the tile. Returns the first row of a smaller chunk.
+    template <int Groups, bool HasMinima, class Fill>
+    static int64_t run(const QuantizedRows& x, int64_t first, int64_t last, float* out, Fill fill) {
+        int64_t until = first;
+        while (until < last && chunk_rows(x.rows - until) >= kPairRows) until += chunk_rows(x.rows - until);
+        if (until == first) return first;
+        std::memset(out, 0, size_t((until - first) * kTile) * sizeof(float));
+        const int64_t num_blocks = x.columns / kBlock;
+        Panel panel;
+        for (int64_t begin = 0; begin < num_blocks; begin += kPanelBlocks) {
+            const int64_t count = num_blocks - begin < kPanelBlocks ? num_blocks - begin : kPanelBlocks;
+            fill(panel, begin, begin + count);
+            int chunk = 0;
+            for (int64_t row = first; row < until; row += chunk) {
+                chunk = chunk_rows(x.rows - row);
+                for (int m = 0; m < chunk; m += kPairRows)
+                    multiply<Groups, HasMinima, kPairRows>(panel, count, x.codes_of(row, begin, chunk) + m * kBlockCodes,
+                                                           x.blocks_of(row, begin, chunk) + m, chunk,
+                                                           out + (row - first + m) * kTile);
+            }
+        }
+        return until;
+    }
+};
+
+}  // namespace
+}  // namespace plait
