@@ -7,24 +7,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from plait.claims.texts import source
-
 if TYPE_CHECKING:
     from plait.decode import Sampling
     from plait.engine import LanguageModel
 
-__all__ = ["Answer", "answer", "code_prompts", "same_up_to_ties", "with_draft"]
+__all__ = ["Answer", "answer", "same_up_to_ties", "with_draft"]
 
 # Two logits as close as this may change places with the rounding of another number of rows.
 _TIE = 1e-3
-
-_CODE = (
-    ("textwrap", "TextWrapper"),
-    ("json", "dumps"),
-    ("heapq", "merge"),
-    ("statistics", "quantiles"),
-    ("argparse", "HelpFormatter"),
-)
 
 
 class Answer(NamedTuple):
@@ -81,8 +71,3 @@ def same_up_to_ties(lm: LanguageModel, prompt: Sequence[int], first: list[int], 
     return {first[place], second[place]} == set(best.indices.tolist()) and bool(
         best.values[0] - best.values[1] < _TIE
     )
-
-
-def code_prompts(lm: LanguageModel, characters: int = 1000) -> list[list[int]]:
-    """Beginnings of code of the standard library, to be continued."""
-    return [lm.encode(source(module, name)[:characters]) for module, name in _CODE]

@@ -8,8 +8,9 @@ __all__ = ["CLAIM"]
 
 
 def _measure(run: Run) -> Measurements:
-    from plait.claims.drafts import answer, code_prompts, same_up_to_ties, with_draft
+    from plait.claims.drafts import answer, same_up_to_ties, with_draft
     from plait.claims.prompts import chat_prompts
+    from plait.claims.tasks import code_prompts
     from plait.decode import Sampling
     from plait.decode.speculate.token_recycling import Table
     from plait.engine import load
