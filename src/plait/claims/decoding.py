@@ -22,7 +22,7 @@ __all__ = ["Decoding", "Recorder", "TaskRow", "measure_decoding"]
 
 
 class Recorder(DraftBudget):
-    """A budget that counts, for each depth, how often a guess was scored there and how often one was right.
+    """A budget like another one, which counts, for each depth, how often a guess was scored there and how often one was right.
 
     Attributes:
         scored, right: passes by depth, from 1 on.
@@ -30,8 +30,8 @@ class Recorder(DraftBudget):
         passes: how many those were.
     """
 
-    def __init__(self, mode: Any) -> None:
-        super().__init__(mode)
+    def __init__(self, budget: DraftBudget) -> None:
+        super().__init__(budget.mode, times=budget.times)
         self.scored: dict[int, int] = {}
         self.right: dict[int, int] = {}
         self.rows = self.passes = 0
@@ -139,7 +139,7 @@ def measure_decoding(
         asked = TASKS[task](lm)[:prompts]
         sides = [with_draft(lm, draft) for draft in drafts]
         rows = [TaskRow(task, draft) for draft in drafts]
-        recorders = [Recorder(side.draft.budget) for side in sides]
+        recorders = [Recorder(side.draft_budget) for side in sides]
         for side, recorder in zip(sides, recorders, strict=True):
             side.draft_budget = recorder
         for number in range(rounds):

@@ -12,7 +12,7 @@ from plait.decode.speculate import Account, Context, DraftBudget, Proposal, Spec
 from plait.engine.budget import MemoryBudget
 from plait.engine.feed import Drafting, Feed, Guesser
 from plait.engine.metrics import Metrics
-from plait.engine.passes import forward, restored_on_failure, seconds_of
+from plait.engine.passes import Timer, forward, restored_on_failure
 from plait.engine.prefix_tree import Namespace, PrefixTree, common_prefix
 from plait.engine.request import Piece, Request
 from plait.engine.scheduler import Scheduler
@@ -90,6 +90,7 @@ class Engine:
         self._counts = Metrics()
         self._tracer = Tracer(model)
         self._drafting = Drafting()
+        self._timer = Timer(model, self.draft_budget.clock)
 
     @property
     def is_idle(self) -> bool:
@@ -301,11 +302,7 @@ class Engine:
         plain = sum(len(feed.tokens) for feed in feeds) - sum(
             feed.tree.num_scored - 1 for feed in feeds if feed.tree is not None
         )
-        chosen = self.draft_budget.choose(
-            list(proposals.values()),
-            plain,
-            lambda rows: seconds_of(self.model, rows, self.draft_budget.clock),
-        )
+        chosen = self.draft_budget.choose(list(proposals.values()), plain, self._timer)
         trees = dict(zip(proposals, chosen, strict=True))
         spent = []
         for feed in feeds:

@@ -13,7 +13,7 @@ from plait.engine.feed import Feed
 from plait.memory import Causal, Mask, MemoryPlan, Past, Rows
 from plait.nn import Transformer
 
-__all__ = ["forward", "restored_on_failure", "seconds_of"]
+__all__ = ["Timer", "forward", "restored_on_failure"]
 
 # Tokens before the rows whose pass is timed; how much longer it takes behind more is learnt as it happens.
 _SHORT_PAST = 64
@@ -42,15 +42,28 @@ def forward(model: Transformer, feeds: Sequence[Feed], budget: DraftBudget) -> T
     return logits
 
 
-def seconds_of(model: Transformer, rows: int, clock: Callable[[], float]) -> float:
-    """Times a forward pass over so many rows behind a few tokens."""
-    past = model.new_past(MemoryPlan())
-    model(torch.zeros(_SHORT_PAST, dtype=torch.int64), Rows([(_SHORT_PAST, 0)]), [past])
-    past.commit()
-    start = clock()
-    tokens = torch.zeros(rows, dtype=torch.int64)
-    model.answer(tokens, Rows([(rows, _SHORT_PAST, Causal())]), [past], wanted=torch.arange(rows))
-    return clock() - start
+class Timer:
+    """Times forward passes behind a few tokens that have nothing to do with any sequence."""
+
+    def __init__(self, model: Transformer, clock: Callable[[], float]) -> None:
+        self._model = model
+        self._clock = clock
+        self._past: Past | None = None
+
+    def __call__(self, rows: int) -> float:
+        """Seconds of a pass over so many rows."""
+        if self._past is None:
+            self._past = self._model.new_past(MemoryPlan())
+            tokens = torch.zeros(_SHORT_PAST, dtype=torch.int64)
+            self._model(tokens, Rows([(_SHORT_PAST, 0)]), [self._past])
+            self._past.commit()
+        tokens = torch.zeros(rows, dtype=torch.int64)
+        segments: list[tuple[int, int, Mask]] = [(rows, _SHORT_PAST, Causal())]
+        start = self._clock()
+        self._model.answer(tokens, Rows(segments), [self._past], wanted=torch.arange(rows))
+        seconds = self._clock() - start
+        self._past.truncate(_SHORT_PAST)
+        return seconds
 
 
 @contextlib.contextmanager

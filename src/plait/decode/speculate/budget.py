@@ -36,6 +36,10 @@ _GAIN, _FREE = 1.02, 0.005
 REST, TRIAL = 64, 8
 # Newest samples weigh at least this much in a moving average; a single time counts at most so many times over.
 _RATE, _OUTLIER = 0.05, 1.5
+# Rows beyond the first up to which passes are timed before anything is known, and guesses that are asked for then.
+_FIRST = 7
+# Trees after which a draft that costs next to nothing may be found wanting.
+_EVIDENCE = 32
 # After so many trees the shape of drawn ones is planned anew.
 _PLAN = 8
 
@@ -59,14 +63,16 @@ class PassTimes:
         """Seconds of a pass by its rows, as far as passes were timed."""
         return dict(zip(self._rows, self(self._rows).tolist(), strict=True)) if self._rows else {}
 
-    def measure(self, rows: int, seconds_of: Callable[[int], float]) -> None:
-        """Time what is missing of the grid, up to its first point at or above `rows`."""
-        wanted = min(rows, GRID[-1])
-        while self.measured < wanted:
+    def measure(self, rows: int, seconds_of: Callable[[int], float]) -> bool:
+        """Time what is missing of the grid, up to its first point at or above `rows`; whether anything was."""
+        before = self.measured
+        while self.measured < min(rows, GRID[-1]):
             following = GRID[len(self._rows)]
-            seconds = min(seconds_of(following) for _ in range(2))
+            # The first pass of all finds caches cold.
+            seconds = min(seconds_of(following) for _ in range(1 if self._rows else 3))
             self._rows.append(following)
             self._seconds.append(seconds)
+        return self.measured > before
 
     def __call__(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Seconds for each number of rows: linear between what was timed and behind it, and never falling."""
@@ -162,6 +168,8 @@ class Account:
         # The least reach of a drawn node that is scored, and the deepest level that is drafted.
         self.least = 0.0
         self.depth: int | None = None
+        # Guesses that the next tree may use, if it can be told how many it needs.
+        self.width = _FIRST
         self.trees = 0
 
     def propose(self, speculator: Speculator, context: Context) -> Proposal:
@@ -173,6 +181,7 @@ class Account:
         elif is_free:
             if self.rest > 0:
                 return Proposal(Tree.root(context.tokens[-1]), self, is_free)
+            context = context._replace(width=self.width)
             if not self.trial and self.depth is not None:
                 context = context._replace(depth=self.depth)
         start = budget.clock()
@@ -234,9 +243,9 @@ class Account:
             self.trial = 1
         # What is tried may take 2 % of the time, so the dearer it is the fewer trees are tried.
         spent = self.cost.value * self.gain.count
-        is_known = self.gain.count >= TRIAL or spent > 2 * REST * (_GAIN - 1)
+        is_known = self.gain.count >= _EVIDENCE or spent > 2 * REST * (_GAIN - 1)
         if is_known and self.cost.value > _FREE and 1 + self.gain.value < _GAIN * (1 + self.cost.value):
-            self.rest = max(REST, round(self.cost.value * min(self.gain.count, TRIAL) / (_GAIN - 1)))
+            self.rest = max(REST, round(self.cost.value * min(self.gain.count, _EVIDENCE) / (_GAIN - 1)))
             self.budget.rest = self.rest
 
     def plan(self, tree: Tree, shape: _Shape, rows: int, sequences: int) -> None:
@@ -273,18 +282,24 @@ class DraftBudget:
     Args:
         mode: `auto` for what pays by the machine's own times; `off` for everything that is proposed; a number
             for at most so many guesses for each sequence and pass, whatever they cost.
+        times: T(n) of the model, which its drafts share.
         clock: seconds.
 
     Attributes:
-        times: T(n), once something was guessed.
         chances: how often the guesses of all sequences were right, by slot.
         rest: tokens for which new sequences do not guess, because it did not pay for others.
     """
 
-    def __init__(self, mode: Mode = "auto", *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        mode: Mode = "auto",
+        *,
+        times: PassTimes | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.mode = mode
         self.clock = clock
-        self.times = PassTimes()
+        self.times = PassTimes() if times is None else times
         self.chances = Chances()
         self.rest = 0
 
@@ -301,7 +316,7 @@ class DraftBudget:
         trees = [proposal.tree for proposal in proposals]
         if self.mode != "auto" or all(len(tree) == 1 for tree in trees):
             return trees
-        self.times.measure(rows + sum(map(len, trees)) - len(trees), seconds_of)
+        self.times.measure(rows + _FIRST, seconds_of)
         kept: list[set[int]] = [set() for _ in trees]
         candidates: list[tuple[float, int, int, int]] = []
         gained = overhead = 0.0
@@ -322,11 +337,17 @@ class DraftBudget:
             account.plan(tree, shape, rows, len(trees))
         candidates.sort()
         reach, cost = [-one[0] for one in candidates], [one[3] for one in candidates]
-        rates = _rates(reach, cost, rows, len(trees) + gained, self.times, overhead)
-        count = int(np.argmax(rates))
+        while True:
+            rates = _rates(reach, cost, rows, len(trees) + gained, self.times, overhead)
+            count = int(np.argmax(rates))
+            # Times beyond those that were measured are a guess, so what seems to pay there is measured first.
+            if not self.times.measure(rows + sum(cost[:count]), seconds_of):
+                break
         if rates[count] >= _GAIN * rates[0]:
             for _, place, node, _ in candidates[:count]:
                 kept[place].add(node)
+        for nodes, (_, account, _) in zip(kept, proposals, strict=True):
+            account.width = max(_FIRST, 2 * len(nodes))
         return [_trimmed(tree, nodes) for tree, nodes in zip(trees, kept, strict=True)]
 
     def settle(

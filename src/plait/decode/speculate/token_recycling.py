@@ -140,14 +140,21 @@ class Table:
         slot_of = {path: slot for slot, path in enumerate(self.paths)}
         self.parents = [slot_of.get(path[:-1], -1) for path in self.paths]
 
-    def read(self, root: int) -> Tree:
-        """The template's tree below a token, without what is not known and without siblings that are equal."""
+    def read(self, root: int, most: int) -> Tree:
+        """The template's tree below a token, without what is not known and without siblings that are equal.
+
+        Args:
+            root: the token.
+            most: nodes below it.
+        """
         tokens, parents = [root], [-1]
         slots: list[tuple[int, ...]] = [()]
         node_of = {-1: 0}
         siblings: set[tuple[int, int]] = set()
         rows: list[list[int]] = [self.successors[root].tolist()]
         for slot, (path, above) in enumerate(zip(self.paths, self.parents, strict=True)):
+            if len(tokens) > most:
+                break
             parent = node_of.get(above)
             if parent is None:
                 continue
@@ -196,9 +203,7 @@ class _Recycler(Speculator):
         if not self.has_read_prompt:
             self.table.follow(context.tokens)
             self.has_read_prompt = True
-        if context.budget < 1:
-            return Tree.root(context.tokens[-1])
-        return self.table.read(context.tokens[-1]).first(context.budget + 1)
+        return self.table.read(context.tokens[-1], min(context.budget, context.width))
 
     def observe(self, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor) -> None:
         # Accepted nodes count most, then shallow ones, which know more of the text for certain.

@@ -25,7 +25,7 @@ class Context(NamedTuple):
         positions: the model's context in tokens.
         sampler: how the sequence's tokens are chosen.
         history: of the sequence, root included; to be left as it is.
-        depth: most levels that are worth drafting.
+        depth, width: most levels, and about the most nodes, that are worth drafting.
     """
 
     tokens: Sequence[int]
@@ -34,6 +34,7 @@ class Context(NamedTuple):
     sampler: Sampler
     history: History
     depth: int = 10**6
+    width: int = 10**6
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,6 @@ class Tree:
     def slot(self, node: int) -> Hashable:
         """The name under which it is remembered how often nodes like this one are right."""
         return self.slots[node] if self.slots else self.places[node]
-
-    def first(self, count: int) -> Tree:
-        """The first nodes alone, of a tree without drawn nodes, probes and the like."""
-        if count >= len(self):
-            return self
-        return Tree(self.tokens[:count], self.parents[:count], slots=self.slots[:count])
 
     def only_scored(self) -> Tree:
         """Tokens and parents of the scored nodes alone, numbered by their rows."""
