@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from plait.claims.drafts import answer, same_up_to_ties, with_draft
 from plait.claims.tasks import TASKS
-from plait.decode.speculate import Account, DraftBudget, Step, Tree
+from plait.decode.speculate import Account, DraftBudget, Mode, Step, Tree
 from plait.errors import UnknownNameError, suggestion
 
 if TYPE_CHECKING:
     from plait.engine import LanguageModel
 
-__all__ = ["Decoding", "Recorder", "TaskRow", "measure_decoding"]
+__all__ = ["Decoding", "Recorder", "Runs", "TaskRow", "measure_decoding"]
 
 
 class Recorder(DraftBudget):
@@ -170,3 +170,39 @@ def measure_decoding(
             curve = recorder.times.curve or curve
         found += rows
     return Decoding(found, curve)
+
+
+class Runs(DraftBudget):
+    """A budget that keeps how many guesses were right in a row, where the guesses of a tree are a chain.
+
+    A run ends with a wrong guess, or with the last of a chain behind which the model itself chose the next token.
+    One that goes on into the next window, which the model does not interrupt, counts as one.
+
+    Attributes:
+        runs: their lengths.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        super().__init__(mode)
+        self.runs: list[int] = []
+        self._open = 0
+
+    def settle(
+        self, account: Account, tree: Tree, path: Sequence[int], following: Sequence[int], step: Step
+    ) -> None:
+        super().settle(account, tree, path, following, step)
+        if len(tree) == 1:
+            return
+        right = len(path) - 1
+        child = next((node for node in tree.unscored if tree.parents[node] == path[-1]), None)
+        self._open += right
+        if child is not None and tree.tokens[child] == following[-1]:
+            self._open += 1
+        else:
+            self.finish(even_empty=True)
+
+    def finish(self, *, even_empty: bool = False) -> None:
+        """End the run that goes on, as the answer did."""
+        if self._open or even_empty:
+            self.runs.append(self._open)
+        self._open = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.decode.speculate.base import SPECULATORS, Nothing, Speculator, SpeculatorConfig
-from plait.decode.speculate.budget import Account, DraftBudget, PassTimes, Proposal, Step
+from plait.decode.speculate.budget import Account, DraftBudget, Mode, PassTimes, Proposal, Step
 from plait.decode.speculate.chain import Chain
 from plait.decode.speculate.draft_model import DraftModelConfig, DraftModelSpeculator
 from plait.decode.speculate.lud import LUD
@@ -30,6 +30,7 @@ __all__ = [
     "DraftModelConfig",
     "DraftModelSpeculator",
     "Mix",
+    "Mode",
     "Nothing",
     "PassTimes",
     "PromptLookup",
