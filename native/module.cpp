@@ -251,6 +251,8 @@ NB_MODULE(_native, m) {
         nb::gil_scoped_release free;
         Pool::get().resize(count);
     });
+    m.def("is_alone", [] { return Pool::is_alone(); });
+    m.def("set_alone", [](bool alone) { Pool::set_alone(alone); });
     bind_packed(m);
     bind_rows(m);
     bind_grid(m);

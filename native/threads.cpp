@@ -77,6 +77,8 @@ int default_size() {
     return physical_cores();
 }
 
+thread_local bool runs_alone = false;
+
 Pool* process_pool = nullptr;
 std::mutex process_pool_mutex;
 
@@ -179,8 +181,12 @@ void Pool::run_one(int index) {
     team.barrier();
 }
 
+void Pool::set_alone(bool alone) { runs_alone = alone; }
+
+bool Pool::is_alone() { return runs_alone; }
+
 void Pool::run(const std::function<void(Team&)>& body, double work) {
-    if (work < kAloneBelow || size_ == 1) {
+    if (work < kAloneBelow || size_ == 1 || runs_alone) {
         PlainFloats plain;
         Team team(*this, 0, 1);
         body(team);

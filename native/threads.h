@@ -81,6 +81,10 @@ public:
     int size() const { return size_; }
     // Change the number of threads; waits until the pool is idle.
     void resize(int size);
+    // Whether what the calling thread runs from now on runs on this thread alone, beside the pool and without
+    // waiting for it: two such threads compute at the same time, each on its own core.
+    static void set_alone(bool alone);
+    static bool is_alone();
     // Run `body(team)` on every thread, the caller among them. One team runs at a time. `body` must not throw:
     // check and allocate before. The floating-point environment is the default one throughout.
     //

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
+from plait.decode.speculate import Nothing, PromptLookup
 from plait.errors import ConfigError, UnknownNameError
 from plait.spec import Axis, Spec, settings_of, split_specs
 
@@ -102,7 +103,10 @@ each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name_
 
 
 # Settings that work together, for classes in which the limits of one depend on another.
-TOGETHER: dict[str, dict[str, Any]] = {"Llama3Scaling": {"low_freq_factor": 1.0, "high_freq_factor": 4.0}}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "Llama3Scaling": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "Mix": {"parts": (Nothing(), PromptLookup(match=3))},
+}
 
 
 def limits_of(hint: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Axis:
     def parse(self, text: str) -> Any:
         """Build the method named by a spec string such as `"gear:bits=4,rank=2"`."""
         name, _, settings = text.strip().partition(":")
-        return self.find(name).from_settings(settings_of(settings))
+        return self.find(name).from_text(settings)
 
 
 class Spec:
@@ -87,6 +87,15 @@ class Spec:
 
     def check(self) -> None:
         """Raise `ConfigError` for settings that are allowed one by one but not together."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Build the object from what stands behind its name in a spec string.
+
+        Raises:
+            ConfigError: an unknown setting, or a value outside its limits.
+        """
+        return cls.from_settings(settings_of(text))
 
     @classmethod
     def from_settings(cls, settings: dict[str, str]) -> Self:
@@ -132,7 +141,8 @@ class Spec:
         """
         settings = dict(data)
         target: Any = cls
-        if not dataclasses.is_dataclass(target):
+        is_base = not hasattr(cls, "name") and "name" in settings and hasattr(cls, "axis")
+        if is_base or not dataclasses.is_dataclass(target):
             target = cls.axis.find(str(settings.pop("name", None)))
         elif hasattr(cls, "name"):
             settings.pop("name", None)

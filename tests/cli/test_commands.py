@@ -45,6 +45,7 @@ COMMANDS = [
     "train",
     "watermark",
     "pac",
+    "bench",
 ]
 
 
@@ -88,6 +89,7 @@ def test_help_lists_every_command(plait: Callable[..., Result]) -> None:
             "ModelShape.heads must cut",
         ),
         (["watermark", "detect", "/no/such/file", "--key-file", "/no/such/key"], "could not be read"),
+        (["bench", "decode", "--draft", "nonsense"], "Unknown speculator 'nonsense'"),
         (["pac", "complete", "/no/such/file", "--sets", "/no/such/sets"], "could not be read"),
         (["pac", "calibrate", "/no/such/file", "--output", "/tmp/x"], "could not be read"),
     ],

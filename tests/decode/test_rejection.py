@@ -133,6 +133,17 @@ def test_a_false_declaration_of_draws_is_noticed(mistake: Callable[[Tensor, int]
     assert float((out - target).abs().sum()) / 2 > 0.02
 
 
+def test_draws_with_replacement_whose_duplicates_are_dropped_are_noticed() -> None:
+    target = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    draft = torch.tensor([0.6, 0.2, 0.1, 0.1], dtype=torch.float64)
+    kept = list(all_draws(draft, 3, replacement=True))
+    out = outcome(target, draft, iter(kept), replacement=True)
+    assert float((out - target).abs().max()) < ROUNDING
+    dropped = ((mass, list(dict.fromkeys(tokens))) for mass, tokens in kept)
+    out = outcome(target, draft, dropped, replacement=True)
+    assert float((out - target).abs().sum()) / 2 > 0.005
+
+
 class _Unnormalised(Rejection):
     """Forgets that the law of a later draw without replacement has to sum to 1."""
 

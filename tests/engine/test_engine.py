@@ -26,6 +26,8 @@ DRAFTS = [
     "prompt-lookup",
     "prompt-lookup:match=2,tokens=16,patience=0",
     "token-recycling:k=3,nodes=80",
+    "token-recycling:budget=auto",
+    "mix:prompt-lookup:match=2+token-recycling:nodes=20+budget=9",
 ]
 
 

@@ -7,24 +7,15 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from plait.claims.texts import source
-
 if TYPE_CHECKING:
     from plait.decode import Sampling
     from plait.engine import LanguageModel
+    from plait.nn import Transformer
 
-__all__ = ["Answer", "answer", "code_prompts", "same_up_to_ties", "with_draft"]
+__all__ = ["Answer", "answer", "answers", "same_up_to_ties", "with_draft"]
 
 # Two logits as close as this may change places with the rounding of another number of rows.
 _TIE = 1e-3
-
-_CODE = (
-    ("textwrap", "TextWrapper"),
-    ("json", "dumps"),
-    ("heapq", "merge"),
-    ("statistics", "quantiles"),
-    ("argparse", "HelpFormatter"),
-)
 
 
 class Answer(NamedTuple):
@@ -35,11 +26,12 @@ class Answer(NamedTuple):
     seconds: float
 
 
-def with_draft(lm: LanguageModel, draft: str) -> LanguageModel:
-    """The same model, guessing with another draft that has learned nothing yet."""
+def with_draft(lm: LanguageModel, draft: str, draft_model: Transformer | None = None) -> LanguageModel:
+    """The same model, guessing with another draft, and draft model if it takes one, that has learned nothing yet."""
     from plait.decode.speculate import SPECULATORS
 
     twin = copy.copy(lm)
+    twin.draft_model = draft_model
     twin.draft = SPECULATORS.parse(draft)
     return twin
 
@@ -65,6 +57,18 @@ def answer(
     return Answer(list(sequence.result().tokens), passes, time.perf_counter() - start)
 
 
+def answers(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy answers to prompts that run at the same time; the end token does not stop them."""
+    engine = lm.new_engine()
+    sequences = [
+        engine.submit(lm.request(prompt, max_new_tokens=max_new_tokens, ignore_end=True))
+        for prompt in prompts
+    ]
+    for _ in engine.run():
+        pass
+    return [list(sequence.result().tokens) for sequence in sequences]
+
+
 def same_up_to_ties(lm: LanguageModel, prompt: Sequence[int], first: list[int], second: list[int]) -> bool:
     """Whether two greedy answers are equal, or part where the model's two best logits are a tie."""
     import torch
@@ -81,8 +85,3 @@ def same_up_to_ties(lm: LanguageModel, prompt: Sequence[int], first: list[int], 
     return {first[place], second[place]} == set(best.indices.tolist()) and bool(
         best.values[0] - best.values[1] < _TIE
     )
-
-
-def code_prompts(lm: LanguageModel, characters: int = 1000) -> list[list[int]]:
-    """Beginnings of code of the standard library, to be continued."""
-    return [lm.encode(source(module, name)[:characters]) for module, name in _CODE]

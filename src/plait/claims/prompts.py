@@ -9,7 +9,7 @@ from plait.claims.texts import manual, source
 if TYPE_CHECKING:
     from plait.engine import LanguageModel
 
-__all__ = ["chat_prompts", "copying_prompts", "plain_prompts"]
+__all__ = ["chat_prompts", "copying_prompts", "editing_prompts", "plain_prompts", "repeating_prompts"]
 
 _QUESTIONS = (
     "What is the capital of France, and what is it known for?",
@@ -33,11 +33,22 @@ def chat_prompts(lm: LanguageModel) -> list[list[int]]:
     return [lm.encode_chat(question) for question in _QUESTIONS]
 
 
+def editing_prompts(lm: LanguageModel) -> list[list[int]]:
+    """Requests for small edits of code, whose answers repeat most of it."""
+    return [
+        lm.encode_chat(f"{task}\n\n```python\n{source(module, name)}```") for module, name, task in _EDITS
+    ]
+
+
+def repeating_prompts(lm: LanguageModel) -> list[list[int]]:
+    """Requests to repeat a passage."""
+    passages = [passage for passage in manual().split("\n\n") if 300 < len(passage) < 600][:4]
+    return [lm.encode_chat(f"Repeat this text:\n\n{passage}") for passage in passages]
+
+
 def copying_prompts(lm: LanguageModel) -> list[list[int]]:
     """Requests whose answers repeat much of the prompt: edits of code, and passages to be repeated."""
-    edits = [f"{task}\n\n```python\n{source(module, name)}```" for module, name, task in _EDITS]
-    passages = [passage for passage in manual().split("\n\n") if 300 < len(passage) < 600][:4]
-    return [lm.encode_chat(text) for text in [*edits, *(f"Repeat this text:\n\n{p}" for p in passages)]]
+    return editing_prompts(lm) + repeating_prompts(lm)
 
 
 def plain_prompts(lm: LanguageModel) -> list[list[int]]:

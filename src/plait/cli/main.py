@@ -8,8 +8,8 @@ import typer
 import typer.core
 
 from plait import __version__
+from plait.cli import bench, claims, evaluate, generate, methods, models, pac, train, watermark, weights
 from plait.cli import bytes as byte_laws
-from plait.cli import claims, evaluate, generate, methods, models, pac, train, watermark, weights
 from plait.cli import serve as serving
 from plait.cli.common import say
 from plait.errors import PlaitError
@@ -80,6 +80,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(train.app, name="train")
 app.add_typer(watermark.app, name="watermark")
 app.add_typer(pac.app, name="pac")
+app.add_typer(bench.app, name="bench")
 app.add_typer(claims.app, name="claims")
 
 

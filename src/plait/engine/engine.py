@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from plait.decode import Sampler
-from plait.decode.speculate import Context, Speculator, Tree, verify
+from plait.decode.speculate import Account, Context, DraftBudget, Proposal, Speculator, Step, Tree, verify
 from plait.engine.budget import MemoryBudget
+from plait.engine.feed import Drafting, Feed, Guesser
 from plait.engine.metrics import Metrics
+from plait.engine.passes import Timer, forward, restored_on_failure
 from plait.engine.prefix_tree import Namespace, PrefixTree, common_prefix
 from plait.engine.request import Piece, Request
 from plait.engine.scheduler import Scheduler
 from plait.engine.sequence import RunningSequence
 from plait.engine.trace import Tracer
 from plait.errors import CapacityError, ConfigError
-from plait.memory import Causal, Mask, MemoryPlan, Past, Rows
-from plait.memory import Tree as TreeMask
+from plait.memory import MemoryPlan, Past, Rows
 from plait.nn import Transformer
 from plait.text import Tokenizer
 
 __all__ = ["Engine"]
-
-
-class Feed(NamedTuple):
-    """The rows that one sequence contributes to a step.
-
-    `tree` is None for a piece of the prompt behind which more of the prompt follows: nothing is
-    chosen. Else its nodes are the last rows; the rows before them are prompt. `growth` is what writing
-    them allocates, in bytes.
-    """
-
-    sequence: RunningSequence
-    past: Past
-    tokens: list[int]
-    tree: Tree | None
-    growth: int = 0
 
 
 class Engine:
@@ -55,6 +39,7 @@ class Engine:
         tokenizer: for the text of answers.
         plan: how each sequence's past is kept.
         new_speculator: makes the speculator of a new sequence.
+        budget: chooses which guesses are scored; all of them when left out.
         rows_per_step: most rows of one forward pass.
         max_sequences: most sequences that generate at the same time; others wait in order of arrival.
         memory_bytes: most bytes of keys, values and states between steps. As long as there is room, what
@@ -74,6 +59,7 @@ class Engine:
         plan: MemoryPlan,
         *,
         new_speculator: Callable[[], Speculator],
+        budget: DraftBudget | None = None,
         rows_per_step: int = 512,
         max_sequences: int = 64,
         memory_bytes: int | None = None,
@@ -89,6 +75,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.plan = plan
         self.new_speculator = new_speculator
+        self.draft_budget = DraftBudget("off") if budget is None else budget
         self.rows_per_step = rows_per_step
         self._longest = plan.longest(model.config.max_positions)
         self._empty = model.new_past(plan)
@@ -98,10 +85,12 @@ class Engine:
         self._tree = PrefixTree()
         self._budget = MemoryBudget(memory_bytes, self._tree)
         self._scheduler = Scheduler(max_sequences)
-        self._speculators: dict[RunningSequence, Speculator] = {}
+        self._guessers: dict[RunningSequence, Guesser] = {}
         self._unreturned: list[tuple[RunningSequence, Piece]] = []
         self._counts = Metrics()
         self._tracer = Tracer(model)
+        self._drafting = Drafting()
+        self._timer = Timer(model, self.draft_budget.clock)
 
     @property
     def is_idle(self) -> bool:
@@ -178,7 +167,7 @@ class Engine:
         """Feed the tokens that a past does not hold yet, without choosing anything."""
         while len(past) < len(tokens):
             piece = torch.tensor(tokens[len(past) : len(past) + self.rows_per_step], dtype=torch.int64)
-            with _restored_on_failure([past]):
+            with restored_on_failure([past]):
                 self.model(piece, Rows([(len(piece), len(past))]), [past])
             past.commit(is_prompt=len(past) < len(tokens))
 
@@ -212,16 +201,21 @@ class Engine:
         pieces: list[tuple[RunningSequence, Piece]] = []
         self._admit()
         feeds = self._make_room(self._plan_rows(pieces), pieces)
+        step = Step(sum(len(feed.tokens) for feed in feeds), sum(feed.tree is not None for feed in feeds))
         if feeds:
-            self._counts = self._counts.after_step(sum(len(feed.tokens) for feed in feeds))
+            self._counts = self._counts.after_step(step.rows)
         for feed in feeds:
             if feed.sequence.request.trace:
                 self._tracer.watch(feed.past)
-        for feed, logits in self._compute(feeds):
+        with self._drafting.beside(self._working_ahead(feeds)) as drafts:
+            computed = self._compute(feeds)
+        for feed, logits in computed:
             try:
                 if isinstance(logits, Exception):
                     raise logits
-                piece = self._settle(feed, logits)
+                if feed.sequence in drafts:
+                    feed = feed._replace(tree=drafts[feed.sequence].result())
+                piece = self._settle(feed, logits, step)
             except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
                 piece = self._fail(feed.sequence, error)
             if piece is not None:
@@ -250,8 +244,8 @@ class Engine:
                     self._drop_past(sequence)
                 return
             scheduler.place(sequence)
-            if sequence not in self._speculators:
-                self._speculators[sequence] = self.new_speculator()
+            if sequence not in self._guessers:
+                self._guessers[sequence] = Guesser(self.new_speculator(), Account(self.draft_budget))
 
     def _open(self, sequence: RunningSequence) -> None:
         """Give a sequence a past, which begins with what is stored of its tokens."""
@@ -280,21 +274,51 @@ class Engine:
     def _plan_rows(self, pieces: list[tuple[RunningSequence, Piece]]) -> list[Feed]:
         """Rows for this step: generating sequences first, then prompts, tenant by tenant."""
         feeds: list[Feed] = []
+        proposals: dict[RunningSequence, Proposal] = {}
         room = self.rows_per_step
-        for sequence in self._scheduler.in_order():
+        order = self._scheduler.in_order()
+        # Guesses take what is left when every sequence that generates has the row of its last token.
+        roots = sum(not sequence.is_reading for sequence in order)
+        for place, sequence in enumerate(order):
             if room == 0:
                 break
             try:
                 if not sequence.has_begun and not self._begin(sequence):
                     continue
-                feed = self._feed(sequence, room)
+                later = max(min(roots - place - 1, room - 1), 0)
+                feed = self._feed(sequence, room - later, proposals)
             except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
                 pieces.append((sequence, self._fail(sequence, error)))
                 continue
             feeds.append(feed)
             room -= len(feed.tokens)
-            self._scheduler.charge(sequence, len(feed.tokens))
+        feeds = self._spend(feeds, proposals)
+        for feed in feeds:
+            self._scheduler.charge(feed.sequence, len(feed.tokens))
         return feeds
+
+    def _spend(self, feeds: list[Feed], proposals: dict[RunningSequence, Proposal]) -> list[Feed]:
+        """The feeds with those guesses alone that are worth their rows."""
+        plain = sum(len(feed.tokens) for feed in feeds) - sum(
+            feed.tree.num_scored - 1 for feed in feeds if feed.tree is not None
+        )
+        chosen = self.draft_budget.choose(list(proposals.values()), plain, self._timer)
+        trees = dict(zip(proposals, chosen, strict=True))
+        spent = []
+        for feed in feeds:
+            if feed.tree is not None and (tree := trees[feed.sequence]) is not feed.tree:
+                tokens = feed.tokens[: feed.lead] + tree.only_scored().tokens
+                feed = feed._replace(tokens=tokens, tree=tree)
+            spent.append(feed)
+        return spent
+
+    def _working_ahead(self, feeds: Sequence[Feed]) -> dict[RunningSequence, tuple[Speculator, Tree]]:
+        """What is being scored for each sequence whose speculator guesses on meanwhile."""
+        return {
+            feed.sequence: (self._guessers[feed.sequence].speculator, feed.tree)
+            for feed in feeds
+            if feed.tree is not None and self._guessers[feed.sequence].speculator.works_ahead
+        }
 
     def _begin(self, sequence: RunningSequence) -> bool:
         """Start from what others have computed; False while another is just computing more of it."""
@@ -335,17 +359,18 @@ class Engine:
             self._account(source)
         return True
 
-    def _feed(self, sequence: RunningSequence, room: int) -> Feed:
+    def _feed(self, sequence: RunningSequence, room: int, proposals: dict[RunningSequence, Proposal]) -> Feed:
         unread, tree = sequence.unread, None
         if len(unread) > room:
             tokens = unread[:room]
         else:
-            tree = self._propose(sequence, room - len(unread))
-            tokens = unread[:-1] + tree.tokens
+            proposals[sequence] = self._propose(sequence, room - len(unread))
+            tree = proposals[sequence].tree
+            tokens = unread[:-1] + tree.only_scored().tokens
         assert sequence.past is not None
         return Feed(sequence, sequence.past, tokens, tree)
 
-    def _propose(self, sequence: RunningSequence, room: int) -> Tree:
+    def _propose(self, sequence: RunningSequence, room: int) -> Proposal:
         # Tokens up to the end of the answer or of the model's context; the last of them is never fed.
         remaining = min(
             sequence.request.max_new_tokens - len(sequence.choices),
@@ -358,9 +383,10 @@ class Engine:
             sampler=sequence.sampler,
             history=sequence.history,
         )
-        tree = self._speculators[sequence].propose(context)
-        tree.check(context, self.model.config.vocab_size)
-        return tree
+        speculator, account = self._guessers[sequence]
+        proposal = account.propose(speculator, context)
+        proposal.tree.check(context, self.model.config.vocab_size)
+        return proposal
 
     def _make_room(self, feeds: list[Feed], pieces: list[tuple[RunningSequence, Piece]]) -> list[Feed]:
         """The feeds that there is memory for, once others have given back what is needed."""
@@ -397,8 +423,8 @@ class Engine:
         if not feeds:
             return []
         try:
-            with _restored_on_failure([feed.past for feed in feeds]):
-                logits = self._forward(feeds)
+            with restored_on_failure([feed.past for feed in feeds]):
+                logits = forward(self.model, feeds, self.draft_budget)
         except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
             if len(feeds) == 1:
                 return [(feeds[0], error)]
@@ -407,45 +433,34 @@ class Engine:
             for feed in feeds:
                 self._account(feed.sequence)
             raise
-        counts = [len(feed.tree) if feed.tree is not None else 0 for feed in feeds]
+        counts = [feed.tree.num_scored if feed.tree is not None else 0 for feed in feeds]
         return list(zip(feeds, logits.split(counts), strict=True))
 
-    def _forward(self, feeds: Sequence[Feed]) -> Tensor:
-        """Logits of the rows at which something is chosen: every node of every tree."""
-        segments: list[tuple[int, int, Mask]] = []
-        wanted: list[int] = []
-        start = 0
-        for feed in feeds:
-            count = len(feed.tokens)
-            segments.append((count, len(feed.past), _mask(feed)))
-            if feed.tree is not None:
-                wanted.extend(range(start + count - len(feed.tree), start + count))
-            start += count
-        tokens = torch.tensor([token for feed in feeds for token in feed.tokens], dtype=torch.int64)
-        pasts = [feed.past for feed in feeds]
-        return self.model.answer(
-            tokens, Rows(segments), pasts, wanted=torch.tensor(wanted, dtype=torch.int64)
-        )
-
-    def _settle(self, feed: Feed, logits: Tensor) -> Piece | None:
+    def _settle(self, feed: Feed, logits: Tensor, step: Step) -> Piece | None:
         sequence, past = feed.sequence, feed.past
         if feed.tree is None:
             past.commit(is_prompt=True)
             return None
         path, choices = verify(feed.tree, logits, sequence.sampler, sequence.history)
-        prompt_rows = len(feed.tokens) - len(feed.tree)
+        prompt_rows = feed.lead
         # Where the codec stores tokens on the way, the guesses behind that place are made anew.
         count = past.rows_at_once(prompt_rows + 1, prompt_rows + len(path)) - prompt_rows
         # A stop inside the accepted path leaves rows of tokens that are not part of the answer.
         piece = sequence.accept(choices[:count])
         path = path[: len(piece.choices)]
-        kept = [*range(prompt_rows), *(prompt_rows + node for node in path)]
+        row_of = {node: row for row, node in enumerate(feed.tree.scored, start=prompt_rows)}
+        kept = [*range(prompt_rows), *(row_of[node] for node in path)]
         past.commit(None if len(kept) == len(feed.tokens) else kept)
-        self._speculators[sequence].observe(sequence.tokens, feed.tree, path, logits)
-        self._counts = self._counts.after_draft(len(feed.tree) - 1, len(path) - 1)
+        speculator, account = self._guessers[sequence]
+        speculator.observe(sequence.tokens, feed.tree, path, logits)
+        self.draft_budget.settle(account, feed.tree, path, sequence.tokens[-len(path) :], step)
+        self._counts = self._counts.after_draft(feed.tree.num_scored - 1, len(path) - 1)
         if sequence.request.trace:
             self._scheduler.charge(sequence, 1)
-            trace = self._tracer.trace(past, sequence.tokens, feed.tree, path, prompt_rows + path[-1])
+            scored = [row_of[node] - prompt_rows for node in path]
+            trace = self._tracer.trace(
+                past, sequence.tokens, feed.tree.only_scored(), scored, row_of[path[-1]]
+            )
             piece = piece._replace(trace=trace)
         return piece
 
@@ -456,7 +471,7 @@ class Engine:
     def _retire(self, sequence: RunningSequence) -> None:
         """Forget a sequence; what it has read stays for later ones where there is a budget for it."""
         self._scheduler.remove(sequence)
-        self._speculators.pop(sequence, None)
+        self._guessers.pop(sequence, None)
         is_kept = sequence.is_finished and self._shares and self._budget.limit is not None
         if is_kept and not sequence.is_pinned and sequence.past is not None:
             self._tree.insert(self._namespace(sequence), sequence.tokens[: sequence.held], sequence.past)
@@ -480,25 +495,3 @@ class Engine:
 
     def _namespace(self, sequence: RunningSequence) -> Namespace:
         return Namespace(sequence.tenant, self.plan)
-
-
-def _mask(feed: Feed) -> Mask:
-    """Causal for a run of tokens; the tree's own structure where it branches."""
-    if feed.tree is None or feed.tree.is_chain:
-        return Causal()
-    lead = len(feed.tokens) - len(feed.tree)
-    parents = [node - 1 for node in range(lead)]
-    parents += [lead - 1 if parent == -1 else lead + parent for parent in feed.tree.parents]
-    return TreeMask(parents)
-
-
-@contextlib.contextmanager
-def _restored_on_failure(pasts: Sequence[Past]) -> Iterator[None]:
-    """Forget the rows of a forward pass that did not finish, also after Ctrl-C."""
-    lengths = [len(past) for past in pasts]
-    try:
-        yield
-    except BaseException:
-        for past, length in zip(pasts, lengths, strict=True):
-            past.truncate(length)
-        raise

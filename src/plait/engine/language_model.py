@@ -10,7 +10,7 @@ from plait.decode import Constraint, Sampling
 from plait.decode.bytes import Marginal
 from plait.decode.ngrams import NgramCounts
 from plait.decode.search import BeamSearch, Superposed, beam_search, superposed_drafts
-from plait.decode.speculate import SpeculatorConfig
+from plait.decode.speculate import DraftBudget, PassTimes, SpeculatorConfig
 from plait.engine.byte_model import ByteLM, Settled
 from plait.engine.engine import Engine
 from plait.engine.prefill import ROWS_PER_PASS, read_packed
@@ -95,6 +95,7 @@ class LanguageModel:
         self.chat_template = chat_template
         self.plan = plan
         self.draft_model = draft_model
+        self._pass_times = PassTimes()
         self.draft = draft
         self._byte_vocabulary: ByteVocabulary | None = None
 
@@ -107,6 +108,7 @@ class LanguageModel:
     def draft(self, draft: SpeculatorConfig) -> None:
         # Made once and kept, so that what a draft learns in one request helps the next.
         self._new_speculator = draft.for_model(self.model, self.draft_model)
+        self.draft_budget = DraftBudget(draft.budget, times=self._pass_times)
         self._draft = draft
 
     def __repr__(self) -> str:
@@ -114,6 +116,7 @@ class LanguageModel:
 
     def new_engine(self, **options: Any) -> Engine:
         """An engine for many requests; `options` are those of `Engine`."""
+        options.setdefault("budget", self.draft_budget)
         return Engine(self.model, self.tokenizer, self.plan, new_speculator=self._new_speculator, **options)
 
     def session(self) -> Session:

@@ -170,7 +170,7 @@ def _measure(run: Run) -> Measurements:
     yield f"measuring at beta {beta}"
     plain = _answers(lm(tuned, "none"), prompts, max_new_tokens)
     lossy = _answers(lm(tuned, f"lud:mode=lossy,beta={beta}"), prompts, max_new_tokens)
-    verified = _answers(lm(tuned, "lud:beta=0.5"), prompts, max_new_tokens)
+    verified = _answers(lm(tuned, "lud:beta=0.5,budget=off"), prompts, max_new_tokens)
     control = _answers(lm(base, f"lud:mode=lossy,beta={beta}"), prompts, max_new_tokens)
     worse, same = _quality(base, prompts, plain, lossy)
     checked = lm(tuned, "none")

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import pad
 
+from plait.decode.sampler import Sampler
 from plait.decode.speculate.base import Speculator, SpeculatorConfig
 from plait.decode.speculate.tree import Context, Tree
 from plait.errors import ConfigError
@@ -24,7 +25,7 @@ from plait.memory import Causal, Mask, MemoryPlan, Rows
 from plait.memory import Tree as TreeMask
 from plait.nn import Transformer, lower
 
-__all__ = ["DraftModelConfig", "DraftModelSpeculator", "Level", "Reader"]
+__all__ = ["DraftModelConfig", "DraftModelSpeculator", "Level", "Reader", "level_of"]
 
 # Rows of one forward pass while the draft model reads a prompt.
 _ROWS_AT_ONCE = 512
@@ -70,6 +71,10 @@ class DraftModelConfig(SpeculatorConfig):
 
     layers: Annotated[int, Field(ge=1)] | None = None
 
+    @property
+    def wants_draft_model(self) -> bool:
+        return self.layers is None
+
     def for_model(self, target: Transformer, draft: Transformer | None = None) -> Callable[[], Speculator]:
         if (draft is None) == (self.layers is None):
             raise ConfigError(
@@ -88,7 +93,7 @@ class DraftModelConfig(SpeculatorConfig):
         assert draft is not None
         return lambda: self.guess_with(Reader(draft, target.config.vocab_size))
 
-    def guess_with(self, reader: Reader) -> DraftModelSpeculator:
+    def guess_with(self, reader: Reader) -> Speculator:
         """A new speculator for one sequence that guesses with this draft."""
         raise NotImplementedError
 
@@ -115,7 +120,7 @@ class Reader:
     def start(self, tokens: Sequence[int]) -> Tensor:
         """Read what is new of a sequence; logits of what follows its last token, (1, V)."""
         self.root, self.num_read, self.as_tree = len(tokens) - 1, 1, False
-        self._go_back(self.root)
+        self.go_back(self.root)
         while True:
             piece = tokens[len(self.past) : len(self.past) + _ROWS_AT_ONCE]
             hidden = self._forward(piece, Causal())
@@ -134,7 +139,7 @@ class Reader:
         self.as_tree = not tree.is_chain
         if self.as_tree:
             first = 0
-            self._go_back(self.root)
+            self.go_back(self.root)
         hidden = self._forward(tree.tokens[first:], TreeMask(tree.parents) if self.as_tree else Causal())
         self.num_read = len(tree)
         return self._logits(hidden[[node - first for node in nodes]])
@@ -145,11 +150,12 @@ class Reader:
         if self.as_tree:
             self.past.commit(read)
         elif self.num_read:
-            self._go_back(self.root + len(read))
+            self.go_back(self.root + len(read))
             self.past.commit()
         self.num_read, self.as_tree = 0, False
 
-    def _go_back(self, length: int) -> None:
+    def go_back(self, length: int) -> None:
+        """Forget what was read beyond so many tokens."""
         if len(self.past) > length:
             self.past.truncate(length)
 
@@ -185,12 +191,12 @@ class DraftModelSpeculator(Speculator):
         laws: dict[int, Tensor] = {}
         paths: list[list[int]] = [[]]
         nodes = [0]
-        for depth in range(self.depth):
+        for depth in range(min(self.depth, context.depth)):
             room = context.budget - len(tree) + 1
             if room < 1 or not nodes:
                 break
             logits = self.reader.score(tree, nodes) if depth else self.reader.start(context.tokens)
-            level, warped = _level(context, depth, nodes, [paths[node] for node in nodes], logits, room)
+            level, warped = level_of(context, depth, nodes, [paths[node] for node in nodes], logits, room)
             below = []
             for index, token in self.grow(level):
                 parent = nodes[index]
@@ -207,11 +213,15 @@ class DraftModelSpeculator(Speculator):
     def observe(self, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor) -> None:
         self.reader.keep(path)
 
+    def may_trim(self, sampler: Sampler) -> bool:
+        # Other draws would be judged with the same numbers: the same law, but not the same text for a seed.
+        return sampler.sampling.is_greedy or sampler.sampling.seed is None
+
     def nbytes(self) -> int:
         return self.reader.past.nbytes()
 
 
-def _level(
+def level_of(
     context: Context, depth: int, nodes: Sequence[int], paths: Sequence[list[int]], logits: Tensor, room: int
 ) -> tuple[Level, list[Tensor]]:
     """A level, and the law behind each of its nodes; each node's path counts as its history."""

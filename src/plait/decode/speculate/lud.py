@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
+from plait.decode.sampler import Sampler
 from plait.decode.speculate.base import Speculator, SpeculatorConfig
 from plait.decode.speculate.tree import Context, Tree
 from plait.errors import IncompatibleError
@@ -61,15 +62,13 @@ class _UnitGuesser(Speculator):
         self.config = config
         self.placeholder = placeholder
         self.guesses: list[int] = []
-        # The probes below each node of the tree that is being checked, in order.
-        self.probes: dict[int, list[int]] = {}
 
     def propose(self, context: Context) -> Tree:
         chain = self.guesses[: max(context.budget, 0)]
         tokens, parents = [context.tokens[-1], *chain], [node - 1 for node in range(len(chain) + 1)]
         last = len(chain)
         is_lossy = self.config.mode == "lossy"
-        self.probes = {}
+        probes: set[int] = set()
         # The deepest first, where the walk ends if all goes well, as long as there is room.
         for host in [last] if is_lossy else range(last, -1, -1):
             count = min(self.config.pads, context.budget - len(tokens) + 1)
@@ -78,16 +77,23 @@ class _UnitGuesser(Speculator):
                 parents.append(own[-1] if own else host)
                 own.append(len(tokens))
                 tokens.append(self.placeholder)
-            self.probes[host] = own
-        probes = frozenset(probe for own in self.probes.values() for probe in own)
-        return Tree(
-            tokens, parents, probes=probes, trusted=frozenset(range(1, last + 1)) if is_lossy else frozenset()
-        )
+            probes.update(own)
+        trusted = frozenset(range(1, last + 1)) if is_lossy else frozenset()
+        return Tree(tokens, parents, probes=frozenset(probes), trusted=trusted)
+
+    def may_trim(self, sampler: Sampler) -> bool:
+        return self.config.mode == "verified"
 
     def observe(self, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor) -> None:
         self.guesses = []
         before = tokens[-1]
-        own = self.probes.get(path[-1], [])
+        # The rows of the probes below the node where the walk ended.
+        own: list[int] = []
+        host = path[-1]
+        for row, node in enumerate(tree.scored):
+            if node in tree.probes and tree.parents[node] == host:
+                own.append(row)
+                host = node
         if not own:
             return
         best = logits[own].softmax(dim=-1).max(dim=-1)

@@ -7,7 +7,7 @@ copies from its context: editing, extraction, summaries, code completion.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field
@@ -47,9 +47,11 @@ class _Lookup(Speculator):
         self.after: dict[tuple[int, ...], int] = {}
         self.indexed = 0
         self.resume_at = 0
+        self.has_guessed = False
 
     def propose(self, context: Context) -> Tree:
         tokens = context.tokens
+        self.has_guessed = False
         self._index(tokens)
         count = min(self.config.tokens, context.budget)
         if count < 1 or len(tokens) < self.resume_at:
@@ -57,11 +59,14 @@ class _Lookup(Speculator):
         for length in range(self.config.match, 1, -1):
             start = self.after.get(tuple(tokens[-length:]))
             if start is not None:
-                return Tree.chain([tokens[-1], *tokens[start : start + count]])
+                chain = Tree.chain([tokens[-1], *tokens[start : start + count]])
+                self.has_guessed = True
+                # The longer the run that was found, the likelier what followed it.
+                return replace(chain, slots=[(length, node) for node in range(len(chain))])
         return Tree.root(tokens[-1])
 
     def observe(self, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor) -> None:
-        if len(tree) > 1 and len(path) == 1:
+        if self.has_guessed and len(path) == 1 and tree.num_scored > 1:
             self.resume_at = len(tokens) + self.config.patience
 
     def _index(self, tokens: Sequence[int]) -> None:

@@ -92,9 +92,6 @@ TEMPLATE = (
     *["000000", "000001", "000100"],
 )
 
-# A chance of 1 in 50 weighs about the last 50 times that a node was proposed.
-_MEMORY_OF_REACH = 0.02
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRecycling(SpeculatorConfig, name="token-recycling"):
@@ -102,55 +99,77 @@ class TokenRecycling(SpeculatorConfig, name="token-recycling"):
 
     Needs no second model and no training, and learns from every answer: the table is shared by all
     requests of a loaded model. It holds `4 * k` bytes for each token of the vocabulary. Costs the rows
-    it adds to the forward pass, which on a processor is soon more than the guesses are worth: of the
-    paper's 80 nodes the `nodes` that were reached most often so far are proposed.
+    it adds to the forward pass; of the paper's 80 nodes the budget takes those that are worth it.
 
     Args:
         k: candidates kept for each token.
-        nodes: most tokens proposed at once.
+        nodes: most tokens proposed at once: the first of the paper's tree, likeliest ranks first.
     """
 
     k: Annotated[int, Field(ge=1, le=8)] = 8
-    nodes: Annotated[int, Field(ge=1, le=len(TEMPLATE))] = 8
+    nodes: Annotated[int, Field(ge=1, le=len(TEMPLATE))] = 80
 
     def for_model(self, target: Transformer, draft: Transformer | None = None) -> Callable[[], Speculator]:
         if draft is not None:
             raise IncompatibleError(f"{self.name} has no use for a draft model. Leave the draft model out.")
-        table = Table(target.config.vocab_size, self.k)
-        return lambda: _Recycler(table, self.nodes)
+        table = Table(target.config.vocab_size, self.k, self.nodes)
+        return lambda: _Recycler(table)
 
 
 class Table:
-    """The likeliest successors of each token, and how often each node of the template was reached.
+    """The likeliest successors of each token.
 
     Args:
         vocab_size: V.
         k: candidates for each token.
+        nodes: of the template that are used.
 
     Raises:
         ConfigError: there are fewer tokens than candidates.
     """
 
-    def __init__(self, vocab_size: int, k: int) -> None:
+    def __init__(self, vocab_size: int, k: int, nodes: int = len(TEMPLATE)) -> None:
         if k > vocab_size:
             raise ConfigError(f"TokenRecycling.k must be at most the vocabulary of {vocab_size}. Got {k}.")
         # -1 where nothing is known yet, so that no row is spent on it.
         self.successors = np.full((vocab_size, k), -1, dtype=np.int32)
         paths = [tuple(int(rank) for rank in path) for path in TEMPLATE]
-        self.paths = [path for path in paths if max(path) < k]
+        # A path is as likely as its ranks say; none is likelier than its beginning.
+        paths.sort(key=lambda path: -np.prod([0.5 / (1 + rank) for rank in path]))
+        self.paths = [path for path in paths if max(path) < k][:nodes]
         slot_of = {path: slot for slot, path in enumerate(self.paths)}
         self.parents = [slot_of.get(path[:-1], -1) for path in self.paths]
-        # Until it is known better, a candidate is as likely as its rank says.
-        self.reach = np.array([np.prod([0.5 / (1 + rank) for rank in path]) for path in self.paths])
 
-    def best_first(self) -> list[int]:
-        """The slots of the template, likeliest first and parents before their children."""
-        reach = self.reach.copy()
-        for slot, parent in enumerate(self.parents):
-            if parent >= 0:
-                reach[slot] = min(reach[slot], reach[parent])
-        order: list[int] = np.argsort(-reach, kind="stable").tolist()
-        return order
+    def read(self, root: int, most: int) -> Tree:
+        """The template's tree below a token, without what is not known and without siblings that are equal.
+
+        Args:
+            root: the token.
+            most: nodes below it.
+        """
+        tokens, parents = [root], [-1]
+        slots: list[tuple[int, ...]] = [()]
+        node_of = {-1: 0}
+        siblings: set[tuple[int, int]] = set()
+        rows: list[list[int]] = [self.successors[root].tolist()]
+        for slot, (path, above) in enumerate(zip(self.paths, self.parents, strict=True)):
+            if len(tokens) > most:
+                break
+            parent = node_of.get(above)
+            if parent is None:
+                continue
+            if not rows[parent]:
+                rows[parent] = self.successors[tokens[parent]].tolist()
+            token = rows[parent][path[-1]]
+            if token < 0 or (parent, token) in siblings:
+                continue
+            node_of[slot] = len(tokens)
+            siblings.add((parent, token))
+            tokens.append(token)
+            parents.append(parent)
+            slots.append(path)
+            rows.append([])
+        return Tree(tokens, parents, slots=slots)
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Put what followed each token of a text first among its successors."""
@@ -171,50 +190,28 @@ class Table:
         self.successors[list(last)] = best[list(last.values())]
 
     def nbytes(self) -> int:
-        """Bytes of the table and the counts."""
-        return self.successors.nbytes + self.reach.nbytes
+        """Bytes of the table."""
+        return self.successors.nbytes
 
 
 class _Recycler(Speculator):
-    def __init__(self, table: Table, nodes: int) -> None:
+    def __init__(self, table: Table) -> None:
         self.table = table
-        self.nodes = nodes
-        self.slots: list[int] = []
         self.has_read_prompt = False
 
     def propose(self, context: Context) -> Tree:
         if not self.has_read_prompt:
             self.table.follow(context.tokens)
             self.has_read_prompt = True
-        limit = min(self.nodes, context.budget)
-        tokens, parents = [context.tokens[-1]], [-1]
-        self.slots = [-1]
-        node_of = {-1: 0}
-        siblings: set[tuple[int, int]] = set()
-        for slot in self.table.best_first() if limit > 0 else []:
-            parent = node_of.get(self.table.parents[slot])
-            if parent is None:
-                continue
-            token = int(self.table.successors[tokens[parent], self.table.paths[slot][-1]])
-            if token < 0 or (parent, token) in siblings:
-                continue
-            node_of[slot] = len(tokens)
-            siblings.add((parent, token))
-            tokens.append(token)
-            parents.append(parent)
-            self.slots.append(slot)
-            if len(tokens) > limit:
-                break
-        return Tree(tokens, parents)
+        return self.table.read(context.tokens[-1], min(context.budget, context.width))
 
     def observe(self, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor) -> None:
         # Accepted nodes count most, then shallow ones, which know more of the text for certain.
         accepted = set(path)
         depths = tree.depths()
-        order = sorted(range(len(tree)), key=lambda node: (node in accepted, -depths[node]))
-        self.table.learn([tree.tokens[node] for node in order], logits[order])
-        for node, slot in enumerate(self.slots[1:], start=1):
-            self.table.reach[slot] += _MEMORY_OF_REACH * ((node in accepted) - self.table.reach[slot])
+        scored = tree.scored
+        rows = sorted(range(len(scored)), key=lambda row: (scored[row] in accepted, -depths[scored[row]]))
+        self.table.learn([tree.tokens[scored[row]] for row in rows], logits[rows])
 
     def nbytes(self) -> int:
         return self.table.nbytes()

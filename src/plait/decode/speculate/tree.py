@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,6 +25,7 @@ class Context(NamedTuple):
         positions: the model's context in tokens.
         sampler: how the sequence's tokens are chosen.
         history: of the sequence, root included; to be left as it is.
+        depth, width: most levels, and about the most nodes, that are worth drafting.
     """
 
     tokens: Sequence[int]
@@ -31,6 +33,8 @@ class Context(NamedTuple):
     positions: int
     sampler: Sampler
     history: History
+    depth: int = 10**6
+    width: int = 10**6
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ class Tree:
     as behind a placeholder. It is never chosen and never remembered. A *trusted* node is taken as it is,
     without asking the model, so that the answer no longer is the model's own.
 
+    An *unscored* node is judged as the others are, by what the model says to its parent, but is not itself in the
+    forward pass: a walk that reaches it ends there, and it becomes the next root. Which nodes are scored must not
+    depend on the tokens of drawn ones.
+
     Args:
         tokens: token of each node; `tokens[0]` is the last token of the sequence.
         parents: parent of each node; `parents[0] == -1` and `parents[i] < i`.
@@ -60,6 +68,9 @@ class Tree:
         replacement: whether siblings were drawn independently; else each without those before it.
         probes: nodes that are read only; nothing but probes stands below one.
         trusted: nodes that are taken unchecked; at most one below each node.
+        unscored: nodes outside the forward pass; so is all that stands below one.
+        slots: for each node a name under which it is remembered how often such nodes are right, root
+            included; left out, its place in the tree.
     """
 
     tokens: list[int]
@@ -69,6 +80,8 @@ class Tree:
     replacement: bool = False
     probes: frozenset[int] = frozenset()
     trusted: frozenset[int] = frozenset()
+    unscored: frozenset[int] = frozenset()
+    slots: Sequence[Hashable] = ()
 
     @classmethod
     def root(cls, token: int) -> Tree:
@@ -82,6 +95,41 @@ class Tree:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def scored(self) -> list[int]:
+        """The nodes in the forward pass, in the order of its rows."""
+        return [node for node in range(len(self)) if node not in self.unscored]
+
+    @property
+    def num_scored(self) -> int:
+        """How many nodes are in the forward pass."""
+        return len(self) - len(self.unscored)
+
+    @cached_property
+    def places(self) -> list[tuple[int, ...]]:
+        """Where each node stands: for every level down to it, how many siblings come before."""
+        counts = [0] * len(self)
+        places: list[tuple[int, ...]] = [()]
+        for parent in self.parents[1:]:
+            places.append((*places[parent], counts[parent]))
+            counts[parent] += 1
+        return places
+
+    def slot(self, node: int) -> Hashable:
+        """The name under which it is remembered how often nodes like this one are right."""
+        return self.slots[node] if self.slots else self.places[node]
+
+    def only_scored(self) -> Tree:
+        """Tokens and parents of the scored nodes alone, numbered by their rows."""
+        if not self.unscored:
+            return self
+        scored = self.scored
+        row_of = {node: row for row, node in enumerate(scored)}
+        return Tree(
+            [self.tokens[node] for node in scored],
+            [row_of.get(self.parents[node], -1) for node in scored],
+        )
 
     @property
     def is_chain(self) -> bool:
@@ -105,9 +153,13 @@ class Tree:
         """Raise `ConfigError` for a tree that cannot be scored."""
         if not self.tokens or self.tokens[0] != context.tokens[-1] or self.parents[0] != -1:
             raise ConfigError("A draft tree must start with the last token of the sequence as its root.")
-        if len(self) - 1 > max(context.budget, 0):
+        if self.num_scored - 1 > max(context.budget, 0):
             raise ConfigError(
-                f"A draft tree may have {context.budget} nodes besides its root. Got {len(self) - 1}."
+                f"A draft tree may have {context.budget} nodes besides its root. Got {self.num_scored - 1}."
+            )
+        if self.slots and len(self.slots) != len(self):
+            raise ConfigError(
+                f"A draft tree of {len(self)} nodes needs as many slots. Got {len(self.slots)}."
             )
         for node, (token, parent) in enumerate(zip(self.tokens, self.parents, strict=True)):
             if not 0 <= token < vocab_size:
@@ -116,6 +168,10 @@ class Tree:
                 )
             if node and not 0 <= parent < node:
                 raise ConfigError(f"Node {node} has parent {parent}. A parent comes before its child.")
+            if (node in self.unscored and not node) or (parent in self.unscored) > (node in self.unscored):
+                raise ConfigError(
+                    f"Node {node} is scored or the root, but stands at or below an unscored one."
+                )
             if parent in self.probes and node not in self.probes:
                 raise ConfigError(f"Node {node} proposes a token below probe {parent}, which proposes none.")
             if node in self.drawn and (parent not in self.laws or self.laws[parent].shape != (vocab_size,)):

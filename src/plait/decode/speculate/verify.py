@@ -26,21 +26,23 @@ def verify(tree: Tree, logits: Tensor, sampler: Sampler, history: History) -> tu
 
     Args:
         tree: what was proposed.
-        logits: (nodes, V), raw, one row for each node.
+        logits: (nodes, V), raw, one row for each scored node.
         sampler: of the sequence.
         history: of the sequence, root included; unchanged on return.
 
     Returns:
-        The accepted nodes from the root on, and the tokens chosen: one for each accepted node.
+        The accepted scored nodes from the root on, and the tokens chosen: one for each of them. Where the last
+        token is that of an unscored child, the walk ended there.
     """
     path: list[int] = [0]
     choices: list[Choice] = []
+    row_of = {node: row for row, node in enumerate(tree.scored)}
     length = len(history)
     try:
         while True:
-            choice, child = _settle(tree, path[-1], logits[path[-1]], sampler, history)
+            choice, child = _settle(tree, path[-1], logits[row_of[path[-1]]], sampler, history)
             choices.append(choice)
-            if child is None:
+            if child is None or child not in row_of:
                 return path, choices
             path.append(child)
             history.append(choice.token)
