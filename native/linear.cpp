@@ -17,10 +17,25 @@ const Part& part_of(const Projection& projection, int64_t& tile) {
     return projection.parts[index];
 }
 
-// A tile times a chunk of rows, with bias: out[row][16].
-void multiply(const Projection& projection, int64_t tile, const Activations& x, int64_t row, int rows, float* out) {
+// A tile in fp32, for all rows that are to meet it, where its matrix is a stack; else null. A thread has room for four.
+const float* made(const Projection& projection, int64_t tile, size_t place) {
     const Part& part = part_of(projection, tile);
-    if (part.matrix->grid != nullptr)
+    if (part.matrix->stack == nullptr) return nullptr;
+    thread_local Buffer room[4];
+    const size_t bytes = size_t(kTile * part.matrix->columns) * sizeof(float);
+    if (room[place].size() < bytes) room[place] = Buffer(bytes);
+    float* out = reinterpret_cast<float*>(room[place].data());
+    kernels().stack_rows(*part.matrix->stack, part.first_tile + tile, out);
+    return out;
+}
+
+// A tile times a chunk of rows, with bias: out[row][16].
+void multiply(const Projection& projection, int64_t tile, const float* made_tile, const Activations& x, int64_t row,
+              int rows, float* out) {
+    const Part& part = part_of(projection, tile);
+    if (made_tile != nullptr)
+        kernels().made_tile(made_tile, part.matrix->columns, x.codes(row), x.blocks(row), rows, out);
+    else if (part.matrix->grid != nullptr)
         kernels().grid_tile(*part.matrix->grid, part.first_tile + tile, x.codes(row), x.blocks(row), rows, out);
     else
         kernels().packed_tile(*part.matrix, part.first_tile + tile, x.codes(row), x.blocks(row), rows, out);
@@ -90,9 +105,10 @@ void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y,
             const Part& part = part_of(*this, tile);
             const int64_t at = part.out + tile * kTile;
             const int64_t count = std::min<int64_t>(kTile, part.num_outputs - tile * kTile);
+            const float* of_stack = made(*this, t, 0);
             for (int64_t row = first; row < last;) {
                 const int rows = chunk_rows(x.rows() - row);
-                multiply(*this, t, x, row, rows, out);
+                multiply(*this, t, of_stack, x, row, rows, out);
                 for (int m = 0; m < rows; ++m) {
                     float* to = y + (row + m) * ldy + at;
                     const float* from = out + m * kTile;
@@ -114,12 +130,17 @@ void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activatio
     for (int64_t first = 0; first < x.rows(); first += kRowsAtOnce) {
         const int64_t last = std::min(first + kRowsAtOnce, x.rows());
         for (int64_t b = begin; b < end; ++b) {
+            const bool is_gated = !gate.parts.empty();
+            const float *of_up[2], *of_gate[2] = {nullptr, nullptr};
+            for (size_t half = 0; half < 2; ++half) {
+                of_up[half] = made(up, 2 * b + int64_t(half), half);
+                if (is_gated) of_gate[half] = made(gate, 2 * b + int64_t(half), 2 + half);
+            }
             for (int64_t row = first; row < last;) {
                 const int rows = chunk_rows(x.rows() - row);
                 for (int half = 0; half < 2; ++half) {
-                    multiply(up, 2 * b + half, x, row, rows, carried);
-                    const bool is_gated = !gate.parts.empty();
-                    if (is_gated) multiply(gate, 2 * b + half, x, row, rows, opened);
+                    multiply(up, 2 * b + half, of_up[half], x, row, rows, carried);
+                    if (is_gated) multiply(gate, 2 * b + half, of_gate[half], x, row, rows, opened);
                     for (int m = 0; m < rows; ++m)
                         k.activate(activation, (is_gated ? opened : carried) + m * kTile,
                                    is_gated ? carried + m * kTile : nullptr, kTile, block + m * kBlock + half * kTile);
