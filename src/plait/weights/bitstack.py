@@ -190,13 +190,16 @@ def _error_gains(run: ModelRun, stacks: Mapping[str, BlockStack], sort: str) -> 
         if name not in stacks:
             continue
         weights = torch.outer(slopes, inputs) if sort == "fisher" else inputs.expand(stacks[name].shape)
-        missing = torch.zeros(stacks[name].shape, dtype=torch.float64)
+        # Squared slopes may be too small for fp32, which is enough for their ratios.
+        top = float(weights.max().clamp(min=1e-300))
+        weights = (weights / top).float()
+        missing = torch.zeros(stacks[name].shape)
         errors = [0.0]
         for part in reversed(stacks[name].parts()):
             missing += part.values()
-            errors.insert(0, float((weights * missing.square()).sum()))
-        scale = errors[0] if sort == "error" and errors[0] else 1.0
-        gains[name] = [(before - after) / scale for before, after in pairwise(errors)]
+            errors.insert(0, float((weights * missing.square()).sum(dtype=torch.float64)))
+        scale = 1 / errors[0] if sort == "error" and errors[0] else top
+        gains[name] = [(before - after) * scale for before, after in pairwise(errors)]
     return gains
 
 

@@ -1,0 +1,1 @@
+"""Simulators: machines that are computed, not run."""
