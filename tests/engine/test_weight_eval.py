@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from plait.cli.main import app
-from plait.engine import load
+from plait.engine import load, quantize
 from plait.engine.weight_eval import WeightRow, compare_weights, held_bytes, pareto
 from plait.engine.weight_quality import Quality, WeightJudge
 from plait.errors import ConfigError, IncompatibleError
@@ -139,3 +139,26 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tmp_path: Path, byte_t
     other = small_transformer(mixer, seed=0, vocab_size=99, width=64, inner=96, max_positions=64)
     with pytest.raises(IncompatibleError, match="99 and 256"):
         WeightJudge(model, [[1, 2]]).quality(other)
+
+
+def test_a_stack_is_loaded_up_to_a_budget_and_resized_while_sessions_live(
+    folder: Path, tmp_path: Path
+) -> None:
+    quantize(folder, "bitstack:blocks=4", tmp_path, calibration=TEXT, samples=1)
+    whole = load(tmp_path)
+    sizes = whole.weights.sizes()
+    small = load(tmp_path, weights=f"bitstack:budget={sizes[5]}")
+    assert small.weights.nbytes() == sizes[5] < whole.weights.nbytes() == sizes[-1]
+    assert load(tmp_path, weights="bitstack:bits=3.0").weights.file.bits(0) <= 3.0
+    wanted = whole.generate("The sea", max_new_tokens=6, ignore_end=True).tokens
+    with small.session() as session:
+        session.read("The sea is")
+        assert len(session.generate(max_new_tokens=3, ignore_end=True).tokens) == 3
+        assert small.weights.resize().nbytes == sizes[-1]
+        # What was read stays; the session goes on with the larger model.
+        assert len(session.generate(max_new_tokens=3, ignore_end=True).tokens) == 3
+    assert small.generate("The sea", max_new_tokens=6, ignore_end=True).tokens == wanted
+    with pytest.raises(IncompatibleError, match="size is fixed"):
+        _ = load(folder).weights
+    with pytest.raises(ConfigError, match="holds none"):
+        load(folder, weights="bitstack:bits=3.0")
