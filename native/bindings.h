@@ -14,6 +14,7 @@ namespace plait {
 void bind_packed(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
 void bind_grid(nanobind::module_& m);
+void bind_stack(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_codes(nanobind::module_& m);

@@ -76,6 +76,7 @@ struct PackedView {
     const uint8_t* parameters;
     int64_t code_bytes, parameter_bytes;  // of one block of one tile
     const struct GridView* grid;          // where the matrix is one of these, and only its shape is given here
+    const struct StackView* stack;
 };
 
 constexpr int kGridOffset = 16;  // makes entries of a table bytes from 0 on
@@ -93,6 +94,14 @@ struct GridView {
     const float* row_scales;    // null for none
     uint8_t table[16];          // entries plus kGridOffset
     uint32_t specials[4];       // the four bytes of the last code, each four times over
+};
+
+constexpr int kMaxStackRank = 16;
+
+// A matrix that is a sum of blocks; see plait/weights/stacked_blocks.py for their bytes.
+struct StackView {
+    int64_t rows, columns, rank, count;
+    const uint8_t* const* blocks;
 };
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3 };
@@ -147,6 +156,12 @@ struct Kernels {
     void (*grid_tile)(const GridView&, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out);
     // The same with `rows` (1, 2 or 4) activations in fp32, ldx apart.
     void (*grid_exact)(const GridView&, int64_t tile, const float* x, int64_t ldx, int rows, float* out);
+    // Tile `tile` of a stack in fp32: out[column][16].
+    void (*stack_rows)(const StackView&, int64_t tile, float* out);
+    // Such a tile times a chunk of activations: out[row][16].
+    void (*made_tile)(const float* tile, int64_t columns, const int8_t* codes, const RowBlock* blocks, int rows, float* out);
+    // The same with `rows` (up to 8) activations in fp32, ldx apart.
+    void (*made_exact)(const float* tile, int64_t columns, const float* x, int64_t ldx, int rows, float* out);
     // y[r] = x . w[r] for output rows [begin, end) of a dense row-major matrix; y has row stride ldy.
     void (*dense_rows)(const float* x, int64_t ldx, int64_t rows, const void* weight, int64_t weight_stride,
                        Number number, int64_t columns, int64_t begin, int64_t end, float* y, int64_t ldy);

@@ -21,11 +21,28 @@ const Part& part_of(const Projection& projection, int64_t& tile) {
     return projection.parts[index];
 }
 
+// A tile of a stack is made in fp32 once for all rows that meet it.
+void multiply_stack(const StackView& stack, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+    thread_local Buffer room;
+    const size_t bytes = size_t(kTile * stack.columns) * sizeof(float);
+    if (room.size() < bytes) room = Buffer(bytes);
+    float* made = reinterpret_cast<float*>(room.data());
+    kernels().stack_rows(stack, tile, made);
+    for (int64_t row = first; row < last;) {
+        const int rows = chunk_rows(x.rows - row);
+        kernels().made_tile(made, stack.columns, x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), rows,
+                            out + (row - first) * kTile);
+        row += rows;
+    }
+}
+
 // A tile times rows [first, last), with bias: out[row - first][16].
 void multiply(const Projection& projection, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
     const Part& part = part_of(projection, tile);
-    if (part.matrix->grid != nullptr) kernels().grid_tile(*part.matrix->grid, part.first_tile + tile, x, first, last, out);
-    else kernels().packed_tile(*part.matrix, part.first_tile + tile, x, first, last, out);
+    const int64_t at_tile = part.first_tile + tile;
+    if (part.matrix->stack != nullptr) multiply_stack(*part.matrix->stack, at_tile, x, first, last, out);
+    else if (part.matrix->grid != nullptr) kernels().grid_tile(*part.matrix->grid, at_tile, x, first, last, out);
+    else kernels().packed_tile(*part.matrix, at_tile, x, first, last, out);
     if (projection.bias == nullptr) return;
     const int64_t at = part.out + tile * kTile, count = std::min<int64_t>(kTile, part.num_outputs - tile * kTile);
     for (int64_t m = 0; m < last - first; ++m)
@@ -85,7 +102,7 @@ void Projection::ask(int64_t begin, int64_t end) const {
     if (begin >= end) return;
     const Part& part = part_of(*this, begin);
     const PackedView& w = *part.matrix;
-    if (w.grid != nullptr) return;
+    if (w.grid != nullptr || w.stack != nullptr) return;
     const int64_t num_blocks = std::min(w.columns / kBlock * (end - begin), kBlocksAsked);
     const int64_t first = (part.first_tile + begin) * (w.columns / kBlock);
     for (int64_t at = 0; at < num_blocks * w.code_bytes; at += 64) __builtin_prefetch(w.codes + first * w.code_bytes + at, 0, 2);

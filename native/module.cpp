@@ -256,6 +256,7 @@ NB_MODULE(_native, m) {
     bind_packed(m);
     bind_rows(m);
     bind_grid(m);
+    bind_stack(m);
     bind_linear(m);
     bind_attention(m);
     bind_codes(m);

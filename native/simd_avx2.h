@@ -67,6 +67,15 @@ struct Avx2 {
         const __m256 sign = _mm256_set1_ps(-0.0f);
         return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
     }
+    static __m256 negated(__m256 x, __m256i bits, __m256i to_top) {
+        const __m256 sign = _mm256_castsi256_ps(_mm256_sllv_epi32(bits, to_top));
+        return _mm256_xor_ps(x, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
+    }
+    static F negated(F x, uint32_t bits) {
+        const __m256i all = _mm256_set1_epi32(int(bits));
+        return {negated(x.lo, all, _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24)),
+                negated(x.hi, all, _mm256_setr_epi32(23, 22, 21, 20, 19, 18, 17, 16))};
+    }
     static F round(F a) {
         constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
         return {_mm256_round_ps(a.lo, nearest), _mm256_round_ps(a.hi, nearest)};

@@ -56,6 +56,9 @@ struct Avx512 {
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
     static F min(F a, F b) { return _mm512_min_ps(a, b); }
     static F abs(F a) { return _mm512_abs_ps(a); }
+    static F negated(F x, uint32_t bits) {
+        return _mm512_mask_xor_ps(x, __mmask16(bits), x, _mm512_set1_ps(-0.0f));
+    }
     static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static F select_less(F a, F b, F if_less, F otherwise) {
         return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, if_less);

@@ -76,6 +76,10 @@ struct Scalar {
     static F abs(F a) {
         return each([&](int i) { return std::fabs(a.at[i]); });
     }
+    // -x in the lanes whose bit is set; bits from the 16th up are not looked at.
+    static F negated(F x, uint32_t bits) {
+        return each([&](int i) { return bits >> i & 1 ? -x.at[i] : x.at[i]; });
+    }
     static F round(F a) {
         return each([&](int i) { return std::nearbyintf(a.at[i]); });
     }

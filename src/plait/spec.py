@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from plait.errors import ConfigError, UnknownNameError, suggestion
 
-__all__ = ["Axis", "Spec", "settings_of", "split_specs"]
+__all__ = ["Axis", "Spec", "bytes_of", "settings_of", "split_specs"]
 
 
 class Axis:
@@ -218,6 +219,30 @@ def settings_of(text: str) -> dict[str, str]:
             raise ConfigError(f"{key!r} is given twice in {text!r}.")
         settings[key] = value.strip()
     return settings
+
+
+def bytes_of(size: int | str) -> int:
+    """A number of bytes, given as such or as text: `64MB` is 64,000,000 and `64MiB` is 67,108,864.
+
+    Raises:
+        ConfigError: text of another form, or a number below 1.
+    """
+    units = {
+        "": 1,
+        "b": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "kib": 1 << 10,
+        "mib": 1 << 20,
+        "gib": 1 << 30,
+    }
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([a-z]*)", str(size).lower())
+    if found is None or found[2] not in units or (count := int(float(found[1]) * units[found[2]])) < 1:
+        raise ConfigError(
+            f"A size is a number of bytes, or a number with kB, MB, GB, KiB, MiB or GiB. Got {size!r:.40}."
+        )
+    return count
 
 
 def _made(cls: Any, values: dict[str, Any]) -> Any:

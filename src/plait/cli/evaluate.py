@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plait.cli import evaluate_weights
 from plait.cli.common import Json, Model, Offline, Weights, load_model, print_json, say, telling
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ __all__ = ["app"]
 app = typer.Typer(
     rich_markup_mode="rich", no_args_is_help=True, help="Measure what choices cost on real text."
 )
+
+app.command("weights")(evaluate_weights.weights)
 
 
 @app.command("long")

@@ -20,7 +20,7 @@ from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
 from plait.errors import CapacityError, ConfigError, suggestion
 from plait.memory import MemoryPlan
-from plait.nn import Transformer
+from plait.nn import ElasticWeights, Transformer
 from plait.text import ByteVocabulary, ChatTemplate, Tokenizer, byte_vocabulary
 
 PromptBoundary: TypeAlias = Literal["token", "exact", "healed"]
@@ -473,6 +473,15 @@ class LanguageModel:
             for one, of_text in zip(texts, windows, strict=True)
         ]
         return scores[0] if isinstance(text, str) else scores
+
+    @property
+    def weights(self) -> ElasticWeights:
+        """What makes a model from `plait quantize --format bitstack` smaller or larger while it runs.
+
+        Example:
+            >>> lm.weights.resize("48MB").nbytes  # doctest: +SKIP
+        """
+        return self.model.resizable()
 
     def _finish(self, requests: Sequence[Request]) -> list[Generation]:
         engine = self.new_engine()

@@ -14,7 +14,7 @@ from plait.memory import MemoryPlan
 from plait.nn import Transformer, load_transformer, lower
 from plait.nn.checkpoints import Checkpoint, open_checkpoint
 from plait.text import ChatTemplate, Tokenizer
-from plait.weights import FORMATS
+from plait.weights import FORMATS, Elastic
 from plait.weights.ggml import FP32
 
 __all__ = ["load"]
@@ -37,7 +37,8 @@ def load(
         name: an alias (`smollm2`), a folder with safetensors or from `plait quantize`, a `.gguf` file, or a hub id (`owner/name`).
         weights: how matrices are kept: a weight format such as `fp32`, `bf16` or `q4_0`, `file` to keep
             each as it is stored, `bitmod:bits=4` and other formats of few bits for the matrices of the blocks
-            (embedding and head then stay in the codes that they have, or in q8_0), or `auto`: as stored where the native operations can multiply them so
+            (embedding and head then stay in the codes that they have, or in q8_0), `bitstack:budget=64MB` to read
+            that much of a file made with `plait quantize --format bitstack`, or `auto`: as stored where the native operations can multiply them so
             (their activations are then rounded to 8 bits), else `fp32`.
         memory: codec and policy of the past, such as `full`, `window:size=1024` or `dense:dtype=bf16`.
         draft: how continuations are guessed, such as `none`, `prompt-lookup` or `token-recycling:nodes=16`.
@@ -58,7 +59,7 @@ def load(
     speculator = SPECULATORS.parse(draft)
     if weights not in ("auto", "file"):
         format = FORMATS.parse(weights)
-        if format.needs:
+        if format.needs and not isinstance(format, Elastic):
             raise ConfigError(
                 f"{format} needs calibration text, which load does not take. Make a folder with plait quantize, "
                 "and load that."

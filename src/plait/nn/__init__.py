@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from plait.nn.config import BlockConfig, FeedForwardConfig, MixerConfig, NormConfig, TransformerConfig
+from plait.nn.elastic import ElasticWeights, Resized
 from plait.nn.load import describe, load_transformer
 from plait.nn.lowered import lower
 from plait.nn.parameters import CheckpointParameters, Parameters, RandomParameters
@@ -13,12 +14,14 @@ from plait.nn.transformer import Transformer
 __all__ = [
     "BlockConfig",
     "CheckpointParameters",
+    "ElasticWeights",
     "FeedForwardConfig",
     "MixerConfig",
     "NormConfig",
     "Parameters",
     "Quantized",
     "RandomParameters",
+    "Resized",
     "Transformer",
     "TransformerConfig",
     "describe",

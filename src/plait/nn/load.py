@@ -11,12 +11,13 @@ from plait.errors import ConfigError, ModelFileError, suggestion
 from plait.nn.checkpoints.base import Checkpoint
 from plait.nn.checkpoints.packed import PackedCheckpoint
 from plait.nn.config import BlockConfig, TransformerConfig
+from plait.nn.elastic import ElasticWeights, open_stack
 from plait.nn.families import FAMILIES, Family, Settings, from_gguf
 from plait.nn.families.settings import shown_value
 from plait.nn.mixers import AttentionConfig
 from plait.nn.parameters import CheckpointParameters, Entry
 from plait.nn.transformer import Transformer
-from plait.weights import WeightFormat
+from plait.weights import Elastic, WeightFormat
 
 __all__ = ["Description", "describe", "has_other_head", "load_transformer"]
 
@@ -73,16 +74,22 @@ def load_transformer(
 
     Args:
         checkpoint: an open checkpoint.
-        format: how matrices are stored in memory; None keeps each as it is in the file.
+        format: how matrices are stored in memory; None keeps each as it is in the file. An `Elastic` one says how much
+            of a stack is read, all of it when left out.
         angles: precision of rotary angles in every layer; see `RopeConfig`.
 
     Raises:
+        ConfigError: an `Elastic` format, and a checkpoint without a stack.
         ModelFileError: unknown architecture, missing or superfluous tensors, or shapes that do not match.
     """
     family, config, entries = describe(checkpoint)
     with torch.no_grad():
         if config.tied_head and has_other_head(checkpoint, entries):
             config = replace(config, tied_head=False)
+        elastic = None
+        if isinstance(format, Elastic) or format is None:
+            elastic = _opened_stack(checkpoint, format)
+            format = None
         blocks = tuple(_with_angles(block, angles) for block in config.blocks)
         parameters = CheckpointParameters(checkpoint, entries, format)
         try:
@@ -93,7 +100,21 @@ def load_transformer(
                 raise ModelFileError(f"{checkpoint.path}: {error}") from error
             raise
     _check_unused(checkpoint, family, parameters, entries["head.weight"].name)
+    if elastic is not None:
+        model.elastic, model.guard = elastic, elastic.guard
     return model
+
+
+def _opened_stack(checkpoint: Checkpoint, format: Elastic | None) -> ElasticWeights | None:
+    """As much of the checkpoint's stack as is asked for; None where it has none and none is asked for."""
+    if isinstance(checkpoint, PackedCheckpoint) and checkpoint.order is not None:
+        return open_stack(checkpoint, format)
+    if format is not None:
+        raise ConfigError(
+            f"{format} reads part of a stack, and {checkpoint.path} holds none. Make one with "
+            f"plait quantize --format {format.name}, and load that."
+        )
+    return None
 
 
 def _describe_packed(checkpoint: PackedCheckpoint) -> Description:

@@ -30,6 +30,7 @@ from plait.nn.config import TransformerConfig
 from plait.nn.layers import Norm
 from plait.nn.load import describe, has_other_head
 from plait.nn.mixers.attention import Attention
+from plait.nn.packed_run import PackedRun
 from plait.nn.parameters import CheckpointParameters, Entry, Parameters, keep_outer
 from plait.nn.transformer import Block, Transformer
 from plait.weights import Dense, Linear, Packed, Stacked, Stats, WeightFormat
@@ -38,6 +39,8 @@ __all__ = ["Quantized", "quantize_checkpoint"]
 
 # Rows that pass a block at once while sums are made.
 _ROWS_AT_ONCE = 2048
+# Of the last texts, what is read to find out what each block of a stack is worth.
+_SORTED_TEXTS, _SORTED_TOKENS = 4, 256
 _OUTER_PART = "outer"
 
 
@@ -111,6 +114,7 @@ def quantize_checkpoint(
         if format.needs
         else []
     )
+    job.texts = [text[:_SORTED_TOKENS] for text in texts[-_SORTED_TEXTS:]]
     streams = [_entered(shell, text) for text in texts]
     for index in range(len(config.blocks)):
         streams, note = job.block(index, streams)
@@ -135,6 +139,7 @@ class _Job:
         self.config, self.format, self.head, self.folder = config, format, head, folder
         self.facts = dict(facts)
         self.reused = 0
+        self.texts: list[Tensor] = []
 
     def outer(self) -> Transformer:
         """The model without its blocks."""
@@ -159,7 +164,7 @@ class _Job:
             return list(_outputs(block, streams)), ", made before"
         recorder = _Recorder(self.source, lambda _, packed: Dense(packed.unpack().float()))
         block = Block(config.blocks[index], config.width, config.norm, recorder.under(name)).eval()
-        linears = {linear: recorder.names[id(linear.weight)] for linear in _linears(block)}
+        linears = recorder.linears(block)
         stats: dict[Linear, Stats] = {}
         targets: list[Tensor] = []
         if streams:
@@ -248,10 +253,26 @@ class _Job:
                 if part != _OUTER_PART:
                     weights += packed.shape[0] * packed.shape[1]
                     nbytes += packed.nbytes()
-        header = {"config": self.config.to_json(), "matrices": entries, "made": self.facts}
+        header: dict[str, Any] = {"config": self.config.to_json(), "matrices": entries, "made": self.facts}
+        order = self.format.stack_order(PackedRun(self.outer(), self._packed_blocks, self.texts))
+        if order is not None:
+            header["order"] = order
         write_packed(path, header, matrices, vectors)
         shutil.rmtree(self.folder)
         return Quantized(path, path.stat().st_size, weights, 8 * nbytes / max(1, weights), self.reused)
+
+    def _packed_blocks(self) -> tuple[list[Block], dict[Linear, list[str]]]:
+        """All blocks as they were packed, and the names of what each of their linear layers is made of."""
+        blocks: list[Block] = []
+        linears: dict[Linear, list[str]] = {}
+        for index, config in enumerate(self.config.blocks):
+            name = f"blocks.{index}"
+            found = PackedCheckpoint(self._path(name))
+            source = CheckpointParameters(found, {key: Entry(key) for key in found.tensors()}, None)
+            recorder = _Recorder(source, lambda _, packed: packed)
+            blocks.append(Block(config, self.config.width, self.config.norm, recorder.under(name)).eval())
+            linears |= recorder.linears(blocks[-1])
+        return blocks, linears
 
 
 class _Recorder(Parameters):
@@ -276,6 +297,10 @@ class _Recorder(Parameters):
         whole = self.source.vector(names, sizes).clone()
         self.vectors |= dict(zip(names, whole.split(list(sizes)), strict=True))
         return whole
+
+    def linears(self, block: Block) -> dict[Linear, list[str]]:
+        """The linear layers of a block, and the names of what each is made of."""
+        return {linear: self.names[id(linear.weight)] for linear in _linears(block)}
 
     def forms(self) -> dict[str, Packed]:
         """Every matrix by name."""

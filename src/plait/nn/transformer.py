@@ -5,11 +5,12 @@ Shapes: N packed rows, W width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from plait.nn.config import BlockConfig, NormConfig, TransformerConfig
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.parameters import Parameters
 from plait.weights import Embedding, Linear
+
+if TYPE_CHECKING:
+    from plait.nn.elastic import ElasticWeights
 
 __all__ = ["Block", "Transformer"]
 
@@ -78,6 +82,8 @@ class Transformer(nn.Module):
 
     Attributes:
         program: a faster form of the whole model, used where it applies; see `plait.nn.lower`.
+        elastic: what changes the size of its matrices, where they are stacks of blocks.
+        guard: held while the model computes; nobody else changes its parameters meanwhile.
     """
 
     def __init__(self, config: TransformerConfig, parameters: Parameters) -> None:
@@ -111,6 +117,21 @@ class Transformer(nn.Module):
         bias = parameters.vector(["head.bias"], [config.vocab_size]) if config.head_bias else None
         self.head = Linear(head, bias)
         self.program: Program | None = None
+        self.elastic: ElasticWeights | None = None
+        self.guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+    def resizable(self) -> ElasticWeights:
+        """What changes the size of this model while it runs.
+
+        Raises:
+            IncompatibleError: it was not read from a stack of blocks.
+        """
+        if self.elastic is None:
+            raise IncompatibleError(
+                "This model was not read from a stack of blocks, so its size is fixed. Make a folder with "
+                "plait quantize --format bitstack, and load that."
+            )
+        return self.elastic
 
     def new_past(self, plan: MemoryPlan) -> Past:
         """An empty past for one sequence.
@@ -185,6 +206,12 @@ class Transformer(nn.Module):
             ConfigError: an id is outside the vocabulary, or there are more or fewer tokens than rows.
             CapacityError: a position lies behind the end of a learned position table.
         """
+        with self.guard:
+            return self._hidden(tokens, rows, pasts, embeddings)
+
+    def _hidden(
+        self, tokens: Tensor | None, rows: Rows, pasts: Sequence[Past] | None, embeddings: Tensor | None
+    ) -> Tensor:
         found = self._by_program(tokens, rows, pasts, embeddings=embeddings)
         if found is not None:
             return found[0]
@@ -216,10 +243,11 @@ class Transformer(nn.Module):
         Returns:
             (R, V) fp32.
         """
-        found = self._by_program(tokens, rows, pasts, wanted=wanted, with_logits=True)
-        if found is not None and found[1] is not None:
-            return found[1]
-        return self.logits(self(tokens, rows, pasts)[wanted])
+        with self.guard:
+            found = self._by_program(tokens, rows, pasts, wanted=wanted, with_logits=True)
+            if found is not None and found[1] is not None:
+                return found[1]
+            return self.logits(self(tokens, rows, pasts)[wanted])
 
     def _by_program(
         self, tokens: Tensor | None, rows: Rows, pasts: Sequence[Past] | None, **options: Any

@@ -17,6 +17,7 @@ from plait.ops.native import PackedMatrix, has_packed_form
 from plait.ops.partial import Partial, empty_partial, merge_all
 from plait.ops.reference import layer_norm
 from plait.ops.rope import Angles, Rope
+from plait.ops.stack import StackMatrix, has_native_stacks
 
 __all__ = [
     "Angles",
@@ -29,10 +30,12 @@ __all__ = [
     "Partial",
     "Rope",
     "SomeQueries",
+    "StackMatrix",
     "Tree",
     "View",
     "empty_partial",
     "has_native_grids",
+    "has_native_stacks",
     "has_packed_form",
     "layer_norm",
     "linear",

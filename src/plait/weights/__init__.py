@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plait.weights.awq import AWQ
 from plait.weights.bitmod import BitMoD
+from plait.weights.bitstack import BitStack
 from plait.weights.coded import GRIDS, Coded
 from plait.weights.decoupleq import DecoupleQ
 from plait.weights.format import (
@@ -11,8 +12,10 @@ from plait.weights.format import (
     PACKED_KINDS,
     BlockRun,
     Dense,
+    Elastic,
     Embedding,
     Linear,
+    ModelRun,
     Packed,
     Stacked,
     WeightFormat,
@@ -20,6 +23,7 @@ from plait.weights.format import (
 from plait.weights.ggml import Blocks
 from plait.weights.gptq import GPTQ
 from plait.weights.hqq import HQQ
+from plait.weights.stacked_blocks import BlockStack
 from plait.weights.stats import Stats
 from plait.weights.uniform import Uniform
 
@@ -31,13 +35,17 @@ __all__ = [
     "HQQ",
     "PACKED_KINDS",
     "BitMoD",
+    "BitStack",
     "BlockRun",
+    "BlockStack",
     "Blocks",
     "Coded",
     "DecoupleQ",
     "Dense",
+    "Elastic",
     "Embedding",
     "Linear",
+    "ModelRun",
     "Packed",
     "Stacked",
     "Stats",

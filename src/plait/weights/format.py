@@ -21,8 +21,10 @@ __all__ = [
     "PACKED_KINDS",
     "BlockRun",
     "Dense",
+    "Elastic",
     "Embedding",
     "Linear",
+    "ModelRun",
     "Packed",
     "Stacked",
     "WeightFormat",
@@ -235,6 +237,26 @@ class WeightFormat(Spec, axis=FORMATS):
     def refine(self, block: nn.Module, run: BlockRun) -> None:
         """Tune the packed matrices of a whole block in place; called where `needs` has `block_io`."""
 
+    def stack_order(self, run: ModelRun) -> list[str] | None:
+        """For formats that pack a matrix into blocks of which the first few will do: in which order they are loaded.
+
+        Returns:
+            The matrix that gets a further block, again and again until all are whole; None for other formats.
+        """
+        return None
+
+
+class Elastic(WeightFormat):
+    """Formats whose files hold more than is loaded: the first blocks of every matrix, and a stack of others.
+
+    Attributes:
+        budget: bytes of the whole model, or text such as `64MB`; None for no limit.
+        bits: bits for each weight of the stack; None for no limit.
+    """
+
+    budget: str | int | None
+    bits: float | None
+
 
 class BlockRun(Protocol):
     """How a block is run on the calibration text, one sequence at a time."""
@@ -249,6 +271,30 @@ class BlockRun(Protocol):
 
     def target(self, index: int) -> Tensor:
         """What the block made of it before any of its matrices were packed."""
+        ...
+
+
+class ModelRun(Protocol):
+    """How a whole packed model is run on calibration text."""
+
+    @property
+    def matrices(self) -> Mapping[str, Packed]:
+        """The matrices of the blocks by name, in the order of the network."""
+        ...
+
+    def loss(self, changed: str | None = None) -> float:
+        """Mean nats of the next token.
+
+        Where only matrix `changed` differs from what it was in the last call without one, what comes before its
+        block is not computed again.
+        """
+        ...
+
+    def sensitivity(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Of each matrix, mean squares of its inputs (I,) and sums of squared slopes of the loss in its outputs (O,).
+
+        fp64, of the model as it is.
+        """
         ...
 
 

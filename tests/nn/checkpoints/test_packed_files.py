@@ -79,7 +79,7 @@ def test_native_and_torch_agree_on_a_packed_model(source: Path, tmp_path: Path) 
     torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("spec", ["bitmod:bits=3", "decoupleq:bits=2,rounds=2,epochs=1"])
+@pytest.mark.parametrize("spec", ["bitmod:bits=3", "decoupleq:bits=2,rounds=2,epochs=1", "bitstack:blocks=2"])
 @pytest.mark.parametrize("stop", [0, 1, 2])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     source: Path, tmp_path: Path, spec: str, stop: int, monkeypatch: pytest.MonkeyPatch
@@ -148,8 +148,9 @@ def test_bytes_of_the_file_are_those_of_the_matrices(source: Path, tmp_path: Pat
     assert stored - held == sum(4 * p.numel() for name, p in model.named_parameters() if "norm" in name)
 
 
-def test_a_mutated_file_is_a_model_or_one_error(source: Path, tmp_path: Path) -> None:
-    path = quantized(source, tmp_path / "whole", "bitmod:bits=3,group=32")
+@pytest.mark.parametrize("spec", ["bitmod:bits=3,group=32", "bitstack:blocks=3"])
+def test_a_mutated_file_is_a_model_or_one_error(source: Path, tmp_path: Path, spec: str) -> None:
+    path = quantized(source, tmp_path / "whole", spec)
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     randomness = random.Random(0)

@@ -8,6 +8,8 @@ The file `plait.safetensors` holds, for a matrix `blocks.0.mixer.query.weight`, 
     config       the model, as `TransformerConfig.to_json` writes it
     matrices     {name: {"kind", "shape", "settings", "spec"}}; `spec` is the format it was packed in
     made         what it was made from and with
+    order        only where matrices are stacks of blocks: the names of those that get a further block, in the
+                 order in which blocks are loaded; behind all else, the blocks lie in this order
 
 Tensors lie in the order of their alignment, from a multiple of 64 bytes on, in the layout in which they are
 multiplied; so a mapped file is used without a copy.
@@ -18,7 +20,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -29,10 +32,10 @@ from torch import Tensor
 from plait.errors import ConfigError, ModelFileError
 from plait.files import replacing
 from plait.nn.checkpoints.base import TensorInfo
-from plait.nn.checkpoints.files import damaged, shown
+from plait.nn.checkpoints.files import damaged, file_start, shown
 from plait.nn.checkpoints.gguf import GGUFCheckpoint
 from plait.nn.checkpoints.safetensors import SafetensorsCheckpoint, json_object
-from plait.weights import PACKED_KINDS, Packed
+from plait.weights import PACKED_KINDS, BlockStack, Packed
 
 __all__ = ["PACKED_NAME", "TEXT_NAME", "PackedCheckpoint", "write_packed"]
 
@@ -64,6 +67,7 @@ class PackedCheckpoint:
         if is_folder and os.path.exists(text):
             with GGUFCheckpoint(text) as source:
                 self.metadata = source.metadata
+        self.file = file
         self._file = SafetensorsCheckpoint(file)
         self._header = _header(file, self._file.notes[file.name].get(_NOTE))
         self.config: dict[str, Any] = self._header["config"]
@@ -71,6 +75,10 @@ class PackedCheckpoint:
         self._parts: dict[str, dict[str, str]] = {name: {} for name in self._header["matrices"]}
         self._tensors: dict[str, TensorInfo] = {}
         self._place(file)
+        self._given: dict[str, Packed] = {}
+        self.order: list[str] | None = self._header.get("order")
+        if self.order is not None:
+            self._check_order(file, self.order)
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All matrices and vectors by name."""
@@ -92,12 +100,16 @@ class PackedCheckpoint:
         Raises:
             ModelFileError: no such matrix, or parts that do not belong together.
         """
+        if name in self._given:
+            return self._given[name]
         if name not in self._parts:
             raise ModelFileError(
                 f"{self.path.name} has no matrix {shown(name)} among its {len(self._parts)}."
             )
+        return self._made(name, {part: self._file.load(key) for part, key in self._parts[name].items()})
+
+    def _made(self, name: str, tensors: Mapping[str, Tensor]) -> Packed:
         entry = self._header["matrices"][name]
-        tensors = {part: self._file.load(key) for part, key in self._parts[name].items()}
         try:
             with torch.no_grad():
                 return PACKED_KINDS[entry["kind"]].from_tensors(
@@ -105,6 +117,34 @@ class PackedCheckpoint:
                 )
         except ConfigError as error:
             raise damaged(self.path, f"matrix {shown(name)}: {error}") from error
+
+    def stacks(self) -> dict[str, int]:
+        """The matrices that are stacks of blocks, and how many each has."""
+        return {
+            name: len(self._parts[name])
+            for name, entry in self._header["matrices"].items()
+            if entry["kind"] == BlockStack.kind
+        }
+
+    def stack(self, name: str, blocks: Sequence[Tensor]) -> BlockStack:
+        """A matrix of the first blocks of a stack; it is what `load_packed` gives from then on.
+
+        Raises:
+            ModelFileError: blocks that do not fit the matrix.
+        """
+        packed = self._made(name, {f"block{index}": block for index, block in enumerate(blocks)})
+        assert isinstance(packed, BlockStack)
+        self._given[name] = packed
+        return packed
+
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Where in the file each of its tensors begins, and how long it is."""
+        at = 8 + int.from_bytes(file_start(self.file, 8), "little")
+        places = {}
+        for key, info in self._file.tensors().items():
+            places[key] = (at, info.nbytes)
+            at += info.nbytes
+        return places
 
     def spec(self, name: str) -> str:
         """The format that a matrix was packed in, as a spec string."""
@@ -121,6 +161,17 @@ class PackedCheckpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_order(self, file: Path, order: Any) -> None:
+        """Make sure that the order loads every block of every stack once, and that each block is there."""
+        wanted = {name: depth - 1 for name, depth in self.stacks().items()}
+        is_list = isinstance(order, list) and all(isinstance(name, str) for name in order)
+        if not is_list or Counter(order) != Counter(wanted):
+            raise damaged(file, "its order of blocks is not that of its matrices")
+        for name, more in wanted.items():
+            missing = {f"block{index}" for index in range(more + 1)} ^ self._parts[name].keys()
+            if missing:
+                raise damaged(file, f"matrix {shown(name)} has no {min(missing)}, or too much")
 
     def _place(self, file: Path) -> None:
         """Say which matrix each tensor of the file is part of."""
@@ -160,7 +211,13 @@ def write_packed(
     """
     tensors = {f"{name}.{part}": t for name, parts in matrices.items() for part, t in parts.items()}
     tensors |= {name: vector.float() for name, vector in vectors.items()}
-    order = sorted(tensors, key=lambda key: -tensors[key].element_size())
+    # Blocks of a stack lie as they are loaded, behind all that is always needed.
+    count: Counter[str] = Counter()
+    stacked: dict[str, int] = {}
+    for name in header.get("order") or ():
+        count[name] += 1
+        stacked[f"{name}.block{count[name]}"] = len(stacked)
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), stacked.get(key, -1)))
     note = json.dumps({"version": VERSION, **header}, separators=(",", ":"), sort_keys=True)
     table: dict[str, Any] = {"__metadata__": {_NOTE: note}}
     end = 0
