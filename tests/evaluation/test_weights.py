@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from plait.cli.main import app
 from plait.engine import load, quantize
-from plait.evaluation.weights import WeightRow, compare_weights, held_bytes, pareto
 from plait.engine.weight_quality import Quality, WeightJudge
 from plait.errors import ConfigError, IncompatibleError
+from plait.evaluation.weights import WeightRow, compare_weights, held_bytes, pareto
 from plait.memory import Rows
 from plait.nn import Transformer, save_transformer
 from plait.nn.mixers import AttentionConfig
