@@ -92,7 +92,18 @@ struct Stacks {
                 [=](int64_t b, int m, float* room) -> const float* {
                     const int8_t* q = codes + (b * rows + m) * kBlockCodes;
                     const float scale = blocks[b * rows + m].scale;
-                    for (int c = 0; c < kBlock; ++c) room[c] = scale * float(128 * int32_t(q[c]) + int32_t(q[kBlock + c]));
+                    if (rows < kPairRows) {
+                        for (int c = 0; c < kBlock; ++c)
+                            room[c] = scale * float(128 * int32_t(q[c]) + int32_t(q[kBlock + c]));
+                        return room;
+                    }
+                    const auto* whole = reinterpret_cast<const int16_t*>(q);
+                    for (int c = 0; c < kBlock; c += 4) {
+                        room[c] = scale * float(whole[c]);
+                        room[c + 1] = scale * float(whole[c + 2]);
+                        room[c + 2] = scale * float(whole[c + 1]);
+                        room[c + 3] = scale * float(whole[c + 3]);
+                    }
                     return room;
                 },
                 out);

@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from plait.hub import resolve
+from plait.nn import Transformer
+from plait.nn.mixers import AttentionConfig
+from plait.nn.rotary import RopeConfig
+from plait.text import Tokenizer
+from small_models import small_transformer
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +49,27 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """A byte-level tokenizer without merges, read as a GGUF file would describe it: 0 ends a text, 1..256 are the bytes."""
+    return Tokenizer.from_gguf(
+        {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": ["<end>", *sorted(ByteLevel.alphabet())],
+            "tokenizer.ggml.token_type": [3] + [1] * 256,
+            "tokenizer.ggml.merges": [],
+            "tokenizer.ggml.eos_token_id": 0,
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Transformer:
+    """Two blocks of random weights, for the ids of `byte_tokenizer`, whose logits vary by several units."""
+    mixer = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig(theta=10000.0, dim=16))
+    return small_transformer(
+        mixer, mixer, seed=3, vocab_size=257, width=64, inner=96, max_positions=512, logit_scale=3.0
+    )

@@ -21,43 +21,6 @@ from plait.text import Tokenizer
 from plait.weights.ggml import Q8_0
 from small_models import small_transformer
 
-# A tokenizer whose ids are bytes: 0 ends a text, 1..256 are the bytes.
-BYTE_TOKENIZER_SIZE = 257
-
-
-@pytest.fixture(scope="session")
-def byte_tokenizer() -> Tokenizer:
-    """A byte-level tokenizer without merges, read as a GGUF file would describe it."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    pieces = ["<end>", *sorted(ByteLevel.alphabet())]
-    return Tokenizer.from_gguf(
-        {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": "gpt-2",
-            "tokenizer.ggml.tokens": pieces,
-            "tokenizer.ggml.token_type": [3] + [1] * 256,
-            "tokenizer.ggml.merges": [],
-            "tokenizer.ggml.eos_token_id": 0,
-        }
-    )
-
-
-@pytest.fixture(scope="session")
-def small_model() -> Transformer:
-    """Two blocks of random weights whose logits vary by several units."""
-    mixer = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig(theta=10000.0, dim=16))
-    return small_transformer(
-        mixer,
-        mixer,
-        seed=3,
-        vocab_size=BYTE_TOKENIZER_SIZE,
-        width=64,
-        inner=96,
-        max_positions=512,
-        logit_scale=3.0,
-    )
-
 
 @pytest.fixture(scope="session")
 def packed_model() -> Transformer:
@@ -68,7 +31,7 @@ def packed_model() -> Transformer:
             mixer,
             mixer,
             seed=3,
-            vocab_size=BYTE_TOKENIZER_SIZE,
+            vocab_size=257,
             width=64,
             inner=96,
             max_positions=512,

@@ -9,44 +9,15 @@ from typing import Any, TypeVar
 
 import httpx2 as httpx
 import pytest
-from tokenizers.pre_tokenizers import ByteLevel
 
 from plait.decode.speculate import SPECULATORS
 from plait.engine import LanguageModel
 from plait.memory import MemoryPlan
 from plait.nn import Transformer
-from plait.nn.mixers import AttentionConfig
-from plait.nn.rotary import RopeConfig
 from plait.serve import Settings, create_app
 from plait.text import ChatTemplate, Tokenizer
-from small_models import small_transformer
 
 T = TypeVar("T")
-
-
-@pytest.fixture(scope="session")
-def byte_tokenizer() -> Tokenizer:
-    """Ids are bytes: 0 ends a text, 1..256 are the bytes."""
-    pieces = ["<end>", *sorted(ByteLevel.alphabet())]
-    return Tokenizer.from_gguf(
-        {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": "gpt-2",
-            "tokenizer.ggml.tokens": pieces,
-            "tokenizer.ggml.token_type": [3] + [1] * 256,
-            "tokenizer.ggml.merges": [],
-            "tokenizer.ggml.eos_token_id": 0,
-        }
-    )
-
-
-@pytest.fixture(scope="session")
-def small_model() -> Transformer:
-    """Two blocks of random weights."""
-    mixer = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, rope=RopeConfig(theta=10000.0, dim=16))
-    return small_transformer(
-        mixer, mixer, seed=3, vocab_size=257, width=64, inner=96, max_positions=512, logit_scale=3.0
-    )
 
 
 @pytest.fixture(scope="session")
