@@ -61,6 +61,8 @@ struct Attention {
                 fetch<N>(keys.at, (j + kAhead + k) * keys.stride, keys.dim);
                 if (values != nullptr) fetch<N>(values->at, (j + k) * values->stride, values->dim);
             }
+            // Unrolled, sums stay in registers; else they are copied in halves, and every load of a whole waits.
+#pragma GCC unroll 4
             for (int first = 0; first < 4; first += kKeys) {
                 F own[Rows][kKeys];
                 for (int r = 0; r < Rows; ++r)

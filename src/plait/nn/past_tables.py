@@ -54,9 +54,15 @@ class PastTables:
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.targets: _Numbers = np.zeros((0, TARGET_COLUMNS), np.int64)
+        self.visits: _Numbers = np.zeros((0, VISIT_COLUMNS), np.int64)
         self.is_lasting = True
         self._layers: list[_Layer] = []
         self._capacity = 0
+        # Of every target and visit, its frame; and the visits to tails.
+        self._target_frames: _Numbers = np.zeros(0, np.int64)
+        self._visit_frames: _Numbers = np.zeros(0, np.int64)
+        self._tails: _Numbers = np.zeros(0, np.int64)
 
     @classmethod
     def made(cls, past: Past, segment: Segment, ropes: Sequence[Rope | None]) -> Self | None:
@@ -99,8 +105,9 @@ class PastTables:
         self._capacity = min((layer.layout.capacity for layer in self._layers), default=0)
         self.targets = np.array(targets, dtype=np.int64).reshape(-1, TARGET_COLUMNS)
         self.visits = np.array(visits, dtype=np.int64).reshape(-1, VISIT_COLUMNS)
-        self._target_frames, self._visit_frames = np.array(target_frames, int), np.array(visit_frames, int)
-        self._tails = np.array(tails, int)
+        self._target_frames = np.array(target_frames, dtype=np.int64)
+        self._visit_frames = np.array(visit_frames, dtype=np.int64)
+        self._tails = np.array(tails, dtype=np.int64)
         return self
 
     def extended(self, segment: Segment) -> bool:
