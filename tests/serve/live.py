@@ -22,5 +22,5 @@ def live_server(
     with bind(settings) as listener:
         if send_buffer is not None:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        with serving(lm, settings.model_copy(update={"drain_seconds": 5.0}), listener=listener) as url:
+        with serving(lm, settings, listener=listener) as url:
             yield url
