@@ -76,7 +76,7 @@ def test_any_size_is_that_of_a_model_loaded_so_and_comes_back_bit_for_bit(
         assert moved.nbytes == weights.nbytes() == max(s for s in sizes if s <= size)
         assert moved.added - moved.freed == moved.nbytes - before
         assert 0 in (moved.added, moved.freed)
-        fresh = opened(folder, BitStack(budget=size))
+        fresh = opened(folder, BitStack(budget=str(size)))
         if is_lowered:
             lower(fresh)
         assert fresh.resizable().nbytes() == moved.nbytes
@@ -121,7 +121,7 @@ def test_blocks_lie_in_the_file_as_they_are_loaded(folder: Path) -> None:
 
 def test_a_file_that_was_cut_leaves_the_model_as_it_was(source: Path, tmp_path: Path) -> None:
     path = stacked(source, tmp_path)
-    model = opened(tmp_path, BitStack(budget=10**9))
+    model = opened(tmp_path, BitStack(budget="1GB"))
     weights = model.resizable()
     weights.resize(weights.sizes()[20])
     before, size = answers(model), weights.nbytes()
@@ -138,7 +138,7 @@ def test_a_file_that_was_cut_leaves_the_model_as_it_was(source: Path, tmp_path: 
 def test_what_cannot_be_is_refused(source: Path, folder: Path) -> None:
     smallest = opened(folder).resizable().sizes()[0]
     with pytest.raises(ConfigError, match=f"sizes from {smallest} to .* Got a budget of {smallest - 1}"):
-        opened(folder, BitStack(budget=smallest - 1))
+        opened(folder, BitStack(budget=str(smallest - 1)))
     with pytest.raises(ConfigError, match=r"bits a weight\. Got 0\.5 bits"):
         opened(folder, BitStack(bits=0.5))
     with pytest.raises(ConfigError, match="not both"):

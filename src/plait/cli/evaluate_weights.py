@@ -20,6 +20,9 @@ __all__ = ["draw", "facts", "weights"]
 
 _DEFAULTS = ["file", "bitmod:bits=4,group=192", "bitmod:bits=3,group=192", "uniform:bits=4,group=192"]
 
+# Nats below which a form is drawn as the model itself: activations in 15 bits cause about a tenth of it.
+_SAME = 1e-5
+
 
 def weights(
     model: Annotated[str, typer.Argument(help="Alias, folder, .gguf file or hub id.")],
@@ -148,12 +151,15 @@ def draw(rows: Sequence[WeightRow], path: Path) -> None:
         stacks.setdefault(row.name.partition(" at ")[0], []).append(row)
     for name, of_name in stacks.items():
         at = [row.held_bytes / 1e6 for row in of_name]
+        if all(row.quality.divergence < _SAME for row in of_name):
+            axes.axvline(at[0], linestyle=":", color="grey", label=f"{Path(name).name}, the same laws")
+            continue
         axes.plot(
-            at, [max(1e-6, row.quality.divergence) for row in of_name], marker="o", label=Path(name).name
+            at, [max(_SAME, row.quality.divergence) for row in of_name], marker="o", label=Path(name).name
         )
         if len(of_name) == 1 and math.isfinite(at[0]):
             axes.annotate(
-                Path(name).name, (at[0], max(1e-6, of_name[0].quality.divergence)), fontsize=7,
+                Path(name).name, (at[0], max(_SAME, of_name[0].quality.divergence)), fontsize=7,
                 xytext=(4, 4), textcoords="offset points",
             )  # fmt: skip
     axes.set_yscale("log")

@@ -132,7 +132,7 @@ def _made(
     chosen = FORMATS.parse(format)
     output = folder / re.sub(r"[^A-Za-z0-9.=]+", "-", str(chosen))
     if not (output / PACKED_NAME).exists():
-        if isinstance(chosen, Elastic) and (chosen.budget is not None or chosen.bits is not None):
+        if isinstance(chosen, Elastic) and (chosen.budget or chosen.bits is not None):
             raise ConfigError(f"{format} is measured at several sizes. Leave out budget and bits.")
         quantize(name, format, output, calibration=calibration, samples=samples, offline=offline)
     return output

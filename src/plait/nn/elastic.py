@@ -206,7 +206,7 @@ def open_stack(checkpoint: PackedCheckpoint, format: Elastic | None) -> ElasticW
         ModelFileError: a block is damaged.
     """
     file = StackFile(checkpoint)
-    position = file.position() if format is None else file.position(format.budget, format.bits)
+    position = file.position() if format is None else file.position(format.budget or None, format.bits)
     matrices = {
         name: checkpoint.stack(name, [file.read(name, index) for index in range(count)])
         for name, count in file.held(position).items()

@@ -61,7 +61,7 @@ class BitStack(Elastic, name="bitstack"):
         sort: what a block is worth: `fisher` by the fall of the error of the matrix's outputs, weighted with squared
             gradients of the loss (one backward pass); `error` by that error relative to the outputs; `ppl` by the
             loss of the model with and without it (one pass of the later layers for each block).
-        budget: for loading: bytes of the whole model, such as `64MB` or `61MiB`.
+        budget: for loading: bytes of the whole model, such as `64MB` or `61MiB`; empty for no limit.
         bits: for loading: bits for each weight of the stack, with everything that is kept for them.
 
     Raises:
@@ -74,16 +74,16 @@ class BitStack(Elastic, name="bitstack"):
     overhead: Annotated[float, Field(gt=0.0, le=4.0)] = 0.25
     scale: Literal["norms", "none"] = "norms"
     sort: Literal["fisher", "error", "ppl"] = "fisher"
-    budget: str | int | None = None
+    budget: str = ""
     bits: Annotated[float, Field(gt=0.0)] | None = None
 
     needs = frozenset({"norms"})
     packs_embeddings = False
 
     def check(self) -> None:
-        if self.budget is not None and self.bits is not None:
+        if self.budget and self.bits is not None:
             raise ConfigError("BitStack takes budget or bits, not both. Leave one out.")
-        if self.budget is not None:
+        if self.budget:
             bytes_of(self.budget)
 
     def rank_of(self, shape: tuple[int, int]) -> int:
@@ -100,7 +100,7 @@ class BitStack(Elastic, name="bitstack"):
 
     def pack(self, weight: Tensor, stats: Stats | None = None) -> BlockStack:
         check_matrix(self.name, weight)
-        if self.budget is not None or self.bits is not None:
+        if self.budget or self.bits is not None:
             raise ConfigError(
                 "A file holds the whole stack; budget and bits say how much of it is loaded. Leave them out here."
             )

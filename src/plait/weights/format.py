@@ -250,11 +250,11 @@ class Elastic(WeightFormat):
     """Formats whose files hold more than is loaded: the first blocks of every matrix, and a stack of others.
 
     Attributes:
-        budget: bytes of the whole model, or text such as `64MB`; None for no limit.
+        budget: bytes of the whole model, such as `64MB`; empty for no limit.
         bits: bits for each weight of the stack; None for no limit.
     """
 
-    budget: str | int | None
+    budget: str
     bits: float | None
 
 

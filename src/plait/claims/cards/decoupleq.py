@@ -22,7 +22,7 @@ def _measure(run: Run) -> Measurements:
     from plait.claims.weights import judge_of, packed
     from plait.engine import load
 
-    names = run.pick(list(_FORMATS), ["nearest", "layers"])
+    names = list(_FORMATS)
     found: dict[str, Quantity] = {}
     with tempfile.TemporaryDirectory() as folder:
         made: dict[str, Path] = {}
@@ -40,9 +40,8 @@ def _measure(run: Run) -> Measurements:
             found[f"{name}_nats"] = Quantity(quality.nats, "nats", samples=quality.tokens)
             found[f"{name}_divergence"] = Quantity(quality.divergence, "nats", samples=quality.tokens)
     for before, after in (("nearest", "gptq"), ("gptq", "layers"), ("layers", "blocks")):
-        if f"{after}_nats" in found and f"{before}_nats" in found:
-            gain = found[f"{before}_nats"].value - found[f"{after}_nats"].value
-            found[f"{after}_below_{before}"] = Quantity(gain, "nats")
+        gain = found[f"{before}_nats"].value - found[f"{after}_nats"].value
+        found[f"{after}_below_{before}"] = Quantity(gain, "nats")
     return found
 
 
