@@ -91,7 +91,7 @@ void AttentionPlan::cut_into_chunks(const SegmentQueries& segment) {
             add_piece(first_chunk, {v, first, count, position - chunk, false}, chunk);
             first += count;
         }
-        if (run == visit.length) continue;
+        if (run == visit.length || segment.num_queries == 0) continue;
         // A node stands at the position of its depth, wherever it is stored.
         const int64_t deepest = *std::max_element(mask.depths, mask.depths + segment.num_queries);
         const int64_t last = mask.first_query + clamp(deepest, 0, segment.num_queries - 1);
