@@ -45,6 +45,7 @@ COMMANDS = [
     "train",
     "watermark",
     "pac",
+    "eval",
 ]
 
 
