@@ -46,6 +46,7 @@ COMMANDS = [
     "watermark",
     "pac",
     "bench",
+    "eval",
 ]
 
 
