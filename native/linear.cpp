@@ -30,6 +30,14 @@ void multiply(const Projection& projection, int64_t tile, const Activations& x, 
         for (int64_t i = 0; i < count; ++i) out[m * kTile + i] += projection.bias[at + i];
 }
 
+// What an adapter makes of 16 outputs of one row, from output `at` on.
+void change(const float* scale, const float* added, int64_t at, float* y) {
+    if (scale != nullptr)
+        for (int i = 0; i < kTile; ++i) y[i] *= scale[at + i];
+    if (added != nullptr)
+        for (int i = 0; i < kTile; ++i) y[i] += added[at + i];
+}
+
 }  // namespace
 
 void Activations::resize(int64_t rows, int64_t columns) {
@@ -108,7 +116,7 @@ void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y,
     }
 }
 
-void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activations& h) const {
+void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activations& h, const GateRow* adapted) const {
     const Kernels& k = kernels();
     alignas(64) float opened[kRowChunk * kTile], carried[kRowChunk * kTile], block[kRowChunk * kBlock];
     for (int64_t first = 0; first < x.rows(); first += kRowsAtOnce) {
@@ -120,9 +128,21 @@ void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activatio
                     multiply(up, 2 * b + half, x, row, rows, carried);
                     const bool is_gated = !gate.parts.empty();
                     if (is_gated) multiply(gate, 2 * b + half, x, row, rows, opened);
+                    for (int m = 0; adapted != nullptr && m < rows; ++m) {
+                        const GateRow& of = adapted[row + m];
+                        const int64_t at = (2 * b + half) * kTile;
+                        change(of.up_scale, of.up_added, at, carried + m * kTile);
+                        if (is_gated) change(of.gate_scale, of.gate_added, at, opened + m * kTile);
+                    }
                     for (int m = 0; m < rows; ++m)
                         k.activate(activation, (is_gated ? opened : carried) + m * kTile,
                                    is_gated ? carried + m * kTile : nullptr, kTile, block + m * kBlock + half * kTile);
+                }
+                for (int m = 0; adapted != nullptr && m < rows; ++m) {
+                    const GateRow& of = adapted[row + m];
+                    float* own = block + m * kBlock;
+                    if (of.input_scale != nullptr) k.multiply(own, of.input_scale + b * kBlock, kBlock, own);
+                    if (of.kept != nullptr) std::memcpy(of.kept + b * kBlock, own, kBlock * sizeof(float));
                 }
                 for (int m = 0; m < rows; ++m) {
                     const Activations::Place at = h.place(row + m, b);

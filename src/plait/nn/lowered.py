@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
 from plait.memory import Memory, Past, Rows, Strand, check_pasts
+from plait.nn.adapters import Adapter
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.mixers.attention import Attention
 from plait.nn.transformer import Block, Transformer
@@ -23,6 +25,8 @@ from plait.weights import Linear
 __all__ = ["Lowered", "lower", "obstacle"]
 
 _MASKS: dict[type[Mask], int] = {Everything: 0, Causal: 1, Tree: 2}
+# Stands for an adapter that the program cannot compute.
+_NONE = object()
 
 
 def lower(model: Transformer) -> bool:
@@ -130,6 +134,9 @@ class Lowered:
             return None
         if any(not _is_plain(layer) for past in pasts for layer in past.layers):
             return None
+        adapters = [None if past.adapter is None else _native_form(past.adapter) for past in pasts]
+        if _NONE in adapters:
+            return None
         check_pasts(rows, pasts)
         if embeddings is not None:
             x = embeddings.detach().float().clone()
@@ -153,7 +160,7 @@ class Lowered:
         tables, targets, visits = plan
         self.saved_visits = self._program.run(
             x.contiguous(), segments, tables.angles, _table(targets, 10), _table(visits, 14), trees,
-            chosen.view(-1, 1), hidden, logits,
+            chosen.view(-1, 1), hidden, logits, adapters,
         )  # fmt: skip
         return hidden, None if logits is None else self.finish(logits)
 
@@ -253,6 +260,11 @@ class _Tables:
             angles = make()
             self.angles.append((angles.cos.contiguous(), angles.sin.contiguous()))
         return found
+
+
+def _native_form(adapter: object) -> Any:
+    assert isinstance(adapter, Adapter)
+    return adapter.to_native() or _NONE
 
 
 def _segments(rows: Rows) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,11 @@ from plait.memory import Memory, MemoryPlan, Past, Rows, State
 from plait.nn.config import BlockConfig, NormConfig, TransformerConfig
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.parameters import Parameters
+from plait.nn.routing import Routed, routed
 from plait.weights import Embedding, Linear
+
+if TYPE_CHECKING:
+    from plait.nn.adapters import Adapter
 
 __all__ = ["Block", "Transformer"]
 
@@ -111,9 +115,25 @@ class Transformer(nn.Module):
         bias = parameters.vector(["head.bias"], [config.vocab_size]) if config.head_bias else None
         self.head = Linear(head, bias)
         self.program: Program | None = None
+        self._active: list[Adapter | None] = [None]
 
-    def new_past(self, plan: MemoryPlan) -> Past:
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter of new pasts and of the parallel form, or None; setting it changes no past that there is."""
+        return self._active[0]
+
+    @adapter.setter
+    def adapter(self, adapter: Adapter | None) -> None:
+        if adapter is not None:
+            adapter.check_model(self)
+        # In a list, so that it does not become a part of the model.
+        self._active = [adapter]
+
+    def new_past(self, plan: MemoryPlan, adapter: Adapter | Literal["own"] | None = "own") -> Past:
         """An empty past for one sequence.
+
+        Args:
+            adapter: what changes the model for this sequence; that of the model when left out.
 
         Raises:
             IncompatibleError: the plan's policy limits distances, which this model does not use.
@@ -123,7 +143,8 @@ class Transformer(nn.Module):
                 f"{plan.policy} limits distances between tokens, but this model learned a row for each of "
                 f"{self.config.learned_positions} positions. Choose memory='full' or 'window'."
             )
-        return Past([block.mixer.new_memory(plan) for block in self._blocks()])
+        chosen = self.adapter if adapter == "own" else adapter
+        return Past([block.mixer.new_memory(plan) for block in self._blocks()], chosen)
 
     def with_blocks(self, indices: Sequence[int]) -> Transformer:
         """A shallower model of some of the blocks, in order; parameters are shared, not copied.
@@ -145,7 +166,7 @@ class Transformer(nn.Module):
         twin.config = dataclasses.replace(
             self.config, blocks=tuple(self.config.blocks[index] for index in indices)
         )
-        twin.program = None
+        twin.program, twin._active = None, [None]
         return twin
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -194,8 +215,10 @@ class Transformer(nn.Module):
         if embeddings.shape[0] != len(rows):
             raise ConfigError(f"Each token needs one row. Got {embeddings.shape[0]} for {len(rows)} rows.")
         x = self.enter(embeddings, rows)
-        for index, block in enumerate(self._blocks()):
-            x = block(x, rows, None if pasts is None else [past.layers[index] for past in pasts])
+        adapters = [self.adapter] * len(rows.segments) if pasts is None else [past.adapter for past in pasts]
+        with routed(rows, cast("list[Routed | None]", adapters)):
+            for index, block in enumerate(self._blocks()):
+                x = block(x, rows, None if pasts is None else [past.layers[index] for past in pasts])
         x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 

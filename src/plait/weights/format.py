@@ -5,7 +5,7 @@ Shapes: O output rows, I input columns, N rows of activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -258,6 +258,9 @@ class Linear(nn.Module):
     Args:
         weight: the matrix, (O, I).
         bias: (O,) or None.
+
+    Attributes:
+        hook: computes y from x and the plain product, for rows that have adapters; None for the product alone.
     """
 
     weight: Packed
@@ -266,8 +269,13 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=torch.is_grad_enabled())
+        self.hook: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x) if self.hook is None else self.hook(x, self.product)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product itself, whatever `hook` makes of it."""
         y = self.weight.matmul(x)
         return y if self.bias is None else y + self.bias
 

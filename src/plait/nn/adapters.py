@@ -1,0 +1,309 @@
+"""An adapter on a model: where its changes sit, how it is merged, and its form in a native program.
+
+Shapes: O outputs, I inputs, R rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from plait.errors import ConfigError, IncompatibleError, suggestion
+from plait.nn.layers import FeedForward
+from plait.nn.mixers.attention import Attention
+from plait.nn.routing import PartHook
+from plait.nn.transformer import Block, Transformer
+from plait.ops import native
+from plait.weights import Dense, Linear
+from plait.weights.adapters import AdapterConfig, Change, Matrix
+
+__all__ = ["Adapter", "Site", "fingerprint", "new_adapter", "sites_of"]
+
+# The products of a layer as the native program numbers them.
+_NATIVE = {"query": 0, "key": 0, "value": 0, "output": 1, "gate": 2, "up": 3, "down": 4}
+
+
+class Site(NamedTuple):
+    """A matrix of a model, and the linear layer that it is rows [first, first + outputs) of."""
+
+    matrix: Matrix
+    linear: Linear
+    first: int
+    layer: int
+
+
+def sites_of(model: Transformer) -> dict[str, Site]:
+    """The matrices of a model's blocks that adapters can change, by name."""
+    found: dict[str, Site] = {}
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        for linear, parts in _linears(block):
+            first = 0
+            for name, outputs in parts:
+                full = f"blocks.{layer}.{name}"
+                bias = None if linear.bias is None else linear.bias[first : first + outputs]
+                matrix = Matrix(full, outputs, linear.weight.shape[1], _Rows(linear, first, outputs), bias)
+                found[full] = Site(matrix, linear, first, layer)
+                first += outputs
+    return found
+
+
+def _linears(block: Block) -> list[tuple[Linear, list[tuple[str, int]]]]:
+    """The linear layers of a block, with the names and outputs of the matrices that each is made of."""
+    found: list[tuple[Linear, list[tuple[str, int]]]] = []
+    mixer, feed_forward = block.mixer, block.feed_forward
+    if isinstance(mixer, Attention):
+        queries = mixer.config.num_heads * mixer.config.head_dim
+        keys = mixer.config.num_kv_heads * mixer.config.head_dim
+        parts = [("mixer.query", queries), ("mixer.key", keys), ("mixer.value", keys)]
+        found += [(mixer.qkv, parts), (mixer.output, [("mixer.output", mixer.output.weight.shape[0])])]
+    assert isinstance(feed_forward, FeedForward)
+    size = feed_forward.config.size
+    names = ["gate", "up"] if feed_forward.config.gated else ["up"]
+    found.append((feed_forward.up, [(f"feed_forward.{name}", size) for name in names]))
+    found.append((feed_forward.down, [("feed_forward.down", feed_forward.down.weight.shape[0])]))
+    return found
+
+
+class _Rows:
+    """Rows of a part of a packed matrix, dense."""
+
+    def __init__(self, linear: Linear, first: int, count: int) -> None:
+        self.linear, self.first, self.count = linear, first, count
+
+    def __call__(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(self.count)
+        at = slice(self.first + start, self.first + stop)
+        return self.linear.weight.unpack_rows(at).detach().float()
+
+
+class Adapter(nn.Module):
+    """A method's changes at some matrices of one model. The model itself is never written to.
+
+    Args:
+        config: the method.
+        model: that it is for.
+        changes: by the names of matrices; see `sites_of`.
+        name: what it is called.
+
+    Raises:
+        ConfigError: a matrix that the model does not have, or no change at all.
+    """
+
+    def __init__(
+        self, config: AdapterConfig, model: Transformer, changes: Mapping[str, Change], name: str = "adapter"
+    ) -> None:
+        super().__init__()
+        self.config, self.name = config, name
+        self.shared: dict[str, Tensor] = {}
+        self.base = fingerprint(model)
+        self._sites = sites_of(model)
+        unknown = next((name for name in changes if name not in self._sites), None)
+        if unknown is not None:
+            raise ConfigError(f"The model has no matrix {unknown!r}.{suggestion(unknown, self._sites)}")
+        if not changes:
+            raise ConfigError("The adapter changes nothing: none of its targets is a matrix of this model.")
+        self.at: dict[str, Change] = dict(changes)
+        for site, change in changes.items():
+            self.add_module(site.replace(".", "/"), change)
+        _install(model)
+        self._native: Any = None
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are stored and, but for frozen ones, trained."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def nbytes(self) -> int:
+        """Bytes of the parameters, shared tensors included."""
+        tensors = [*self.parameters(), *self.shared.values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def check_model(self, model: Transformer) -> None:
+        """Raise where this adapter was made for another model.
+
+        Raises:
+            IncompatibleError: the models differ in their shape or in their last norm.
+        """
+        if fingerprint(model) != self.base:
+            raise IncompatibleError(
+                f"The adapter {self.name!r} was made for another model. Load it on the model it was trained on."
+            )
+
+    def merged(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """What the changed matrices and their biases become, by name: (O, I) and (O,) or None, fp32.
+
+        Raises:
+            IncompatibleError: a bias would have to be added to a matrix that has none.
+        """
+        found: dict[str, tuple[Tensor, Tensor | None]] = {}
+        with torch.no_grad():
+            for name, change in self.at.items():
+                matrix, delta = self._sites[name].matrix, change.delta()
+                weight, bias = matrix.rows(slice(None)), matrix.bias
+                if delta.input_scale is not None:
+                    weight = weight * delta.input_scale
+                if delta.output_scale is not None:
+                    weight = weight * delta.output_scale[:, None]
+                    bias = None if bias is None else bias * delta.output_scale
+                if delta.down is not None and delta.up is not None:
+                    weight = weight + delta.up @ delta.down
+                if delta.bias is not None:
+                    if bias is None and bool((delta.bias != 0).any()):
+                        raise IncompatibleError(
+                            f"{self.config.name} adds a bias to {name}, which has none in this model, so it cannot "
+                            "be merged. Use it as an adapter."
+                        )
+                    bias = None if bias is None else bias + delta.bias
+                found[name] = (weight, bias)
+        return found
+
+    @torch.no_grad()
+    def merge(self) -> Merged:
+        """Write the changes into the model, for as long as the result is not undone.
+
+        Returns:
+            What `undo` brings the model back with, to the bit: the matrices as they were are kept.
+
+        Raises:
+            IncompatibleError: the matrices are packed, where merging would mean to quantise them again, or the
+                method cannot be merged.
+        """
+        for name in self.at:
+            weight = self._sites[name].linear.weight
+            if not isinstance(weight, Dense):
+                raise IncompatibleError(
+                    f"{name} is kept in {weight.format}: merging would quantise it again. Use the adapter as it is, or "
+                    "merge into a copy in fp32: plait adapters merge."
+                )
+        new = self.merged()
+        before: list[tuple[Linear, Dense, Tensor | None]] = []
+        for name, (weight, bias) in new.items():
+            site = self._sites[name]
+            linear, rows = site.linear, slice(site.first, site.first + site.matrix.outputs)
+            if all(linear is not one[0] for one in before):
+                assert isinstance(linear.weight, Dense)
+                before.append((linear, linear.weight, None if linear.bias is None else linear.bias.clone()))
+                linear.weight = Dense(linear.weight.weight.clone())
+            assert isinstance(linear.weight, Dense)
+            linear.weight.weight[rows] = weight.to(linear.weight.weight.dtype)
+            if linear.bias is not None and bias is not None:
+                linear.bias[rows] = bias
+        return Merged(before)
+
+    def to_native(self) -> Any:
+        """The form that a native program reads, made once; None where a change has none."""
+        if self._native is None:
+            made = _native_form(self)
+            self._native = (made,)
+        return self._native[0]
+
+    def train(self, mode: bool = True) -> Adapter:
+        self._native = None
+        for change in self.at.values():
+            change._fixed = None
+        super().train(mode)
+        return self
+
+
+class Merged:
+    """An adapter that is written into its model."""
+
+    def __init__(self, before: Sequence[tuple[Linear, Dense, Tensor | None]]) -> None:
+        self._before = list(before)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Bring back every matrix and bias, to the bit; a second call does nothing."""
+        for linear, weight, bias in self._before:
+            linear.weight = weight
+            if linear.bias is not None and bias is not None:
+                linear.bias.copy_(bias)
+        self._before = []
+
+
+def new_adapter(config: AdapterConfig, model: Transformer, *, seed: int = 0, name: str = "adapter") -> Adapter:
+    """An adapter to be trained, which leaves the model's answers as they are.
+
+    Args:
+        config: the method.
+        model: that it is for; it is not changed.
+        seed: of its random numbers.
+
+    Raises:
+        ConfigError: no matrix of the model is a target, or the rank is too large for one.
+    """
+    places = config.places()
+    chosen = [site.matrix for site in sites_of(model).values() if site.matrix.place in places]
+    if not chosen:
+        raise ConfigError(f"{config} targets {config.targets}, and the model has no such matrix in its blocks.")
+    generator = torch.Generator().manual_seed(seed)
+    shared = config.shared(chosen)
+    changes = {matrix.name: config.change(matrix, generator, shared) for matrix in chosen}
+    made = Adapter(config, model, changes, name)
+    made.shared = shared
+    return made
+
+
+def fingerprint(model: Transformer) -> str:
+    """What tells models apart that adapters are for: the shape, and the weights of the last norm.
+
+    Packed and plain copies of one model have the same.
+    """
+    config = model.config
+    shape = [config.family, config.vocab_size, config.width, len(config.blocks)]
+    shape += [[site.matrix.outputs, site.matrix.inputs] for site in sites_of(model).values()]
+    digest = hashlib.sha256(json.dumps(shape).encode())
+    weight = getattr(model.norm, "weight", None)
+    if weight is not None:
+        digest.update(weight.detach().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _install(model: Transformer) -> None:
+    """Let the products of a model look up adapters; those of rows without one stay the same, to the bit."""
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        for linear, parts in _linears(block):
+            if linear.hook is None:
+                linear.hook = PartHook([(f"blocks.{layer}.{name}", count) for name, count in parts])
+
+
+def _native_form(adapter: Adapter) -> Any:
+    by_product: dict[tuple[int, int], list[tuple[int, Site, Change]]] = {}
+    for name, change in adapter.at.items():
+        site = adapter._sites[name]
+        number = _NATIVE[site.matrix.place]
+        # Gate and up are one layer here, and two products of the program.
+        first = 0 if number in (2, 3) else site.first
+        by_product.setdefault((site.layer, number), []).append((first, site, change))
+    made = native.extension().Adapter(1 + max(site.layer for site in adapter._sites.values()))
+    for (layer, number), parts in by_product.items():
+        linear = parts[0][1].linear
+        inputs = linear.weight.shape[1]
+        outputs = parts[0][1].matrix.outputs if number in (2, 3) else linear.weight.shape[0]
+        scale, bias = torch.ones(outputs), torch.zeros(outputs)
+        has_scale = has_bias = False
+        input_scale: Tensor | None = None
+        low: list[tuple[int, Tensor, Tensor]] = []
+        for first, site, change in parts:
+            delta, rows = change.fixed(), slice(first, first + site.matrix.outputs)
+            if delta.input_scale is not None:
+                if number not in (1, 4):
+                    return None
+                input_scale = delta.input_scale
+            if delta.output_scale is not None:
+                scale[rows], has_scale = delta.output_scale, True
+            if delta.bias is not None:
+                bias[rows], has_bias = delta.bias, True
+            if delta.down is not None and delta.up is not None:
+                low.append((first, delta.down.contiguous(), delta.up.t().contiguous()))
+        made.set(
+            layer, number, inputs, outputs, input_scale, scale if has_scale else None, bias if has_bias else None, low
+        )  # fmt: skip
+    return made
