@@ -119,11 +119,15 @@ class Transformer(nn.Module):
 
     @property
     def adapter(self) -> Adapter | None:
-        """The adapter of new pasts and of the parallel form, or None; setting it changes no past that there is."""
+        """The adapter of new pasts and of the parallel form; None for none."""
         return self._active[0]
 
-    @adapter.setter
-    def adapter(self, adapter: Adapter | None) -> None:
+    def use(self, adapter: Adapter | None) -> None:
+        """Let an adapter change this model from now on; pasts that there are keep theirs.
+
+        Raises:
+            IncompatibleError: it was made for another model.
+        """
         if adapter is not None:
             adapter.check_model(self)
         # In a list, so that it does not become a part of the model.
