@@ -132,7 +132,7 @@ class Spec:
         """
         settings = dict(data)
         target: Any = cls
-        if not dataclasses.is_dataclass(target):
+        if not dataclasses.is_dataclass(target) or (hasattr(cls, "axis") and not hasattr(cls, "name")):
             target = cls.axis.find(str(settings.pop("name", None)))
         elif hasattr(cls, "name"):
             settings.pop("name", None)

@@ -9,7 +9,7 @@ import typer.core
 
 from plait import __version__
 from plait.cli import bytes as byte_laws
-from plait.cli import claims, generate, methods, models, pac, train, watermark, weights
+from plait.cli import adapters, claims, generate, methods, models, pac, train, watermark, weights
 from plait.cli import serve as serving
 from plait.cli.common import say
 from plait.errors import PlaitError
@@ -77,6 +77,7 @@ app.command("info")(models.info)
 app.command("quantize")(weights.quantize)
 app.command("methods")(methods.methods)
 app.add_typer(train.app, name="train")
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(watermark.app, name="watermark")
 app.add_typer(pac.app, name="pac")
 app.add_typer(claims.app, name="claims")

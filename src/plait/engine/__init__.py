@@ -9,7 +9,7 @@ from plait.engine.contexts import APE, ContextReport, ParallelExample
 from plait.engine.edits import Edit, EditReport, TokenEdit
 from plait.engine.engine import Engine
 from plait.engine.language_model import Beam, LanguageModel, Message, Suggestion
-from plait.engine.loading import load
+from plait.engine.loading import load, merge_adapter
 from plait.engine.metrics import Metrics
 from plait.engine.quantizing import quantize
 from plait.engine.request import FinishReason, Generation, Piece, Request
@@ -47,5 +47,6 @@ __all__ = [
     "Suggestion",
     "ensemble",
     "load",
+    "merge_adapter",
     "quantize",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 from plait.decode import Constraint, Sampling
@@ -18,9 +19,9 @@ from plait.engine.request import Generation, Piece, Request
 from plait.engine.scoring import Score, score_windows, windows_of
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
-from plait.errors import CapacityError, ConfigError, suggestion
+from plait.errors import CapacityError, ConfigError, UnknownNameError, suggestion
 from plait.memory import MemoryPlan
-from plait.nn import Transformer
+from plait.nn import Adapter, Transformer, load_adapter
 from plait.text import ByteVocabulary, ChatTemplate, Tokenizer, byte_vocabulary
 
 PromptBoundary: TypeAlias = Literal["token", "exact", "healed"]
@@ -96,7 +97,47 @@ class LanguageModel:
         self.plan = plan
         self.draft_model = draft_model
         self.draft = draft
+        self.adapters: dict[str, Adapter] = {}
         self._byte_vocabulary: ByteVocabulary | None = None
+
+    def add_adapter(self, folder: str | Path, name: str | None = None, *, use: bool = False) -> Adapter:
+        """Load an adapter, which requests choose by its name: `generate(..., adapter="NAME")`.
+
+        Args:
+            folder: with `adapter_config.json` and `adapter_model.safetensors`, as the `peft` package writes them.
+            name: what to call it; the folder's name when left out.
+            use: whether to answer with it wherever no other is chosen.
+
+        Raises:
+            ConfigError: the name is taken, empty or `none`.
+            ModelFileError: the files are damaged, or do not fit this model.
+            IncompatibleError: it was made for another model.
+        """
+        adapter = load_adapter(folder, self.model, name=name)
+        if adapter.name in self.adapters or adapter.name in ("", "none"):
+            raise ConfigError(
+                f"An adapter cannot be called {adapter.name!r}: the name is taken. Give it another name, or remove the "
+                "other from lm.adapters."
+            )
+        self.adapters[adapter.name] = adapter
+        if use:
+            self.model.use(adapter)
+        return adapter
+
+    def adapter(self, name: str) -> Adapter | None:
+        """The adapter of that name; the one in use for an empty name, and None for `none`.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        if name in ("", "none"):
+            return self.model.adapter if not name else None
+        if name not in self.adapters:
+            raise UnknownNameError(
+                f"{self.name} has no adapter {name!r}.{suggestion(name, self.adapters)}"
+                f" It has: {', '.join(sorted(self.adapters)) or 'none'}."
+            )
+        return self.adapters[name]
 
     @property
     def draft(self) -> SpeculatorConfig:
@@ -114,11 +155,21 @@ class LanguageModel:
 
     def new_engine(self, **options: Any) -> Engine:
         """An engine for many requests; `options` are those of `Engine`."""
-        return Engine(self.model, self.tokenizer, self.plan, new_speculator=self._new_speculator, **options)
+        return Engine(
+            self.model,
+            self.tokenizer,
+            self.plan,
+            new_speculator=self._new_speculator,
+            **{"adapters": self.adapters, **options},
+        )
 
-    def session(self) -> Session:
-        """A conversation or document that is read once and continued many times."""
-        return Session(self)
+    def session(self, adapter: str = "") -> Session:
+        """A conversation or document that is read once and continued many times.
+
+        Args:
+            adapter: the adapter that reads and answers; see `adapter`.
+        """
+        return Session(self, adapter)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the start token where the model wants one."""
@@ -354,6 +405,7 @@ class LanguageModel:
         branch: int = 0,
         constraint: Constraint | None = None,
         trace: bool = False,
+        adapter: str = "",
         sampling: Sampling | None = None,
         **settings: Any,
     ) -> Request:
@@ -379,6 +431,7 @@ class LanguageModel:
             branch=branch,
             constraint=constraint,
             trace=trace,
+            adapter=adapter,
         )
 
     def prefill(
@@ -488,6 +541,7 @@ def _unknown_option(settings: Mapping[str, Any]) -> str:
         "branch",
         "constraint",
         "trace",
+        "adapter",
         *(f.name for f in dataclasses.fields(Sampling)),
     ]
     name = next((name for name in settings if name not in known), "?")

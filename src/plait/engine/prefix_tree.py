@@ -23,10 +23,12 @@ class Namespace:
     Args:
         tenant: on whose behalf the tokens are read.
         plan: how the past is kept.
+        adapter: what changes the model, which changes what it remembers of the same tokens.
     """
 
     tenant: str
     plan: MemoryPlan
+    adapter: object | None = None
 
 
 class Node:

@@ -126,17 +126,11 @@ def save_adapter(adapter: Adapter, model: Transformer, folder: Path, *, base: st
     Raises:
         ConfigError: the model's files keep several matrices as one, where adapters of parts have no name.
     """
-    modules = _modules(model)
-    place_of = {part: module for module, held in modules.items() for part, _ in held.parts}
+    place_of = written_names(adapter, model)
     tensors: dict[str, Tensor] = {}
     targets: set[str] = set()
     for site, change in adapter.at.items():
         module = place_of[site]
-        if len(modules[module].parts) > 1:
-            raise ConfigError(
-                f"Files of {model.config.family} models keep {module} as one matrix, and the adapter changes parts of "
-                "it. Adapters of such models are read, but not written."
-            )
         targets.add(module.rpartition(".")[2])
         for parameter, theirs in change.peft_names.items():
             tensors[f"{_PREFIX}{module}.{theirs}"] = change.stored(parameter).detach().float().contiguous()
@@ -161,6 +155,23 @@ def save_adapter(adapter: Adapter, model: Transformer, folder: Path, *, base: st
     with replacing(folder / WEIGHTS_NAME) as beside:
         save_file(tensors, beside, metadata={"format": "pt", "plait.base": adapter.base})
     write_text(folder / CONFIG_NAME, json.dumps(settings, indent=2) + "\n")
+
+
+def written_names(adapter: Adapter, model: Transformer) -> dict[str, str]:
+    """What files call the modules that hold an adapter's matrices, by the names of these.
+
+    Raises:
+        ConfigError: the model's files keep several matrices as one, where adapters of parts have no name.
+    """
+    modules = _modules(model)
+    place_of = {part: module for module, held in modules.items() for part, _ in held.parts}
+    for site in adapter.at:
+        if len(modules[place_of[site]].parts) > 1:
+            raise ConfigError(
+                f"Files of {model.config.family} models keep {place_of[site]} as one matrix, and the adapter changes "
+                "parts of it. Adapters of such models are read, but not written."
+            )
+    return {site: place_of[site] for site in adapter.at}
 
 
 def _config(path: Path) -> dict[str, Any]:
