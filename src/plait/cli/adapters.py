@@ -72,7 +72,9 @@ def merge(
     """
     from plait.engine import merge_adapter
 
-    made = merge_adapter(Path(model) if Path(model).exists() else model, folder, output, offline=offline or None)
+    made = merge_adapter(
+        Path(model) if Path(model).exists() else model, folder, output, offline=offline or None
+    )
     if json_output:
         print_json({"path": str(made)})
     else:

@@ -8,8 +8,8 @@ import typer
 import typer.core
 
 from plait import __version__
-from plait.cli import bytes as byte_laws
 from plait.cli import adapters, claims, generate, methods, models, pac, train, watermark, weights
+from plait.cli import bytes as byte_laws
 from plait.cli import serve as serving
 from plait.cli.common import say
 from plait.errors import PlaitError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plait.engine.adapters import Adapters
 from plait.engine.async_engine import AsyncEngine, Stream
 from plait.engine.byte_model import ByteGeneration, ByteLM, Ensemble, Fill, Settled, ensemble
 from plait.engine.context_store import ContextStore
@@ -18,6 +19,7 @@ from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
 
 __all__ = [
+    "Adapters",
     "AsyncEngine",
     "APE",
     "ContextReport",

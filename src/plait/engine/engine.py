@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from plait.decode import Sampler
 from plait.decode.speculate import Context, Speculator, Tree, verify
+from plait.engine.adapters import Adapters
 from plait.engine.budget import MemoryBudget
 from plait.engine.metrics import Metrics
 from plait.engine.prefix_tree import Namespace, PrefixTree, common_prefix
@@ -18,10 +19,10 @@ from plait.engine.request import Piece, Request
 from plait.engine.scheduler import Scheduler
 from plait.engine.sequence import RunningSequence
 from plait.engine.trace import Tracer
-from plait.errors import CapacityError, ConfigError, IncompatibleError, UnknownNameError, suggestion
+from plait.errors import CapacityError, ConfigError, IncompatibleError
 from plait.memory import Causal, Mask, MemoryPlan, Past, Rows
 from plait.memory import Tree as TreeMask
-from plait.nn import Adapter, Transformer
+from plait.nn import Transformer
 from plait.text import Tokenizer
 
 __all__ = ["Engine"]
@@ -63,7 +64,7 @@ class Engine:
             limit: then only requests that run at the same time share.
         share_prefixes: whether sequences share what they remember of a common beginning. Sequences with different
             adapters never do.
-        adapters: of `model`, by the names that requests choose them by; looked up when a request comes.
+        adapters: of `model`; looked up when a request comes.
 
     Raises:
         ConfigError: a number below 1.
@@ -80,7 +81,7 @@ class Engine:
         max_sequences: int = 64,
         memory_bytes: int | None = None,
         share_prefixes: bool = True,
-        adapters: Mapping[str, Adapter] | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         if rows_per_step < 1 or max_sequences < 1:
             raise ConfigError(
@@ -93,7 +94,7 @@ class Engine:
         self.plan = plan
         self.new_speculator = new_speculator
         self.rows_per_step = rows_per_step
-        self.adapters: Mapping[str, Adapter] = {} if adapters is None else adapters
+        self.adapters = Adapters(model) if adapters is None else adapters
         self._longest = plan.longest(model.config.max_positions)
         self._empty = model.new_past(plan)
         # A memory that keeps every token as it is: its bytes can be told beforehand.
@@ -135,28 +136,10 @@ class Engine:
         """
         self._checked(request)
 
-    def _adapter_of(self, request: Request) -> Adapter | None:
-        """What a request is answered with.
-
-        Raises:
-            UnknownNameError: no adapter has that name.
-        """
-        if not request.adapter:
-            return self.model.adapter
-        if request.adapter == "none":
-            return None
-        try:
-            return self.adapters[request.adapter]
-        except KeyError:
-            raise UnknownNameError(
-                f"No adapter is called {request.adapter!r}.{suggestion(request.adapter, self.adapters)}"
-                f" There are: {', '.join(sorted(self.adapters)) or 'none'}."
-            ) from None
-
     def _checked(self, request: Request) -> Sampler:
         """The sampler of a request that `check` has nothing to say against."""
         vocab_size, limit = self.model.config.vocab_size, self._longest
-        self._adapter_of(request)
+        self.adapters.find(request.adapter)
         outside = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise ConfigError(f"Token ids must be in [0, {vocab_size}). Got {outside}.")
@@ -190,7 +173,7 @@ class Engine:
             IncompatibleError: the past was computed with another adapter than the request asks for.
         """
         sampler = self._checked(request)
-        adapter = self._adapter_of(request)
+        adapter = self.adapters.find(request.adapter)
         if past is not None and request.adapter and past.adapter is not adapter:
             raise IncompatibleError(
                 f"The past was read with another adapter than {request.adapter!r}. Open a session with that adapter."

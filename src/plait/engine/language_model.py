@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
 from plait.decode import Constraint, Sampling
@@ -12,6 +11,7 @@ from plait.decode.bytes import Marginal
 from plait.decode.ngrams import NgramCounts
 from plait.decode.search import BeamSearch, Superposed, beam_search, superposed_drafts
 from plait.decode.speculate import SpeculatorConfig
+from plait.engine.adapters import Adapters
 from plait.engine.byte_model import ByteLM, Settled
 from plait.engine.engine import Engine
 from plait.engine.prefill import ROWS_PER_PASS, read_packed
@@ -19,9 +19,9 @@ from plait.engine.request import Generation, Piece, Request
 from plait.engine.scoring import Score, score_windows, windows_of
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
-from plait.errors import CapacityError, ConfigError, UnknownNameError, suggestion
+from plait.errors import CapacityError, ConfigError, suggestion
 from plait.memory import MemoryPlan
-from plait.nn import Adapter, Transformer, load_adapter
+from plait.nn import Transformer
 from plait.text import ByteVocabulary, ChatTemplate, Tokenizer, byte_vocabulary
 
 PromptBoundary: TypeAlias = Literal["token", "exact", "healed"]
@@ -75,6 +75,9 @@ class LanguageModel:
         draft: how continuations are guessed.
         draft_model: a cheaper model of the same vocabulary to guess with, where the draft takes one.
 
+    Attributes:
+        adapters: that requests may choose by name; `lm.adapters.add("FOLDER")` loads one.
+
     Raises:
         ConfigError: the draft cannot work with these models.
     """
@@ -97,47 +100,8 @@ class LanguageModel:
         self.plan = plan
         self.draft_model = draft_model
         self.draft = draft
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters = Adapters(model)
         self._byte_vocabulary: ByteVocabulary | None = None
-
-    def add_adapter(self, folder: str | Path, name: str | None = None, *, use: bool = False) -> Adapter:
-        """Load an adapter, which requests choose by its name: `generate(..., adapter="NAME")`.
-
-        Args:
-            folder: with `adapter_config.json` and `adapter_model.safetensors`, as the `peft` package writes them.
-            name: what to call it; the folder's name when left out.
-            use: whether to answer with it wherever no other is chosen.
-
-        Raises:
-            ConfigError: the name is taken, empty or `none`.
-            ModelFileError: the files are damaged, or do not fit this model.
-            IncompatibleError: it was made for another model.
-        """
-        adapter = load_adapter(folder, self.model, name=name)
-        if adapter.name in self.adapters or adapter.name in ("", "none"):
-            raise ConfigError(
-                f"An adapter cannot be called {adapter.name!r}: the name is taken. Give it another name, or remove the "
-                "other from lm.adapters."
-            )
-        self.adapters[adapter.name] = adapter
-        if use:
-            self.model.use(adapter)
-        return adapter
-
-    def adapter(self, name: str) -> Adapter | None:
-        """The adapter of that name; the one in use for an empty name, and None for `none`.
-
-        Raises:
-            UnknownNameError: there is none.
-        """
-        if name in ("", "none"):
-            return self.model.adapter if not name else None
-        if name not in self.adapters:
-            raise UnknownNameError(
-                f"{self.name} has no adapter {name!r}.{suggestion(name, self.adapters)}"
-                f" It has: {', '.join(sorted(self.adapters)) or 'none'}."
-            )
-        return self.adapters[name]
 
     @property
     def draft(self) -> SpeculatorConfig:
@@ -160,14 +124,15 @@ class LanguageModel:
             self.tokenizer,
             self.plan,
             new_speculator=self._new_speculator,
-            **{"adapters": self.adapters, **options},
+            adapters=self.adapters,
+            **options,
         )
 
     def session(self, adapter: str = "") -> Session:
         """A conversation or document that is read once and continued many times.
 
         Args:
-            adapter: the adapter that reads and answers; see `adapter`.
+            adapter: the name of the adapter that reads and answers; see `plait.engine.Adapters`.
         """
         return Session(self, adapter)
 

@@ -47,7 +47,7 @@ def load(
         draft_model: a smaller model of the same vocabulary for drafts that guess with one, such as `chain`
             and `rsd-s`; named as `name` is, and held in the same `weights`.
         adapter: the folder of an adapter to answer with, as the `peft` package or `plait train adapter` writes it; more
-            are added with `LanguageModel.add_adapter`.
+            are added with `lm.adapters.add`.
         angles: precision of rotary angles; `fp32` repeats the rounding of Hugging Face Transformers.
         offline: never touch the network; the environment variable PLAIT_OFFLINE decides when left out.
         progress: told how a download goes.
@@ -88,7 +88,7 @@ def load(
         draft_model=guesser,
     )
     if adapter is not None:
-        lm.add_adapter(adapter, use=True)
+        lm.adapters.add(adapter, use=True)
     return lm
 
 

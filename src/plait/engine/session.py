@@ -49,7 +49,7 @@ class Session:
 
     def __init__(self, lm: LanguageModel, adapter: str = "") -> None:
         self.lm = lm
-        self.adapter = lm.adapter(adapter)
+        self.adapter = lm.adapters.find(adapter)
         self.past = self._new_past()
         self.tokens: list[int] = []
         self.last: Generation | None = None

@@ -189,7 +189,9 @@ def _config(path: Path) -> dict[str, Any]:
             raise ModelFileError(f"{file} is larger than {_MAX_CONFIG_BYTES} bytes, which no adapter needs.")
         raw = file.read_bytes()
     except OSError as error:
-        raise ModelFileError(f"{file} cannot be read: {error.strerror}. Give the folder of an adapter.") from None
+        raise ModelFileError(
+            f"{file} cannot be read: {error.strerror}. Give the folder of an adapter."
+        ) from None
     return json_object(file, raw)
 
 

@@ -227,7 +227,9 @@ class Merged:
         self._before = []
 
 
-def new_adapter(config: AdapterConfig, model: Transformer, *, seed: int = 0, name: str = "adapter") -> Adapter:
+def new_adapter(
+    config: AdapterConfig, model: Transformer, *, seed: int = 0, name: str = "adapter"
+) -> Adapter:
     """An adapter to be trained, which leaves the model's answers as they are.
 
     Args:
@@ -241,7 +243,9 @@ def new_adapter(config: AdapterConfig, model: Transformer, *, seed: int = 0, nam
     places = config.places()
     chosen = [site.matrix for site in sites_of(model).values() if site.matrix.place in places]
     if not chosen:
-        raise ConfigError(f"{config} targets {config.targets}, and the model has no such matrix in its blocks.")
+        raise ConfigError(
+            f"{config} targets {config.targets}, and the model has no such matrix in its blocks."
+        )
     generator = torch.Generator().manual_seed(seed)
     shared = config.shared(chosen)
     changes = {matrix.name: config.change(matrix, generator, shared) for matrix in chosen}

@@ -186,9 +186,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = training.learning_rate_at(self.step) * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.config.objective.loss(self.model, self.batches[self.step], random)
+        adapter = self.adapter
+        # What dropout draws is a function of the step, as everything else is.
+        with torch.random.fork_rng(devices=[], enabled=adapter is not None):
+            if adapter is not None:
+                torch.manual_seed(training.seed * 1_000_003 + self.step)
+            loss = self.config.objective.loss(self.model, self.batches[self.step], random)
         value = float(loss.value.detach())
-        whole, adapter = loss.value, self.adapter
+        whole = loss.value
         if adapter is not None and (extra := adapter.config.regularisation(adapter.at)) is not None:
             whole = whole + extra
         whole.backward()

@@ -42,7 +42,17 @@ from plait.weights import Packed
 from plait.weights.adapters import AdapterConfig
 from plait.weights.ggml import FP32
 
-__all__ = ["RunResult", "finish", "fresh_parameters", "open_start", "prepare", "resume", "train_new", "tune", "tune_adapter"]
+__all__ = [
+    "RunResult",
+    "finish",
+    "fresh_parameters",
+    "open_start",
+    "prepare",
+    "resume",
+    "train_new",
+    "tune",
+    "tune_adapter",
+]
 
 _STATE, _DATA, _HELD_OUT, _RESULT = "training", "data.safetensors", "held_out.safetensors", "result.json"
 

@@ -54,7 +54,8 @@ def _trained(run: Run, weights: str) -> tuple[float, float, int]:
             recipe=dataclasses.replace(recipe, training=training, measured=run.pick(2048, 64)),
         )
         result = finish(trainer, Path(folder))
-    assert result.held_out_before is not None and result.held_out is not None
+    assert result.held_out_before is not None
+    assert result.held_out is not None
     return result.held_out_before, result.held_out, result.parameters
 
 
@@ -77,7 +78,9 @@ def _add_random(lm: LanguageModel, specs: Sequence[str], seed: int) -> list[str]
     return names
 
 
-def _answers(lm: LanguageModel, names: Sequence[str], tokens: int) -> list[tuple[tuple[int, float | None], ...]]:
+def _answers(
+    lm: LanguageModel, names: Sequence[str], tokens: int
+) -> list[tuple[tuple[int, float | None], ...]]:
     """What one engine answers to a request for each name, all at once, with log-probabilities."""
     engine = lm.new_engine()
     ids = lm.encode(_PROMPT)
@@ -132,7 +135,9 @@ def _measure(run: Run) -> Measurements:
         "loss_fp32": Quantity(full, "nats/token"),
         "loss_packed": Quantity(packed, "nats/token"),
         "loss_packed_over_fp32": Quantity(packed / full, "x"),
-        "trained_share": Quantity(parameters / sum(rows * columns for rows, columns in sizes), "of the model"),
+        "trained_share": Quantity(
+            parameters / sum(rows * columns for rows, columns in sizes), "of the model"
+        ),
     }
 
 

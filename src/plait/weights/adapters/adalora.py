@@ -66,7 +66,10 @@ class Triplets(Change):
         for name in ("down", "values", "up"):
             parameter = getattr(self, name)
             now = (parameter * parameter.grad).abs()
-            sensitivity, uncertainty = getattr(self, f"sensitivity_{name}"), getattr(self, f"uncertainty_{name}")
+            sensitivity, uncertainty = (
+                getattr(self, f"sensitivity_{name}"),
+                getattr(self, f"uncertainty_{name}"),
+            )
             sensitivity.lerp_(now, 1 - _SMOOTHING)
             uncertainty.lerp_((now - sensitivity).abs(), 1 - _SMOOTHING)
 
@@ -131,8 +134,8 @@ class AdaLoRA(AdapterConfig, name="adalora"):
         terms = []
         for change in changes.values():
             assert isinstance(change, Triplets)
-            for gram in (change.up.t() @ change.up, change.down @ change.down.t()):
-                terms.append((gram - torch.eye(len(gram))).norm())
+            grams = (change.up.t() @ change.up, change.down @ change.down.t())
+            terms += [(gram - torch.eye(len(gram))).norm() for gram in grams]
         return self.orthogonality * torch.stack(terms).mean() if terms and self.orthogonality else None
 
     def after_backward(self, changes: Mapping[str, Change]) -> None:

@@ -200,9 +200,7 @@ class AdapterConfig(Spec, axis=ADAPTERS):
         """
         raise NotImplementedError
 
-    def restored(
-        self, matrix: Matrix, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]
-    ) -> Change:
+    def restored(self, matrix: Matrix, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Change:
         """The change whose parameters are given, by the names in `peft_names` of its class.
 
         Raises:
@@ -304,5 +302,3 @@ def uniform_(tensor: Tensor, inputs: int, generator: torch.Generator) -> Tensor:
     """Kaiming's uniform numbers as linear layers are initialised with: up to 1 / sqrt(inputs)."""
     bound = inputs**-0.5
     return tensor.uniform_(-bound, bound, generator=generator)
-
-

@@ -44,7 +44,5 @@ class BitFit(AdapterConfig, name="bitfit"):
     def change(self, matrix: Matrix, generator: torch.Generator, shared: Mapping[str, Tensor]) -> Bias:
         return Bias(torch.zeros(matrix.outputs))
 
-    def restored(
-        self, matrix: Matrix, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]
-    ) -> Bias:
+    def restored(self, matrix: Matrix, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Bias:
         return Bias(check_shape("The bias", tensors["added"], (matrix.outputs,), matrix))

@@ -78,9 +78,7 @@ class DoRA(LoRA, name="dora"):
 
     changes: ClassVar[type[Change]] = Directed
 
-    def change(
-        self, matrix: Matrix, generator: torch.Generator, shared: Mapping[str, Tensor]
-    ) -> Directed:
+    def change(self, matrix: Matrix, generator: torch.Generator, shared: Mapping[str, Tensor]) -> Directed:
         plain = super().change(matrix, generator, shared)
         down, up = plain.down.detach(), plain.up.detach()
         made = Directed(down, up, row_norms(matrix, up, down), plain.scale, self.dropout, matrix)

@@ -101,14 +101,10 @@ class LoRA(AdapterConfig, name="lora"):
         """The factor on the product of matrices of this rank."""
         return self.alpha / (rank**0.5 if self.scaling == "root" else rank)
 
-    def change(
-        self, matrix: Matrix, generator: torch.Generator, shared: Mapping[str, Tensor]
-    ) -> LowRank:
+    def change(self, matrix: Matrix, generator: torch.Generator, shared: Mapping[str, Tensor]) -> LowRank:
         check_rank(self.rank, matrix)
         down = uniform_(torch.empty(self.rank, matrix.inputs), matrix.inputs, generator)
-        made = LowRank(
-            down, torch.zeros(matrix.outputs, self.rank), self.scale_of(self.rank), self.dropout
-        )
+        made = LowRank(down, torch.zeros(matrix.outputs, self.rank), self.scale_of(self.rank), self.dropout)
         made.down.requires_grad_(self.trains == "both")
         return made
 

@@ -79,7 +79,10 @@ class VeRA(AdapterConfig, name="vera"):
         inputs = max(matrix.inputs for matrix in matrices)
         outputs = max(matrix.outputs for matrix in matrices)
         made = {}
-        for name, shape, fan_in in (("down", (self.rank, inputs), inputs), ("up", (outputs, self.rank), self.rank)):
+        for name, shape, fan_in in (
+            ("down", (self.rank, inputs), inputs),
+            ("up", (outputs, self.rank), self.rank),
+        ):
             bound = (6.0 / fan_in) ** 0.5
             made[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
         return made
