@@ -19,6 +19,7 @@ Make = Callable[..., LanguageModel]
 SPECS = {
     "one": "lora:rank=4", "two": "lora:rank=4", "three": "dora:rank=2", "four": "ia3", "five": "vera:rank=16",
     "six": "bitfit", "seven": "lora:rank=9,targets=value+up", "eight": "adalora:first_rank=3,rank=2",
+    "nine": "prefix:tokens=5,spread=1.0", "ten": "prompt:tokens=4,spread=1.0",
 }  # fmt: skip
 PROMPT = "A text that is long enough to be shared by several requests, and then some more."
 
@@ -30,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def adapted(make_packed: Make, folders: dict[str, Path]) -> LanguageModel:
-    """A model with eight adapters that were written and read again."""
+    """A model with adapters that were written and read again."""
     lm = make_packed()
     for seed, (name, folder) in enumerate(folders.items()):
         if not folder.exists():
@@ -65,7 +66,7 @@ def test_adapters_of_one_batch_answer_as_each_alone(adapted: LanguageModel) -> N
 def test_requests_share_a_beginning_with_their_own_adapter_only(adapted: LanguageModel) -> None:
     engine = adapted.new_engine(memory_bytes=1 << 22)
     ids = adapted.encode(PROMPT)
-    for names, shared in ((["one", "two", "none"], False), (["two", "one", "none"], True)):
+    for names, shared in ((["one", "nine", "ten", "none"], False), (["ten", "nine", "one", "none"], True)):
         for name in names:
             sequence = engine.submit(adapted.request(ids, adapter=name, max_new_tokens=2))
             for _ in engine.run():
@@ -107,9 +108,25 @@ def test_drafts_do_not_change_what_an_adapter_answers(adapted: LanguageModel, ma
     guessing = make_packed(draft="prompt-lookup")
     guessing.adapters.update(adapted.adapters)
     text = PROMPT * 2
-    for name in ("one", "three"):
+    for name in ("one", "three", "nine"):
         plain = adapted.generate(text, adapter=name, max_new_tokens=12)
         assert guessing.generate(text, adapter=name, max_new_tokens=12).tokens == plain.tokens
+
+
+def test_what_an_adapter_puts_before_a_text_is_never_hidden(
+    make_packed: Make, folders: dict[str, Path], adapted: LanguageModel
+) -> None:
+    windowed = make_packed(memory="window:size=16")
+    windowed.adapters.update(adapted.adapters)
+    assert windowed.generate(PROMPT, adapter="one", max_new_tokens=2).tokens
+    engine = windowed.new_engine()
+    with pytest.raises(IncompatibleError, match=r"window.*might hide"):
+        engine.submit(windowed.request(windowed.encode(PROMPT), adapter="nine"))
+    assert engine.is_idle
+    with adapted.session(adapter="nine") as session:
+        wanted = session.generate(PROMPT, max_new_tokens=4).tokens
+        session.rewind(0)
+        assert session.generate(PROMPT, max_new_tokens=4).tokens == wanted
 
 
 def test_names_are_checked(adapted: LanguageModel, folders: dict[str, Path]) -> None:

@@ -25,6 +25,8 @@ SPECS = [
     "lora:rank=1,targets=gate+down",
     "ia3:targets=output+up+query",
     "lora:rank=64,targets=query",
+    "prefix:tokens=7,spread=1.0",
+    "prompt:tokens=3,spread=1.0",
 ]
 
 
@@ -54,7 +56,9 @@ def answers(base: Transformer, adapters: list[Adapter | None], lengths: list[int
 @pytest.mark.parametrize("kind", ["plain", "rich", "ungated"])
 def test_a_program_computes_what_the_modules_compute(kind: str) -> None:
     base = model(kind)
-    specs = [spec for spec in SPECS if kind != "ungated" or "gate" not in spec]
+    # Where embeddings are scaled, as in "rich", nothing can be put before a text.
+    left_out = {"plain": (), "rich": ("prefix", "prompt"), "ungated": ("gate",)}[kind]
+    specs = [spec for spec in SPECS if not any(word in spec for word in left_out)]
     adapters = [None, *adapters_of(base, specs)]
     lengths = [1, *([9] * len(specs))]
     lengths[2] = 1

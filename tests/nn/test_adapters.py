@@ -61,6 +61,8 @@ KINDS = [
             target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
         ),
     ),
+    Kind("prefix", lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    Kind("prompt", lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
     Kind("lora-fused", lambda: peft.LoraConfig(r=3, target_modules=["c_attn", "c_proj"]), "gpt2"),
 ]
 
@@ -114,9 +116,11 @@ def made_by_peft(found: Pair, kind: Kind, folder: Path, ids: Tensor) -> Tensor:
                 if parameter.requires_grad and "ranknum" not in name:
                     parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
             model.eval()
-            logits: Tensor = model(ids[None]).logits[0]
+            # Where rows are put before the text, their logits are not wanted.
+            logits: Tensor = model(ids[None]).logits[0, -len(ids) :]
         model.save_pretrained(str(folder))
-        model.unload()
+        if isinstance(model.base_model, peft.tuners.tuners_utils.BaseTuner):
+            model.unload()
     return logits
 
 
@@ -138,7 +142,16 @@ def test_reads_what_peft_wrote(kind: Kind, models: dict[str, Pair], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "spec", ["lora:rank=3,scaling=root", "dora:rank=2", "vera:rank=8", "adalora:first_rank=4,rank=2", "ia3"]
+    "spec",
+    [
+        "lora:rank=3,scaling=root",
+        "dora:rank=2",
+        "vera:rank=8",
+        "adalora:first_rank=4,rank=2",
+        "ia3",
+        "prefix:tokens=3",
+        "prompt:tokens=3",
+    ],
 )
 def test_peft_reads_what_plait_wrote(spec: str, models: dict[str, Pair], tmp_path: Path) -> None:
     found, ids = models["llama-biases"], random_ids(9)
@@ -151,8 +164,9 @@ def test_peft_reads_what_plait_wrote(spec: str, models: dict[str, Pair], tmp_pat
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model = peft.PeftModel.from_pretrained(found.theirs, str(tmp_path))
-        theirs = model.eval()(ids[None]).logits[0]
-        model.unload()
+        theirs = model.eval()(ids[None]).logits[0, -len(ids) :]
+        if isinstance(model.base_model, peft.tuners.tuners_utils.BaseTuner):
+            model.unload()
     torch.testing.assert_close(ours, theirs, atol=_TOLERANCE, rtol=_TOLERANCE)
 
 

@@ -131,6 +131,7 @@ class Engine:
 
         Raises:
             ConfigError: a prompt id or a biased id is outside the vocabulary, or no adapter has the name asked for.
+            IncompatibleError: the memory cannot keep what the adapter puts before every text.
             CapacityError: the prompt fills the model's context, or prompt and answer could not be
                 remembered within `memory_bytes`.
         """
@@ -139,7 +140,8 @@ class Engine:
     def _checked(self, request: Request) -> Sampler:
         """The sampler of a request that `check` has nothing to say against."""
         vocab_size, limit = self.model.config.vocab_size, self._longest
-        self.adapters.find(request.adapter)
+        if (adapter := self.adapters.find(request.adapter)) is not None:
+            adapter.check_plan(self.plan)
         outside = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise ConfigError(f"Token ids must be in [0, {vocab_size}). Got {outside}.")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError, ModelFileError, suggestion
 from plait.files import replacing, write_text
-from plait.nn.adapters import Adapter, sites_of
+from plait.nn.adapters import Adapter, geometry_of, sites_of
 from plait.nn.checkpoints.files import PICKLE_SUFFIXES, pickle_error, shown
 from plait.nn.checkpoints.safetensors import SafetensorsCheckpoint, json_object
 from plait.nn.families import FAMILIES
@@ -67,7 +67,7 @@ def inspect_adapter(folder: str | Path) -> AdapterFacts:
     with SafetensorsCheckpoint(path / WEIGHTS_NAME) as file:
         sizes = [(name, info.shape) for name, info in file.tensors().items()]
     modules = {name.rpartition(".")[0].removesuffix(".lora_A").removesuffix(".lora_B") for name, _ in sizes}
-    modules -= {"base_model"}
+    modules -= {"base_model", ""}
     count = 0
     for _, shape in sizes:
         numbers = 1
@@ -134,6 +134,8 @@ def save_adapter(adapter: Adapter, model: Transformer, folder: Path, *, base: st
         targets.add(module.rpartition(".")[2])
         for parameter, theirs in change.peft_names.items():
             tensors[f"{_PREFIX}{module}.{theirs}"] = change.stored(parameter).detach().float().contiguous()
+    if adapter.beginning is not None:
+        tensors["prompt_embeddings"] = adapter.beginning.numbers.detach().float().contiguous()
     for ours, theirs in adapter.config.peft_shared.items():
         tensors[f"base_model.{theirs}"] = adapter.shared[ours].contiguous()
     settings = {
@@ -144,7 +146,10 @@ def save_adapter(adapter: Adapter, model: Transformer, folder: Path, *, base: st
         "target_modules": sorted(targets),
         "modules_to_save": None,
         **adapter.config.to_peft(),
+        **adapter.config.peft_geometry(geometry_of(model)),
     }
+    if adapter.beginning is not None:
+        del settings["target_modules"], settings["modules_to_save"]
     if adapter.config.name == "ia3":
         settings["feedforward_modules"] = sorted(
             {place_of[site].rpartition(".")[2] for site in adapter.at if site.endswith(".down")}
@@ -229,6 +234,9 @@ def _modules(model: Transformer) -> dict[str, _Module]:
 
 def _bound(config: AdapterConfig, tensors: Mapping[str, Tensor], model: Transformer, name: str) -> Adapter:
     """The changes that tensors of a file describe, on a model."""
+    if not hasattr(config, "changes"):
+        numbers = config.restored_beginning(tensors, geometry_of(model))
+        return Adapter(config, model, {}, name, beginning=numbers)
     modules, sites = _modules(model), sites_of(model)
     shared = {}
     rest = dict(tensors)

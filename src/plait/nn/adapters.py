@@ -14,15 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError, suggestion
+from plait.memory import FrozenStrand, MemoryPlan, Past, Rows
+from plait.memory.memory import check_precede
 from plait.nn.layers import FeedForward
 from plait.nn.mixers.attention import Attention
 from plait.nn.routing import PartHook
 from plait.nn.transformer import Block, Transformer
 from plait.ops import native
 from plait.weights import Dense, Linear
-from plait.weights.adapters import AdapterConfig, Change, Matrix
+from plait.weights.adapters import (
+    AdapterConfig,
+    Beginning,
+    Change,
+    Embeddings,
+    Geometry,
+    KeysAndValues,
+    Matrix,
+)
 
-__all__ = ["Adapter", "Site", "fingerprint", "new_adapter", "sites_of"]
+__all__ = ["Adapter", "Site", "fingerprint", "geometry_of", "new_adapter", "sites_of"]
 
 # The products of a layer as the native program numbers them.
 _NATIVE = {"query": 0, "key": 0, "value": 0, "output": 1, "gate": 2, "up": 3, "down": 4}
@@ -89,6 +99,7 @@ class Adapter(nn.Module):
         config: the method.
         model: that it is for.
         changes: by the names of matrices; see `sites_of`.
+        beginning: what it puts before every text, or None.
         name: what it is called.
 
     Raises:
@@ -96,7 +107,13 @@ class Adapter(nn.Module):
     """
 
     def __init__(
-        self, config: AdapterConfig, model: Transformer, changes: Mapping[str, Change], name: str = "adapter"
+        self,
+        config: AdapterConfig,
+        model: Transformer,
+        changes: Mapping[str, Change],
+        name: str = "adapter",
+        *,
+        beginning: Beginning | None = None,
     ) -> None:
         super().__init__()
         self.config, self.name = config, name
@@ -106,9 +123,18 @@ class Adapter(nn.Module):
         unknown = next((name for name in changes if name not in self._sites), None)
         if unknown is not None:
             raise ConfigError(f"The model has no matrix {unknown!r}.{suggestion(unknown, self._sites)}")
-        if not changes:
+        if not changes and beginning is None:
             raise ConfigError("The adapter changes nothing: none of its targets is a matrix of this model.")
         self.at: dict[str, Change] = dict(changes)
+        self.beginning = beginning
+        self._strands: list[FrozenStrand] | None = None
+        self._geometry = geometry_of(model)
+        if beginning is not None and not self._geometry.layers:
+            raise IncompatibleError(
+                f"{config.name} puts rows before every text, which needs attention with rotary positions that do not "
+                f"depend on the length, in layers that are alike. This {model.config.family} model has others. "
+                "Choose lora."
+            )
         for site, change in changes.items():
             self.add_module(site.replace(".", "/"), change)
         _install(model)
@@ -123,6 +149,61 @@ class Adapter(nn.Module):
         """Bytes of the parameters, shared tensors included."""
         tensors = [*self.parameters(), *self.shared.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def prompt(self) -> Tensor | None:
+        """Rows to be read before every text, (L, W); None for none."""
+        return self.beginning.numbers if isinstance(self.beginning, Embeddings) else None
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values before the text in a layer, (G, L, D) each; None for none."""
+        if not isinstance(self.beginning, KeysAndValues):
+            return None
+        return self.beginning.layer(layer, self._geometry)
+
+    def check_plan(self, plan: MemoryPlan) -> None:
+        """Raise where a memory would hide what this adapter puts before every text.
+
+        Raises:
+            IncompatibleError: the memory does not keep every token as it is.
+        """
+        if self.beginning is not None:
+            check_precede(plan)
+
+    def begin(self, model: Transformer, past: Past) -> None:
+        """Put what stands before every text into an empty past, as strands that all such pasts share.
+
+        Raises:
+            IncompatibleError: the memory would hide it.
+        """
+        if self.beginning is None:
+            return
+        if self._strands is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._strands = self._made_strands(model)
+        for memory, strand in zip(past.memories("put before the text"), self._strands, strict=True):
+            memory.precede(strand)
+
+    def _made_strands(self, model: Transformer) -> list[FrozenStrand]:
+        prompt, plan = self.prompt(), MemoryPlan()
+        if prompt is not None:
+            past = model.new_past(plan, None)
+            model(None, Rows([(len(prompt), 0)]), [past], embeddings=prompt.detach())
+            past.commit()
+            found = []
+            for memory in past.memories("put before the text"):
+                (strand,) = memory.run(0, len(prompt))
+                assert isinstance(strand, FrozenStrand)
+                found.append(strand.moved(-len(prompt)))
+            return found
+        heads = [memory.heads for memory in model.new_past(plan, None).memories("put before the text")]
+        made = []
+        for layer, of_layer in enumerate(heads):
+            pair = self.prefix(layer)
+            assert pair is not None
+            keys, values = (part.detach().contiguous() for part in pair)
+            # Keys stand unrotated in a frame of their own, so that a query turns by its distance to its start.
+            made.append(FrozenStrand(of_layer, keys, values, offset=-keys.shape[1]))
+        return made
 
     def check_model(self, model: Transformer) -> None:
         """Raise where this adapter was made for another model.
@@ -204,7 +285,7 @@ class Adapter(nn.Module):
         return self._native[0]
 
     def train(self, mode: bool = True) -> Adapter:
-        self._native = None
+        self._native = self._strands = None
         for change in self.at.values():
             change._fixed = None
         super().train(mode)
@@ -240,18 +321,38 @@ def new_adapter(
     Raises:
         ConfigError: no matrix of the model is a target, or the rank is too large for one.
     """
+    generator = torch.Generator().manual_seed(seed)
+    geometry = geometry_of(model)
+    beginning = config.beginning(geometry, generator)
+    if beginning is not None:
+        return Adapter(config, model, {}, name, beginning=beginning)
     places = config.places()
     chosen = [site.matrix for site in sites_of(model).values() if site.matrix.place in places]
     if not chosen:
         raise ConfigError(
             f"{config} targets {config.targets}, and the model has no such matrix in its blocks."
         )
-    generator = torch.Generator().manual_seed(seed)
     shared = config.shared(chosen)
     changes = {matrix.name: config.change(matrix, generator, shared) for matrix in chosen}
     made = Adapter(config, model, changes, name)
     made.shared = shared
     return made
+
+
+def geometry_of(model: Transformer) -> Geometry:
+    """What beginnings have to know of a model; zeros where nothing can be put before its texts."""
+    mixers = [block.mixer for block in model.blocks if isinstance(block, Block)]
+    shapes = {
+        (mixer.config.num_kv_heads, mixer.config.head_dim) if isinstance(mixer, Attention) else None
+        for mixer in mixers
+    }
+    ropes = [mixer.heads.rope for mixer in mixers if isinstance(mixer, Attention)]
+    config = model.config
+    (shape,) = shapes if len(shapes) == 1 else (None,)
+    is_plain = all(rope is None or rope.rule is None for rope in ropes) and config.embedding_scale == 1.0
+    if shape is None or not is_plain or config.learned_positions or config.embedding_width is not None:
+        return Geometry(0, 0, 0, 0)
+    return Geometry(config.width, len(mixers), *shape)
 
 
 def fingerprint(model: Transformer) -> str:
@@ -273,6 +374,8 @@ def _install(model: Transformer) -> None:
     """Let the products of a model look up adapters; those of rows without one stay the same, to the bit."""
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
+        if isinstance(block.mixer, Attention):
+            block.mixer.layer = layer
         for linear, parts in _linears(block):
             if linear.hook is None:
                 linear.hook = PartHook([(f"blocks.{layer}.{name}", count) for name, count in parts])

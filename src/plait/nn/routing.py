@@ -16,7 +16,7 @@ from torch import Tensor
 from plait.memory import Rows
 from plait.weights.adapters import Change
 
-__all__ = ["PartHook", "Routed", "routed"]
+__all__ = ["PartHook", "Routed", "prefix_of", "routed"]
 
 
 class Routed(Protocol):
@@ -25,6 +25,10 @@ class Routed(Protocol):
     @property
     def at(self) -> Mapping[str, Change]:
         """Its changes by the names of matrices."""
+        ...
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values that stand before the text in a layer, (G, L, D) each; None for none."""
         ...
 
 
@@ -66,6 +70,12 @@ def routed(rows: Rows, adapters: Sequence[Routed | None]) -> Iterator[None]:
         yield
     finally:
         _ROUTES.reset(token)
+
+
+def prefix_of(layer: int | None) -> tuple[Tensor, Tensor] | None:
+    """Keys and values before the text of all rows, in the parallel form, (G, L, D) each; None for none."""
+    routes = _ROUTES.get()
+    return None if layer is None or not routes else routes[0].adapter.prefix(layer)
 
 
 class PartHook:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import CapacityError, ConfigError, IncompatibleError
-from plait.memory import Memory, MemoryPlan, Past, Rows, State
+from plait.memory import Causal, Memory, MemoryPlan, Past, Rows, State
 from plait.nn.config import BlockConfig, NormConfig, TransformerConfig
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.parameters import Parameters
@@ -148,7 +148,10 @@ class Transformer(nn.Module):
                 f"{self.config.learned_positions} positions. Choose memory='full' or 'window'."
             )
         chosen = self.adapter if adapter == "own" else adapter
-        return Past([block.mixer.new_memory(plan) for block in self._blocks()], chosen)
+        past = Past([block.mixer.new_memory(plan) for block in self._blocks()], chosen)
+        if chosen is not None:
+            chosen.begin(self, past)
+        return past
 
     def with_blocks(self, indices: Sequence[int]) -> Transformer:
         """A shallower model of some of the blocks, in order; parameters are shared, not copied.
@@ -218,6 +221,27 @@ class Transformer(nn.Module):
             embeddings = self.embed(tokens)
         if embeddings.shape[0] != len(rows):
             raise ConfigError(f"Each token needs one row. Got {embeddings.shape[0]} for {len(rows)} rows.")
+        if pasts is None and self.adapter is not None and (prompt := self.adapter.prompt()) is not None:
+            return self._behind_prompt(prompt, embeddings, rows)
+        return self._through_blocks(embeddings, rows, pasts)
+
+    def _behind_prompt(self, prompt: Tensor, embeddings: Tensor, rows: Rows) -> Tensor:
+        """The parallel form with learned rows (L, W) before every segment, which are read and not answered for."""
+        length = len(prompt)
+        if any(segment.position or not isinstance(segment.mask, Causal) for segment in rows.segments):
+            raise IncompatibleError(
+                "The adapter in use puts rows before a text, which needs causal texts from their first token on here. "
+                "Use another kind of adapter."
+            )
+        pieces = [torch.cat([prompt, embeddings[segment.rows]]) for segment in rows.segments]
+        longer = Rows([(segment.length + length, 0) for segment in rows.segments], rows.device)
+        kept = [
+            torch.arange(segment.start + length, segment.start + segment.length)
+            for segment in longer.segments
+        ]
+        return self._through_blocks(torch.cat(pieces), longer, None)[torch.cat(kept)]
+
+    def _through_blocks(self, embeddings: Tensor, rows: Rows, pasts: Sequence[Past] | None) -> Tensor:
         x = self.enter(embeddings, rows)
         adapters = [self.adapter] * len(rows.segments) if pasts is None else [past.adapter for past in pasts]
         with routed(rows, cast("list[Routed | None]", adapters)):

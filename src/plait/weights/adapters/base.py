@@ -19,8 +19,10 @@ __all__ = [
     "ADAPTERS",
     "PLACES",
     "AdapterConfig",
+    "Beginning",
     "Change",
     "Delta",
+    "Geometry",
     "Matrix",
     "check_rank",
     "check_shape",
@@ -141,6 +143,33 @@ class Change(nn.Module):
         return tensor[rows] if name in cls.per_output else tensor
 
 
+class Geometry(NamedTuple):
+    """What a model's layers are like, as far as beginnings have to know.
+
+    Attributes:
+        width: of a row.
+        layers: how many.
+        num_kv_heads, head_dim: of each.
+    """
+
+    width: int
+    layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Beginning(nn.Module):
+    """What an adapter puts before every text.
+
+    Args:
+        numbers: the trained numbers, a row for each virtual token.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        super().__init__()
+        self.numbers = nn.Parameter(numbers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Spec, axis=ADAPTERS):
     """A way to change a frozen model by few numbers, such as `lora:rank=8`; a value object.
@@ -207,6 +236,40 @@ class AdapterConfig(Spec, axis=ADAPTERS):
             ConfigError: a parameter of a shape that the matrix does not allow.
         """
         raise NotImplementedError
+
+    def beginning(self, geometry: Geometry, generator: torch.Generator) -> Beginning | None:
+        """What is put before every text, for methods that do that instead of changing matrices."""
+        return None
+
+    def restored_beginning(self, tensors: Mapping[str, Tensor], geometry: Geometry) -> Beginning:
+        """The beginning that a file holds.
+
+        Raises:
+            ConfigError: another shape than the model asks for.
+        """
+        raise NotImplementedError
+
+    def checked_numbers(self, tensors: Mapping[str, Tensor], wanted: tuple[int, int]) -> Tensor:
+        """The one tensor of a file that holds a beginning.
+
+        Raises:
+            ConfigError: it is missing, is not alone, or has another shape or NaN.
+        """
+        if tensors.keys() != {"prompt_embeddings"}:
+            raise ConfigError(f"the file holds {sorted(tensors)[:3]}, and needs prompt_embeddings alone.")
+        numbers = tensors["prompt_embeddings"].detach().float()
+        if tuple(numbers.shape) != wanted:
+            raise ConfigError(
+                f"prompt_embeddings has shape {tuple(numbers.shape)}; this model needs {wanted}. The adapter belongs to "
+                "another model."
+            )
+        if not torch.isfinite(numbers).all():
+            raise ConfigError("prompt_embeddings holds NaN or infinity. The adapter is damaged.")
+        return numbers.clone()
+
+    def peft_geometry(self, geometry: Geometry) -> dict[str, Any]:
+        """What `adapter_config.json` says of the model."""
+        return {}
 
     def regularisation(self, changes: Mapping[str, Change]) -> Tensor | None:
         """What is added to the loss in training; None for nothing."""
