@@ -234,6 +234,13 @@ def test_a_bias_cannot_be_merged_where_there_is_none() -> None:
         disturbed("bitfit", model).merge()
 
 
+def test_a_beginning_cannot_be_merged() -> None:
+    model = Transformer(small_llama(), RandomParameters(1)).eval()
+    for spec in ("prefix:tokens=2", "prompt:tokens=2"):
+        with pytest.raises(IncompatibleError, match="before every text"):
+            disturbed(spec, model).merge()
+
+
 def test_adalora_keeps_the_rank_of_its_budget() -> None:
     model = Transformer(small_llama(), RandomParameters(1)).eval()
     config = ADAPTERS.parse("adalora:first_rank=6,rank=2,every=1")

@@ -202,7 +202,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _method(path: Path, raw: Mapping[str, Any]) -> AdapterConfig:
     kind = raw.get("peft_type")
-    known = {cls.peft_type: cls for cls in ADAPTERS.methods.values() if getattr(cls, "peft_type", "")}
+    methods = [cls for cls in ADAPTERS.methods.values() if issubclass(cls, AdapterConfig)]
+    known = {method.peft_type: method for method in methods if method.peft_type}
     try:
         if isinstance(kind, str) and kind.startswith(_OWN) and isinstance(raw.get("plait"), dict):
             return AdapterConfig.from_json(raw["plait"])
@@ -212,9 +213,7 @@ def _method(path: Path, raw: Mapping[str, Any]) -> AdapterConfig:
             raise ConfigError(
                 f"it is of peft_type {shown(str(kind))}, which is not read. Read are {', '.join(sorted(known))}."
             )
-        method = known[kind]
-        assert issubclass(method, AdapterConfig)
-        return method.from_peft(raw)
+        return known[kind].from_peft(raw)
     except ConfigError as error:
         raise ModelFileError(f"{path / CONFIG_NAME}: {error}") from error
 

@@ -21,7 +21,7 @@ from plait.nn.mixers.attention import Attention
 from plait.nn.routing import PartHook
 from plait.nn.transformer import Block, Transformer
 from plait.ops import native
-from plait.weights import Dense, Linear
+from plait.weights import Dense, Linear, Packed
 from plait.weights.adapters import (
     AdapterConfig,
     Beginning,
@@ -220,8 +220,13 @@ class Adapter(nn.Module):
         """What the changed matrices and their biases become, by name: (O, I) and (O,) or None, fp32.
 
         Raises:
-            IncompatibleError: a bias would have to be added to a matrix that has none.
+            IncompatibleError: a bias would have to be added to a matrix that has none, or the method changes no
+                matrices.
         """
+        if self.beginning is not None:
+            raise IncompatibleError(
+                f"{self.config.name} puts rows before every text, which no matrix can. Use it as an adapter."
+            )
         found: dict[str, tuple[Tensor, Tensor | None]] = {}
         with torch.no_grad():
             for name, change in self.at.items():
@@ -257,25 +262,24 @@ class Adapter(nn.Module):
         """
         for name in self.at:
             weight = self._sites[name].linear.weight
-            if not isinstance(weight, Dense):
+            if not all(isinstance(piece, Dense) for piece in weight.pieces()):
                 raise IncompatibleError(
                     f"{name} is kept in {weight.format}: merging would quantise it again. Use the adapter as it is, or "
                     "merge into a copy in fp32: plait adapters merge."
                 )
-        new = self.merged()
-        before: list[tuple[Linear, Dense, Tensor | None]] = []
-        for name, (weight, bias) in new.items():
+        before: dict[int, tuple[Linear, Packed, Tensor | None]] = {}
+        for name, (changed, changed_bias) in self.merged().items():
             site = self._sites[name]
             linear, rows = site.linear, slice(site.first, site.first + site.matrix.outputs)
-            if all(linear is not one[0] for one in before):
-                assert isinstance(linear.weight, Dense)
-                before.append((linear, linear.weight, None if linear.bias is None else linear.bias.clone()))
-                linear.weight = Dense(linear.weight.weight.clone())
+            if id(linear) not in before:
+                kept = None if linear.bias is None else linear.bias.clone()
+                before[id(linear)] = (linear, linear.weight, kept)
+                linear.weight = Dense(linear.weight.unpack().clone())
             assert isinstance(linear.weight, Dense)
-            linear.weight.weight[rows] = weight.to(linear.weight.weight.dtype)
-            if linear.bias is not None and bias is not None:
-                linear.bias[rows] = bias
-        return Merged(before)
+            linear.weight.weight[rows] = changed.to(linear.weight.weight.dtype)
+            if linear.bias is not None and changed_bias is not None:
+                linear.bias[rows] = changed_bias
+        return Merged(list(before.values()))
 
     def to_native(self) -> Any:
         """The form that a native program reads, made once; None where a change has none."""
@@ -295,7 +299,7 @@ class Adapter(nn.Module):
 class Merged:
     """An adapter that is written into its model."""
 
-    def __init__(self, before: Sequence[tuple[Linear, Dense, Tensor | None]]) -> None:
+    def __init__(self, before: Sequence[tuple[Linear, Packed, Tensor | None]]) -> None:
         self._before = list(before)
 
     @torch.no_grad()

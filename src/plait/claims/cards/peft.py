@@ -107,7 +107,9 @@ def _measure(run: Run) -> Measurements:
 
     yield "sixteen requests with eight adapters of rank 8"
     rank_8 = _add_random(lm, ["lora:rank=8,targets=all"] * 8, run.seed + 1)
-    in_batch, in_turns, without = [], [], []
+    in_batch: list[float] = []
+    in_turns: list[float] = []
+    without: list[float] = []
     for _ in range(run.pick(3, 1)):
         for into, batches in (
             (in_batch, [[name for name in rank_8 for _ in range(2)]]),
