@@ -313,7 +313,7 @@ def broken(change: str) -> Callable[[Path], None]:
         ("no rank", "rank must be from 1 to 32. Got 0"),
         ("huge rank", "rank must be from 1 to 32. Got 4000"),
         ("half", "has no lora_A.weight"),
-        ("other kind", "XLORA.*Read are ADALORA, IA3, LORA, VERA"),
+        ("other kind", "XLORA.*Read are ADALORA, IA3, LORA, PREFIX_TUNING"),
         ("rank 0", "rank must be"),
         ("more", "modules_to_save"),
         ("no json", "valid JSON"),

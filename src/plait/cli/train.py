@@ -203,9 +203,10 @@ def adapter(
     from plait.weights.adapters import ADAPTERS
 
     def start() -> Trainer:
+        chosen = ADAPTERS.parse(method)
         corpus = _read(texts or [])
         return tune_adapter(
-            ADAPTERS.parse(method), model,
+            chosen, model,
             lambda tokenizer: (
                 encoded(corpus.learned, tokenizer),
                 encoded(corpus.held_out, tokenizer) if corpus.held_out else None,
