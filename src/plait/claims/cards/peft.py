@@ -125,7 +125,9 @@ def _measure(run: Run) -> Measurements:
 
     yield "training on full precision"
     before, full, parameters = _trained(run, "fp32")
-    yield "training on four bits"
+    yield "training on the file's own four bits"
+    file_before, in_file, _ = _trained(run, "auto")
+    yield "training on other four bits"
     packed_before, packed, _ = _trained(run, "bitmod:bits=4,group=64")
     sizes = [module.shape for module in lm.model.modules() if isinstance(module, Packed)]
     return {
@@ -133,9 +135,12 @@ def _measure(run: Run) -> Measurements:
         "faster_than_in_turns": Quantity.median(turns, "x"),
         "speed_of_no_adapters": Quantity.median(plain, "x"),
         "loss_before_fp32": Quantity(before, "nats/token"),
+        "loss_before_file": Quantity(file_before, "nats/token"),
         "loss_before_packed": Quantity(packed_before, "nats/token"),
         "loss_fp32": Quantity(full, "nats/token"),
+        "loss_file": Quantity(in_file, "nats/token"),
         "loss_packed": Quantity(packed, "nats/token"),
+        "loss_file_over_fp32": Quantity(in_file / full, "x"),
         "loss_packed_over_fp32": Quantity(packed / full, "x"),
         "trained_share": Quantity(
             parameters / sum(rows * columns for rows, columns in sizes), "of the model"
@@ -153,18 +158,26 @@ CLAIM = Claim(
     ),
     scale=(
         "SmolLM2-135M-Instruct. LoRA of rank 8 on all matrices of the blocks, 40 steps of 256 tokens of Python's standard "
-        "library (modules a to m) from the same start on the same batches, the model in fp32 and in bitmod:bits=4,group=64; "
+        "library (modules a to m) from the same start on the same batches, the model in fp32, as the file has it (Q4_1) and packed again in "
+        "bitmod:bits=4,group=64; "
         "loss on 2,048 tokens of other modules and the manual. Eight adapters of six methods and the plain model in one "
         "batch, 24 tokens with log-probabilities, against each alone. Sixteen requests of 24 tokens with eight adapters "
         "of rank 8: all in one engine, two at a time, and without adapters, in turns."
     ),
     bars=(
         Bar(
-            quantity="loss_packed_over_fp32",
+            quantity="loss_file_over_fp32",
             relation="<=",
             value=1.02,
             unit="x",
             why="Training beside packed weights must not cost more than 2% of the loss.",
+        ),
+        Bar(
+            quantity="loss_packed_over_fp32",
+            relation="<=",
+            value=1.02,
+            unit="x",
+            why="The same where the model was packed a second time, in 4 bits of another grid.",
         ),
         Bar(
             quantity="same_bits_in_a_batch",
