@@ -132,7 +132,9 @@ class Spec:
         """
         settings = dict(data)
         target: Any = cls
-        if not dataclasses.is_dataclass(target) or (hasattr(cls, "axis") and not hasattr(cls, "name")):
+        # The base of an axis may be a dataclass itself, of settings that all its methods have.
+        is_base = hasattr(cls, "axis") and not hasattr(cls, "name") and "name" in settings
+        if not dataclasses.is_dataclass(target) or is_base:
             target = cls.axis.find(str(settings.pop("name", None)))
         elif hasattr(cls, "name"):
             settings.pop("name", None)
