@@ -12,6 +12,7 @@
 
 #include "arrays.h"
 #include "bindings.h"
+#include "bound_adapter.h"
 #include "bound_projection.h"
 #include "program.h"
 
@@ -101,12 +102,29 @@ void expect(bool is_right, const char* what) {
     if (!is_right) refuse(std::string("The program was given ") + what + ".");
 }
 
+// Whether an adapter was made for the products of a program.
+bool fits(const Adapter& adapter, const Program& program) {
+    if (adapter.layers.size() != program.layers.size()) return false;
+    for (size_t index = 0; index < program.layers.size(); ++index) {
+        const Layer& layer = program.layers[index];
+        const Projection* projections[kSites] = {&layer.query_key_value, &layer.output, &layer.gate.gate, &layer.gate.up,
+                                                 &layer.down};
+        for (int site = 0; site < kSites; ++site) {
+            const SiteDelta& delta = adapter.layers[index].sites[site];
+            const Projection& of = *projections[site];
+            if (!delta.is_empty() && (of.parts.empty() || delta.inputs != of.columns || delta.outputs != of.num_outputs))
+                return false;
+        }
+    }
+    return true;
+}
+
 using Tree = std::tuple<int64_t, ConstArray, ConstArray>;  // segment, depths, ancestors
 
 int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
          const std::vector<std::tuple<ConstArray, ConstArray>>& tables, const ConstArray& targets,
          const ConstArray& visits, const std::vector<Tree>& trees, const ConstArray& logit_rows,
-         const std::optional<Array>& hidden, const std::optional<Array>& logits) {
+         const std::optional<Array>& hidden, const std::optional<Array>& logits, const nb::list& adapters) {
     Program& program = self.program;
     const int64_t num_layers = int64_t(program.layers.size());
     check_fp32(x, "x");
@@ -216,6 +234,16 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
         of_layer.push_back({segment, visit, visit_table(i, 12)});
     }
 
+    expect(adapters.size() == 0 || int64_t(adapters.size()) == num_segments, "not one adapter, or None, for each segment");
+    bool is_adapted = false;
+    for (nb::handle given : adapters) {
+        a.adapters.push_back(given.is_none() ? nullptr : &nb::cast<const BoundAdapter&>(given).adapter);
+        if (a.adapters.back() == nullptr) continue;
+        is_adapted = true;
+        expect(fits(*a.adapters.back(), program), "an adapter for other layers or widths");
+    }
+    if (!is_adapted) a.adapters.clear();
+
     const Table row_table = table_of(logit_rows, "logit_rows", 1);
     for (int64_t i = 0; i < row_table.rows; ++i) {
         expect(row_table(i, 0) >= 0 && row_table(i, 0) < a.rows, "a logit row that does not exist");
@@ -263,7 +291,7 @@ void bind_program(nb::module_& m) {
              "key_norm"_a.none(), "query_key_value"_a, "output"_a, "gate"_a.none(), "up"_a, "activation"_a, "down"_a,
              "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a, "softcap"_a)
         .def("run", &run, "x"_a, "segments"_a, "tables"_a, "targets"_a, "visits"_a, "trees"_a, "logit_rows"_a,
-             "hidden"_a.none(), "logits"_a.none());
+             "hidden"_a.none(), "logits"_a.none(), "adapters"_a = nb::list());
 }
 
 }  // namespace plait

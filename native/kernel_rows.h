@@ -36,6 +36,20 @@ struct RowOps {
         M::map(n, y, [&](int64_t at, int64_t count) { return S::mul(M::at(a, at, count), S::set1(factor)); });
     }
 
+    static void multiply(const float* a, const float* b, int64_t n, float* y) {
+        M::map(n, y, [&](int64_t at, int64_t count) { return S::mul(M::at(a, at, count), M::at(b, at, count)); });
+    }
+
+    static void add_combination(const float* factors, int64_t count, const float* rows, int64_t stride, int64_t n,
+                                float* y) {
+        M::map(n, y, [&](int64_t at, int64_t lanes) {
+            F sum = M::at(y, at, lanes);
+            for (int64_t j = 0; j < count; ++j)
+                sum = S::fma(S::set1(factors[j]), M::at(rows + j * stride, at, lanes), sum);
+            return sum;
+        });
+    }
+
     static void activate(Activation activation, const float* gate, const float* up, int64_t n, float* y) {
         M::map(n, y, [&](int64_t at, int64_t count) {
             const F active = M::activate(activation, M::at(gate, at, count));

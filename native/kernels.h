@@ -170,6 +170,9 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* y);
     void (*add)(const float* a, const float* b, int64_t n, float* y);
     void (*scale)(const float* a, float factor, int64_t n, float* y);
+    void (*multiply)(const float* a, const float* b, int64_t n, float* y);
+    // y += sum over j of factors[j] * rows[j], rows `stride` apart, in the order of j.
+    void (*add_combination)(const float* factors, int64_t count, const float* rows, int64_t stride, int64_t n, float* y);
     // y = activation(gate) * up; `up` may be null.
     void (*activate)(Activation, const float* gate, const float* up, int64_t n, float* y);
     void (*exp)(const float* x, int64_t n, float* y);

@@ -49,6 +49,14 @@ void multiply(const Projection& projection, int64_t tile, const QuantizedRows& x
         for (int64_t i = 0; i < count; ++i) out[m * kTile + i] += projection.bias[at + i];
 }
 
+// What an adapter makes of 16 outputs of one row, from output `at` on.
+void change(const float* scale, const float* added, int64_t at, float* y) {
+    if (scale != nullptr)
+        for (int i = 0; i < kTile; ++i) y[i] *= scale[at + i];
+    if (added != nullptr)
+        for (int i = 0; i < kTile; ++i) y[i] += added[at + i];
+}
+
 }  // namespace
 
 void Activations::resize(int64_t rows, int64_t columns) {
@@ -134,7 +142,7 @@ void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y,
     }
 }
 
-void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activations& h) const {
+void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activations& h, const GateRow* adapted) const {
     const Kernels& k = kernels();
     alignas(64) float opened[kRowsAtOnce * kTile], carried[kRowsAtOnce * kTile], block[kRowsAtOnce * kBlock];
     const QuantizedRows rows = x.view();
@@ -145,9 +153,21 @@ void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activatio
             for (int half = 0; half < 2; ++half) {
                 multiply(up, 2 * b + half, rows, first, last, carried);
                 if (is_gated) multiply(gate, 2 * b + half, rows, first, last, opened);
+                for (int64_t m = 0; adapted != nullptr && m < last - first; ++m) {
+                    const GateRow& of = adapted[first + m];
+                    const int64_t at = (2 * b + half) * kTile;
+                    change(of.up_scale, of.up_added, at, carried + m * kTile);
+                    if (is_gated) change(of.gate_scale, of.gate_added, at, opened + m * kTile);
+                }
                 for (int64_t m = 0; m < last - first; ++m)
                     k.activate(activation, (is_gated ? opened : carried) + m * kTile,
                                is_gated ? carried + m * kTile : nullptr, kTile, block + m * kBlock + half * kTile);
+            }
+            for (int64_t m = 0; adapted != nullptr && m < last - first; ++m) {
+                const GateRow& of = adapted[first + m];
+                float* own = block + m * kBlock;
+                if (of.input_scale != nullptr) k.multiply(own, of.input_scale + b * kBlock, kBlock, own);
+                if (of.kept != nullptr) std::memcpy(of.kept + b * kBlock, own, kBlock * sizeof(float));
             }
             for (int64_t row = first; row < last; ++row) {
                 const Activations::Place at = h.place(row, b);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "adapter.h"
 #include "kernels.h"
 #include "packed.h"
 #include "threads.h"
@@ -64,8 +65,9 @@ struct Gate {
     Activation activation;
 
     int64_t num_blocks() const { return up.num_outputs / kBlock; }
-    // One thread's share: blocks [begin, end) of 32 outputs.
-    void run(const Activations& x, int64_t begin, int64_t end, const Activations& h) const;
+    // One thread's share: blocks [begin, end) of 32 outputs. `adapted` has an entry for each row, or is null.
+    void run(const Activations& x, int64_t begin, int64_t end, const Activations& h,
+             const GateRow* adapted = nullptr) const;
 };
 
 }  // namespace plait

@@ -261,5 +261,6 @@ NB_MODULE(_native, m) {
     bind_attention(m);
     bind_codes(m);
     bind_sampling(m);
+    bind_adapter(m);
     bind_program(m);
 }

@@ -45,6 +45,8 @@ int64_t Program::run(const RunArguments& a) {
     mixed_.resize(a.rows, widest_out);
     inner_.resize(a.rows, widest_inner);
 
+    plan_adapters(a);
+
     plans_.resize(layers.size());
     int64_t saved = 0;
     for (size_t index = 0; index < layers.size(); ++index) {
@@ -76,10 +78,10 @@ int64_t Program::run(const RunArguments& a) {
 
 // x += norm(added) where that is given, then norm(x) in int8.
 const Activations& Program::read(Team& team, const RunArguments& a, const float* norm, float epsilon, const float* added,
-                                 const float* added_norm) {
+                                 const float* added_norm, bool keeps) {
     const Kernels& k = kernels();
     float* room = floats_of(rows_) + team.index * int64_t(rows_.size() / sizeof(float) / size_t(threads_));
-    if (a.rows <= kFewRows && added == nullptr) {
+    if (a.rows <= kFewRows && added == nullptr && !keeps) {
         Activations& own = own_[size_t(team.index)];
         for (int64_t r = 0; r < a.rows; ++r) {
             k.rms_norm(a.x + r * width, norm, epsilon, width, room);
@@ -96,6 +98,7 @@ const Activations& Program::read(Team& team, const RunArguments& a, const float*
             }
             if (norm == nullptr) continue;
             k.rms_norm(x, norm, epsilon, width, room);
+            if (keeps) std::memcpy(floats_of(normed_) + r * width, room, size_t(width) * sizeof(float));
             shared_.quantize_row(room, r);
         }
     });
@@ -178,11 +181,19 @@ void Program::walk(Team& team, const RunArguments& a) {
         if (next != nullptr) ask(*next);
         team.barrier();
     };
-    // A branch goes straight onto x, or aside when it is normalised first.
-    const auto join = [&](const Projection& p, const Activations& x, const std::vector<float>& norm, const Projection* next) {
+    // A branch goes straight onto x, or aside when it is adapted or normalised first. `plain` is what it reads, in fp32.
+    const auto join = [&](size_t index, Site site, const Projection& p, const Activations& x, const float* plain,
+                          const std::vector<float>& norm, const Projection* next) {
+        const bool is_changed = has_delta(index, site), is_sum = norm.empty() && !is_changed;
         added = norm.empty() ? nullptr : branch;
         added_norm = norm.empty() ? nullptr : norm.data();
-        project(p, x, norm.empty() ? a.x : branch, width, norm.empty(), next);
+        project(p, x, is_sum ? a.x : branch, width, is_sum, next);
+        if (!is_changed) return;
+        adapt_site(team, index, site, plain, p.columns, branch, width);
+        if (norm.empty())
+            team.share(a.rows, 4, [&](int64_t begin, int64_t end) {
+                k.add(a.x + begin * width, branch + begin * width, (end - begin) * width, a.x + begin * width);
+            });
     };
     const auto mixed = [&](const Layer& layer) -> const Activations& {
         const int64_t columns = layer.output.columns;
@@ -194,26 +205,32 @@ void Program::walk(Team& team, const RunArguments& a) {
         team.share(a.rows, 1, [&](int64_t begin, int64_t end) { mixed_.quantize(floats_of(attended_), columns, begin, end); });
         return mixed_;
     };
-    const auto open = [&](const Layer& layer, const Activations& x) {
+    const auto open = [&](const Layer& layer, const Activations& x, const GateRow* adapted) {
         if (!is_few) {
             team.share(layer.gate.num_blocks(), a.rows >= 32 ? 2 : 1,
-                       [&](int64_t begin, int64_t end) { layer.gate.run(x, begin, end, inner_); });
+                       [&](int64_t begin, int64_t end) { layer.gate.run(x, begin, end, inner_, adapted); });
             return;
         }
         const Team::Range blocks = team.part(layer.gate.num_blocks());
-        layer.gate.run(x, blocks.begin, blocks.end, inner_);
+        layer.gate.run(x, blocks.begin, blocks.end, inner_, adapted);
         ask(layer.down);
         team.barrier();
     };
     for (size_t index = 0; index < layers.size(); ++index) {
         const Layer& layer = layers[index];
         const Projection& next = index + 1 < layers.size() ? layers[index + 1].query_key_value : head;
-        const Activations& x = read(team, a, layer.mixer_norm.data(), layer.epsilon, added, added_norm);
+        const Activations& x = read(team, a, layer.mixer_norm.data(), layer.epsilon, added, added_norm,
+                                    has_delta(index, kQueryKeyValue));
         project(layer.query_key_value, x, floats_of(qkv_), layer.query_key_value.num_outputs, false, &layer.output);
+        adapt_site(team, index, kQueryKeyValue, floats_of(normed_), width, floats_of(qkv_),
+                   layer.query_key_value.num_outputs);
         attention(team, a, index);
-        join(layer.output, mixed(layer), layer.mixer_output_norm, &layer.gate.up);
-        open(layer, read(team, a, layer.feed_forward_norm.data(), layer.epsilon, added, added_norm));
-        join(layer.down, inner_, layer.feed_forward_output_norm, &next);
+        scale_inputs(team, index);
+        join(index, kOutput, layer.output, mixed(layer), floats_of(attended_), layer.mixer_output_norm, &layer.gate.up);
+        const Activations& y = read(team, a, layer.feed_forward_norm.data(), layer.epsilon, added, added_norm,
+                                    has_delta(index, kGate) || has_delta(index, kUp));
+        open(layer, y, adapt_gate(team, index, a.rows));
+        join(index, kDown, layer.down, inner_, floats_of(kept_), layer.feed_forward_output_norm, &next);
     }
     if (added != nullptr) read(team, a, nullptr, layers.back().epsilon, added, added_norm);
     const int64_t count = int64_t(a.logit_rows.size());

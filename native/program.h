@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "adapter.h"
 #include "attention.h"
 #include "linear.h"
 #include "threads.h"
@@ -60,6 +61,7 @@ struct RunArguments {
     std::vector<AngleTable> tables;
     std::vector<std::vector<Target>> targets;         // [layer][segment]
     std::vector<std::vector<StrandArgument>> visits;  // [layer], grouped by segment, oldest first
+    std::vector<const Adapter*> adapters;             // of each segment, null for none; empty where none has one
     std::vector<int64_t> logit_rows;
     float* hidden = nullptr;  // (logit rows, width), normalised; may be null
     float* logits = nullptr;  // (logit rows, outputs of the head); may be null
@@ -81,7 +83,12 @@ private:
     void attention(Team& team, const RunArguments& arguments, size_t index);
     void rotate(const RunArguments& arguments, size_t index, int64_t segment, int64_t row, int64_t kv_head, float* room);
     const Activations& read(Team& team, const RunArguments& a, const float* norm, float epsilon, const float* added,
-                            const float* added_norm);
+                            const float* added_norm, bool keeps = false);
+    void plan_adapters(const RunArguments& arguments);
+    bool has_delta(size_t index, Site site) const { return changes_[index * kSites + size_t(site)]; }
+    void adapt_site(Team& team, size_t index, Site site, const float* x, int64_t ldx, float* y, int64_t ldy);
+    void scale_inputs(Team& team, size_t index);
+    const GateRow* adapt_gate(Team& team, size_t index, int64_t rows);
 
     int threads_ = 1;
     std::vector<AttentionPlan> plans_;
@@ -89,6 +96,13 @@ private:
     Activations shared_, mixed_, inner_, last_;
     AttentionScratch room_;
     Buffer qkv_, queries_, attended_, branch_, rows_, hidden_;
+
+    // For the rows that have adapters: which they are, whether a layer and site changes any, and what is kept of them.
+    std::vector<AdaptedRows> adapted_;
+    std::vector<bool> changes_;
+    std::vector<GateRow> gate_rows_;
+    Buffer normed_, kept_, gate_added_, up_added_, low_;
+    int64_t low_size_ = 0;
 };
 
 }  // namespace plait

@@ -142,6 +142,7 @@ class Spec:
         """
         settings = dict(data)
         target: Any = cls
+        # The base of an axis may be a dataclass itself, of settings that all its methods have.
         is_base = not hasattr(cls, "name") and "name" in settings and hasattr(cls, "axis")
         if is_base or not dataclasses.is_dataclass(target):
             target = cls.axis.find(str(settings.pop("name", None)))

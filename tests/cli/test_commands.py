@@ -47,6 +47,7 @@ COMMANDS = [
     "pac",
     "bench",
     "eval",
+    "adapters",
 ]
 
 
@@ -88,6 +89,15 @@ def test_help_lists_every_command(plait: Callable[..., Result]) -> None:
         (
             ["train", "lm", "/no/such.txt", "--out", "/no/such/folder", "--shape", "heads=5"],
             "ModelShape.heads must cut",
+        ),
+        (["adapters", "info", "/no/such/folder"], "holds no adapter_model.safetensors"),
+        (
+            ["run", "--model", "smollm2", "--adapter", "/no/such/folder", "hi"],
+            "holds no adapter_model.safetensors",
+        ),
+        (
+            ["train", "adapter", "/no/such.txt", "--out", "/no/such/folder", "--method", "lorra"],
+            "Did you mean 'lora'",
         ),
         (["watermark", "detect", "/no/such/file", "--key-file", "/no/such/key"], "could not be read"),
         (["bench", "decode", "--draft", "nonsense"], "Unknown speculator 'nonsense'"),

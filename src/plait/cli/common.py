@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from plait.engine import LanguageModel
 
 __all__ = [
+    "Adapter",
     "Draft",
     "Json",
     "Memory",
@@ -52,6 +53,15 @@ Weights = Annotated[
         "--weights",
         envvar="PLAIT_WEIGHTS",
         help="How matrices are kept: fp32, bf16, q8_0, bitmod:bits=4, ..., file or auto.",
+        rich_help_panel="Model",
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        envvar="PLAIT_ADAPTER",
+        help="Folder of an adapter to answer with, from plait train adapter or the peft package.",
         rich_help_panel="Model",
     ),
 ]
@@ -194,6 +204,7 @@ def load_model(
     memory: str = "full",
     draft: str = "none",
     draft_model: str | None = None,
+    adapter: Path | None = None,
     offline: bool = False,
 ) -> LanguageModel:
     """Load a model, with a progress bar for what has to be downloaded."""
@@ -206,6 +217,7 @@ def load_model(
         memory=memory,
         draft=draft,
         draft_model=draft_model,
+        adapter=adapter,
         offline=offline or None,
         progress=RichProgress(),
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plait.cli.common import (
+    Adapter,
     Draft,
     Json,
     Memory,
@@ -73,6 +74,7 @@ def run(
     weights: Weights = "auto",
     memory: Memory = "full",
     draft: Draft = "none",
+    adapter: Adapter = None,
     offline: Offline = False,
     json_output: Json = False,
 ) -> None:
@@ -90,7 +92,7 @@ def run(
     if prompt_boundary not in ("token", "exact", "healed"):
         raise ConfigError(f"--prompt-boundary must be token, exact or healed. Got {prompt_boundary!r}.")
     text = read_text(prompt or [], wait=True)
-    lm = load_model(model, weights=weights, memory=memory, draft=draft, offline=offline)
+    lm = load_model(model, weights=weights, memory=memory, draft=draft, adapter=adapter, offline=offline)
     if plain and system is not None:
         raise ConfigError("--system needs a chat template, and --plain switches it off. Give one of them.")
     begun = None
@@ -127,6 +129,7 @@ def chat(
     weights: Weights = "auto",
     memory: Memory = "full",
     draft: Draft = "none",
+    adapter: Adapter = None,
     offline: Offline = False,
 ) -> None:
     """Talk with a model. Type /help inside for what else you can do.
@@ -140,7 +143,7 @@ def chat(
       plait chat --system "Answer in one word." --sampling temperature=0.7,seed=1
     """
     chosen = read_sampling(sampling)
-    lm = load_model(model, weights=weights, memory=memory, draft=draft, offline=offline)
+    lm = load_model(model, weights=weights, memory=memory, draft=draft, adapter=adapter, offline=offline)
     with lm.session() as session:
         conversation = Conversation(session, chosen, max_new_tokens, _system_message(system))
         interactive = sys.stdin.isatty()
@@ -251,6 +254,7 @@ def score(
         int | None, typer.Option("--stride", min=1, help="Tokens between the starts of windows.")
     ] = None,
     weights: Weights = "auto",
+    adapter: Adapter = None,
     offline: Offline = False,
     json_output: Json = False,
 ) -> None:
@@ -265,7 +269,7 @@ def score(
     from plait.engine import Score
 
     text = read_file(file)
-    lm = load_model(model, weights=weights, offline=offline)
+    lm = load_model(model, weights=weights, adapter=adapter, offline=offline)
     result: Score = lm.score(text, context=context, stride=stride)
     if json_output:
         print_json(

@@ -8,7 +8,19 @@ import typer
 import typer.core
 
 from plait import __version__
-from plait.cli import bench, claims, evaluate, generate, methods, models, pac, train, watermark, weights
+from plait.cli import (
+    adapters,
+    bench,
+    claims,
+    evaluate,
+    generate,
+    methods,
+    models,
+    pac,
+    train,
+    watermark,
+    weights,
+)
 from plait.cli import bytes as byte_laws
 from plait.cli import serve as serving
 from plait.cli.common import say
@@ -78,6 +90,7 @@ app.command("quantize")(weights.quantize)
 app.command("methods")(methods.methods)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(train.app, name="train")
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(watermark.app, name="watermark")
 app.add_typer(pac.app, name="pac")
 app.add_typer(bench.app, name="bench")

@@ -17,7 +17,7 @@ __all__ = ["methods"]
 
 def methods(
     axis: Annotated[
-        str | None, typer.Argument(help="codecs, policies, weights, drafts, mixers or objectives.")
+        str | None, typer.Argument(help="codecs, policies, weights, drafts, mixers, objectives or adapters.")
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -34,6 +34,7 @@ def methods(
     from plait.nn.config import MIXERS
     from plait.train import OBJECTIVES
     from plait.weights import FORMATS
+    from plait.weights.adapters import ADAPTERS
 
     axes = {
         "codecs": CODECS,
@@ -42,6 +43,7 @@ def methods(
         "drafts": SPECULATORS,
         "mixers": MIXERS,
         "objectives": OBJECTIVES,
+        "adapters": ADAPTERS,
     }
     if axis is not None and axis not in axes:
         raise UnknownNameError(f"Unknown axis {axis!r}.{suggestion(axis, axes)} Known: {', '.join(axes)}.")

@@ -1,4 +1,4 @@
-"""Commands that train: lm, reference, lud, draft."""
+"""Commands that train: lm, reference, lud, draft, adapter."""
 
 from __future__ import annotations
 
@@ -176,6 +176,49 @@ def lud(
 
 
 @app.command()
+def adapter(
+    out: Out,
+    texts: Texts = None,
+    model: Start = "smollm2",
+    method: Annotated[
+        str, typer.Option("--method", help="What is trained: lora:rank=8, dora, vera, adalora, ia3, bitfit.")
+    ] = "lora",
+    weights: Annotated[
+        str, typer.Option("--weights", help="How the model is kept meanwhile; packed matrices stay packed.")
+    ] = "auto",
+    training: TrainingSpec = "",
+    resume: Resume = False,
+    json_output: Json = False,
+) -> None:
+    """Train an adapter for a model on your own texts; the model stays as it is, in few bits too.
+
+    [bold]Examples[/bold]
+
+      plait train adapter notes.txt more.txt --out my-adapter
+
+      plait train adapter notes.txt --out my-adapter --method dora:rank=4 --weights bitmod:bits=4
+    """
+    from plait.train import adapter as recipe
+    from plait.train import encoded, tune_adapter
+    from plait.weights.adapters import ADAPTERS
+
+    def start() -> Trainer:
+        chosen = ADAPTERS.parse(method)
+        corpus = _read(texts or [])
+        return tune_adapter(
+            chosen, model,
+            lambda tokenizer: (
+                encoded(corpus.learned, tokenizer),
+                encoded(corpus.held_out, tokenizer) if corpus.held_out else None,
+            ),
+            out, weights=weights, recipe=_changed(recipe(), training), corpus=corpus.description,
+        )  # fmt: skip
+
+    given = bool(texts or training or method != "lora" or weights != "auto")
+    _run(out, start, resume=resume, given=given, json_output=json_output)
+
+
+@app.command()
 def draft(
     out: Out,
     model: Start = "smollm2",
@@ -240,7 +283,9 @@ def _run(out: Path, start: Callable[[], Trainer], *, resume: bool, given: bool, 
             typer.echo(
                 f"{name.replace('_', ' '):<16} {f'{value:,.4f}' if isinstance(value, float) else value}"
             )
-    say(f'Try it: plait run --plain --model {out} "..."')
+    adapted = trainer.config.start if trainer.config.adapter else None
+    chosen = f"--model {adapted} --adapter {out}" if adapted else f"--model {out}"
+    say(f'Try it: plait run --plain {chosen} "..."')
 
 
 def _read(paths: list[Path]) -> Corpus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plait.engine.adapters import Adapters
 from plait.engine.async_engine import AsyncEngine, Stream
 from plait.engine.byte_model import ByteGeneration, ByteLM, Ensemble, Fill, Settled, ensemble
 from plait.engine.context_store import ContextStore
@@ -9,7 +10,7 @@ from plait.engine.contexts import APE, ContextReport, ParallelExample
 from plait.engine.edits import Edit, EditReport, TokenEdit
 from plait.engine.engine import Engine
 from plait.engine.language_model import Beam, LanguageModel, Message, Suggestion
-from plait.engine.loading import load
+from plait.engine.loading import load, merge_adapter
 from plait.engine.metrics import Metrics
 from plait.engine.quantizing import quantize
 from plait.engine.request import FinishReason, Generation, Piece, Request
@@ -18,6 +19,7 @@ from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
 
 __all__ = [
+    "Adapters",
     "AsyncEngine",
     "APE",
     "ContextReport",
@@ -47,5 +49,6 @@ __all__ = [
     "Suggestion",
     "ensemble",
     "load",
+    "merge_adapter",
     "quantize",
 ]

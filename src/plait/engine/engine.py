@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plait.decode import Sampler
 from plait.decode.speculate import Account, Context, DraftBudget, Proposal, Speculator, Step, Tree, verify
+from plait.engine.adapters import Adapters
 from plait.engine.budget import MemoryBudget
 from plait.engine.feed import Drafting, Feed, Guesser
 from plait.engine.metrics import Metrics
@@ -18,7 +19,7 @@ from plait.engine.request import Piece, Request
 from plait.engine.scheduler import Scheduler
 from plait.engine.sequence import RunningSequence
 from plait.engine.trace import Tracer
-from plait.errors import CapacityError, ConfigError
+from plait.errors import CapacityError, ConfigError, IncompatibleError
 from plait.memory import MemoryPlan, Past, Rows
 from plait.nn import Transformer
 from plait.text import Tokenizer
@@ -46,7 +47,9 @@ class Engine:
             finished requests have read is kept for later ones. When there is none, that is forgotten
             first; then the youngest sequences give their past back, wait, and read again. None for no
             limit: then only requests that run at the same time share.
-        share_prefixes: whether sequences share what they remember of a common beginning.
+        share_prefixes: whether sequences share what they remember of a common beginning. Sequences with different
+            adapters never do.
+        adapters: of `model`; looked up when a request comes.
 
     Raises:
         ConfigError: a number below 1.
@@ -64,6 +67,7 @@ class Engine:
         max_sequences: int = 64,
         memory_bytes: int | None = None,
         share_prefixes: bool = True,
+        adapters: Adapters | None = None,
     ) -> None:
         if rows_per_step < 1 or max_sequences < 1:
             raise ConfigError(
@@ -77,6 +81,7 @@ class Engine:
         self.new_speculator = new_speculator
         self.draft_budget = DraftBudget("off") if budget is None else budget
         self.rows_per_step = rows_per_step
+        self.adapters = Adapters(model) if adapters is None else adapters
         self._longest = plan.longest(model.config.max_positions)
         self._empty = model.new_past(plan)
         # A memory that keeps every token as it is: its bytes can be told beforehand.
@@ -114,7 +119,8 @@ class Engine:
         """Raise what `submit` would raise; may be called from any thread.
 
         Raises:
-            ConfigError: a prompt id or a biased id is outside the vocabulary.
+            ConfigError: a prompt id or a biased id is outside the vocabulary, or no adapter has the name asked for.
+            IncompatibleError: the memory cannot keep what the adapter puts before every text.
             CapacityError: the prompt fills the model's context, or prompt and answer could not be
                 remembered within `memory_bytes`.
         """
@@ -123,6 +129,8 @@ class Engine:
     def _checked(self, request: Request) -> Sampler:
         """The sampler of a request that `check` has nothing to say against."""
         vocab_size, limit = self.model.config.vocab_size, self._longest
+        if (adapter := self.adapters.find(request.adapter)) is not None:
+            adapter.check_plan(self.plan)
         outside = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise ConfigError(f"Token ids must be in [0, {vocab_size}). Got {outside}.")
@@ -153,11 +161,17 @@ class Engine:
 
         Raises:
             ConfigError, CapacityError: see `check`.
+            IncompatibleError: the past was computed with another adapter than the request asks for.
         """
         sampler = self._checked(request)
+        adapter = self.adapters.find(request.adapter)
+        if past is not None and request.adapter and past.adapter is not adapter:
+            raise IncompatibleError(
+                f"The past was read with another adapter than {request.adapter!r}. Open a session with that adapter."
+            )
         if past is not None and len(past) >= len(request.prompt):
             past.truncate(len(request.prompt) - 1)
-        sequence = RunningSequence(request, past, self.tokenizer, sampler, self._longest)
+        sequence = RunningSequence(request, past, self.tokenizer, sampler, self._longest, adapter)
         self._scheduler.add(sequence)
         self._account(sequence)
         return sequence
@@ -249,7 +263,7 @@ class Engine:
 
     def _open(self, sequence: RunningSequence) -> None:
         """Give a sequence a past, which begins with what is stored of its tokens."""
-        sequence.past = self.model.new_past(self.plan)
+        sequence.past = self.model.new_past(self.plan, sequence.adapter)
         if self._shares:
             self._begin_with_stored(sequence)
         self._account(sequence)
@@ -344,7 +358,7 @@ class Engine:
         ready = coming = newcomer.held
         source: RunningSequence | None = None
         for other in self._scheduler.running:
-            if other.tenant != newcomer.tenant or other.is_pinned or not other.has_begun:
+            if self._namespace(other) != self._namespace(newcomer) or other.is_pinned or not other.has_begun:
                 continue
             common = self._tree.whole(common_prefix(wanted, other.tokens))
             if other.is_reading:
@@ -494,4 +508,4 @@ class Engine:
             self._budget.update(sequence)
 
     def _namespace(self, sequence: RunningSequence) -> Namespace:
-        return Namespace(sequence.tenant, self.plan)
+        return Namespace(sequence.tenant, self.plan, sequence.adapter)

@@ -11,6 +11,7 @@ from plait.decode.bytes import Marginal
 from plait.decode.ngrams import NgramCounts
 from plait.decode.search import BeamSearch, Superposed, beam_search, superposed_drafts
 from plait.decode.speculate import DraftBudget, PassTimes, SpeculatorConfig
+from plait.engine.adapters import Adapters
 from plait.engine.byte_model import ByteLM, Settled
 from plait.engine.engine import Engine
 from plait.engine.prefill import ROWS_PER_PASS, read_packed
@@ -74,6 +75,9 @@ class LanguageModel:
         draft: how continuations are guessed.
         draft_model: a cheaper model of the same vocabulary to guess with, where the draft takes one.
 
+    Attributes:
+        adapters: that requests may choose by name; `lm.adapters.add("FOLDER")` loads one.
+
     Raises:
         ConfigError: the draft cannot work with these models.
     """
@@ -97,6 +101,7 @@ class LanguageModel:
         self.draft_model = draft_model
         self._pass_times = PassTimes()
         self.draft = draft
+        self.adapters = Adapters(model)
         self._byte_vocabulary: ByteVocabulary | None = None
 
     @property
@@ -117,11 +122,22 @@ class LanguageModel:
     def new_engine(self, **options: Any) -> Engine:
         """An engine for many requests; `options` are those of `Engine`."""
         options.setdefault("budget", self.draft_budget)
-        return Engine(self.model, self.tokenizer, self.plan, new_speculator=self._new_speculator, **options)
+        return Engine(
+            self.model,
+            self.tokenizer,
+            self.plan,
+            new_speculator=self._new_speculator,
+            adapters=self.adapters,
+            **options,
+        )
 
-    def session(self) -> Session:
-        """A conversation or document that is read once and continued many times."""
-        return Session(self)
+    def session(self, adapter: str = "") -> Session:
+        """A conversation or document that is read once and continued many times.
+
+        Args:
+            adapter: the name of the adapter that reads and answers; see `plait.engine.Adapters`.
+        """
+        return Session(self, adapter)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the start token where the model wants one."""
@@ -357,6 +373,7 @@ class LanguageModel:
         branch: int = 0,
         constraint: Constraint | None = None,
         trace: bool = False,
+        adapter: str = "",
         sampling: Sampling | None = None,
         **settings: Any,
     ) -> Request:
@@ -382,6 +399,7 @@ class LanguageModel:
             branch=branch,
             constraint=constraint,
             trace=trace,
+            adapter=adapter,
         )
 
     def prefill(
@@ -500,6 +518,7 @@ def _unknown_option(settings: Mapping[str, Any]) -> str:
         "branch",
         "constraint",
         "trace",
+        "adapter",
         *(f.name for f in dataclasses.fields(Sampling)),
     ]
     name = next((name for name in settings if name not in known), "?")

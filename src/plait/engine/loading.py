@@ -9,15 +9,16 @@ from typing import Literal
 from plait.decode.speculate import SPECULATORS
 from plait.engine.language_model import LanguageModel
 from plait.errors import ConfigError, IncompatibleError
+from plait.files import write_text
 from plait.hub import Progress, resolve
 from plait.memory import MemoryPlan
-from plait.nn import Transformer, load_transformer, lower
+from plait.nn import Transformer, load_adapter, load_transformer, lower, save_transformer
 from plait.nn.checkpoints import Checkpoint, open_checkpoint
 from plait.text import ChatTemplate, Tokenizer
 from plait.weights import FORMATS, Elastic
 from plait.weights.ggml import FP32
 
-__all__ = ["load"]
+__all__ = ["load", "merge_adapter", "open_model"]
 
 
 def load(
@@ -27,6 +28,7 @@ def load(
     memory: str = "full",
     draft: str = "none",
     draft_model: str | Path | None = None,
+    adapter: str | Path | None = None,
     angles: Literal["fp64", "fp32"] = "fp64",
     offline: bool | None = None,
     progress: Progress | None = None,
@@ -45,6 +47,8 @@ def load(
             The law of the answer does not depend on it.
         draft_model: a smaller model of the same vocabulary for drafts that guess with one, such as `chain`
             and `rsd-s`; named as `name` is, and held in the same `weights`.
+        adapter: the folder of an adapter to answer with, as the `peft` package or `plait train adapter` writes it; more
+            are added with `lm.adapters.add`.
         angles: precision of rotary angles; `fp32` repeats the rounding of Hugging Face Transformers.
         offline: never touch the network; the environment variable PLAIT_OFFLINE decides when left out.
         progress: told how a download goes.
@@ -65,17 +69,17 @@ def load(
                 "and load that."
             )
     path = resolve(str(name), progress=progress, offline=offline)
-    model, tokenizer, template = _open(path, weights, angles)
+    model, tokenizer, template = open_model(path, weights, angles)
     guesser = None
     if draft_model is not None:
         guesser_path = resolve(str(draft_model), progress=progress, offline=offline)
-        guesser, guesser_tokenizer, _ = _open(guesser_path, weights, angles)
+        guesser, guesser_tokenizer, _ = open_model(guesser_path, weights, angles)
         if not tokenizer.has_ids_of(guesser_tokenizer):
             raise IncompatibleError(
                 f"{name} and {draft_model} number their tokens differently. "
                 "Choose a draft model of the same family."
             )
-    return LanguageModel(
+    lm = LanguageModel(
         name=str(name),
         model=model,
         tokenizer=tokenizer,
@@ -84,10 +88,13 @@ def load(
         draft=speculator,
         draft_model=guesser,
     )
+    if adapter is not None:
+        lm.adapters.add(adapter, use=True)
+    return lm
 
 
-def _open(
-    path: Path, weights: str, angles: Literal["fp64", "fp32"]
+def open_model(
+    path: Path, weights: str = "auto", angles: Literal["fp64", "fp32"] = "fp64"
 ) -> tuple[Transformer, Tokenizer, ChatTemplate | None]:
     """A model and its text side, with matrices kept as `weights` of `load` says."""
     format = None if weights in ("auto", "file") else FORMATS.parse(weights)
@@ -96,6 +103,35 @@ def _open(
         if not lower(model) and weights == "auto":
             model = load_transformer(checkpoint, FP32(), angles=angles)
         return model, *read_text_side(checkpoint)
+
+
+def merge_adapter(
+    name: str | Path, adapter: str | Path, folder: str | Path, *, offline: bool | None = None
+) -> Path:
+    """Write a model into which an adapter is merged, in fp32, with its tokenizer and chat template.
+
+    Args:
+        name: the model that the adapter is for, as `load` takes it; packed matrices are unpacked first.
+        adapter: folder of the adapter.
+        folder: of the new model.
+
+    Raises:
+        ConfigError: the folder holds a model, or models of this family are not written.
+        IncompatibleError: the method cannot be merged into this model.
+        ModelFileError: the files are damaged, or do not fit each other.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds a model. Choose another folder.")
+    with open_checkpoint(resolve(str(name), offline=offline)) as checkpoint:
+        model = load_transformer(checkpoint, FP32())
+        tokenizer, template = read_text_side(checkpoint)
+    load_adapter(adapter, model).merge()
+    save_transformer(model, folder, eos_token_id=sorted(tokenizer.eos_ids) or None)
+    tokenizer.save(folder)
+    if template is not None:
+        write_text(folder / "chat_template.jinja", template.source)
+    return folder
 
 
 def read_text_side(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatTemplate | None]:

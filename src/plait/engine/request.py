@@ -28,6 +28,7 @@ class Request:
         tenant: on whose behalf: tenants get equal shares of an engine, and never share what is remembered.
         branch: tells apart requests with one seed; from 0 on.
         constraint: what the answer may be; None for anything.
+        adapter: the name of the adapter to answer with; empty for the engine's own choice, `none` for the model as it is.
         trace: whether each piece tells what the memory and the draft did. It costs one more row a step.
 
     Raises:
@@ -43,6 +44,7 @@ class Request:
     branch: int = 0
     constraint: Constraint | None = None
     trace: bool = False
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from plait.decode import Choice, History, Sampler
 from plait.engine.request import FinishReason, Generation, Piece, Request
 from plait.memory import Past
+from plait.nn import Adapter
 from plait.text import StopStrings, StreamDecoder, Tokenizer
 
 __all__ = ["RunningSequence"]
@@ -26,6 +27,7 @@ class RunningSequence:
         tokenizer: for the text of the answer.
         sampler: bound to the request's sampling and the model's vocabulary.
         max_positions: the model's context in tokens.
+        adapter: what changes the model for it.
 
     Attributes:
         arrival: place in the order of submission.
@@ -35,9 +37,16 @@ class RunningSequence:
     """
 
     def __init__(
-        self, request: Request, past: Past | None, tokenizer: Tokenizer, sampler: Sampler, max_positions: int
+        self,
+        request: Request,
+        past: Past | None,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        max_positions: int,
+        adapter: Adapter | None = None,
     ) -> None:
         self.request = request
+        self.adapter = adapter
         self.past = past
         self.is_pinned = past is not None
         self.arrival = 0

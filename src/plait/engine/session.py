@@ -47,9 +47,10 @@ class Session:
         ...     print(first.generate("Summary:").text)
     """
 
-    def __init__(self, lm: LanguageModel) -> None:
+    def __init__(self, lm: LanguageModel, adapter: str = "") -> None:
         self.lm = lm
-        self.past = lm.model.new_past(lm.plan)
+        self.adapter = lm.adapters.find(adapter)
+        self.past = self._new_past()
         self.tokens: list[int] = []
         self.last: Generation | None = None
         self._closed = False
@@ -302,7 +303,7 @@ class Session:
         """Free what is remembered. Using the session afterwards is an error."""
         self._closed = True
         self.tokens = []
-        self.past = self.lm.model.new_past(self.lm.plan)
+        self.past = self._new_past()
 
     def _continue(self, **options: Any) -> Generator[Piece, None, None]:
         past = self.ready()
@@ -364,11 +365,15 @@ class Session:
                 # They are not in the tokens, so that they cannot be read anew.
                 raise
             # A window has dropped what is needed again, or a state cannot forget: read it all anew.
-            self.past = self.lm.model.new_past(self.lm.plan)
+            self.past = self._new_past()
             self._is_plain = True
+
+    def _new_past(self) -> Past:
+        return self.lm.model.new_past(self.lm.plan, self.adapter)
 
     def _twin(self) -> Session:
         twin = Session(self.lm)
+        twin.adapter = self.adapter
         twin.tokens = list(self.tokens)
         twin.past = self.past.fork()
         twin._is_plain = self._is_plain

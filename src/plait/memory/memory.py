@@ -18,7 +18,7 @@ from plait.memory.rows import Rows, Segment
 from plait.memory.strand import DenseStrand, Heads, Strand, allocated_bytes
 from plait.ops import Causal, Mask, Rope, Tree
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "check_precede"]
 
 # Visiting a strand costs as much as reading some tens of its tokens, so shorter neighbours are joined.
 _SHORT = 64
@@ -241,10 +241,30 @@ class Memory:
         if self.pending and length > self.tail.position:
             raise ConfigError(f"Call commit before adopt: {self.pending} rows are pending.")
         if length >= len(self) and not self.pending:
-            self.strands, self.tail = list(strands), self._new_tail(length)
+            self.strands, self.tail = [*self._before(), *strands], self._new_tail(length)
             return
         self._cut(length)
-        self.strands = [*strands, *(own for own in self.strands if own.position >= length)]
+        self.strands = [*self._before(), *strands, *(own for own in self.strands if own.position >= length)]
+
+    def precede(self, strand: Strand) -> None:
+        """Let every token see a strand that stands before the first one, at positions below 0.
+
+        It is no part of the sequence: it is not counted, cut, dropped or handed on with tokens.
+
+        Raises:
+            ConfigError: the memory holds something, or the strand does not end at position 0.
+            IncompatibleError: codec or policy do not keep every token as it is.
+        """
+        if len(self) or self.strands or strand.position + len(strand) != 0:
+            raise ConfigError(
+                "precede takes a strand that ends at position 0, and a memory that holds nothing."
+            )
+        check_precede(self.plan)
+        self.strands.append(strand)
+
+    def _before(self) -> list[Strand]:
+        """What stands before the first token."""
+        return [strand for strand in self.strands if strand.position < 0]
 
     def growth(self, count: int) -> int:
         """Bytes that `count` more rows would allocate, before codec and policy store or drop any."""
@@ -422,7 +442,7 @@ class Memory:
         kept: list[Strand] = []
         for strand in self.strands:
             last = kept[-1] if kept else None
-            if last is not None and max(len(last), len(strand)) < _SHORT:
+            if last is not None and last.position >= 0 and max(len(last), len(strand)) < _SHORT:
                 both = last.joined(strand)
                 if both is not None:
                     kept[-1] = both
@@ -433,6 +453,19 @@ class Memory:
     def _new_tail(self, position: int) -> DenseStrand:
         return DenseStrand(
             self.heads, start=position, dtype=self.plan.codec.tail_dtype, device=self.plan.device
+        )
+
+
+def check_precede(plan: MemoryPlan) -> None:
+    """Raise where memories of a plan cannot have a strand before the first token; see `Memory.precede`.
+
+    Raises:
+        IncompatibleError: its codec or policy do not keep every token as it is.
+    """
+    if not plan.is_shareable:
+        raise IncompatibleError(
+            f"{plan} does not keep every token as it is, and might hide or change what an adapter puts before every "
+            "text. Choose memory='full', or another kind of adapter."
         )
 
 

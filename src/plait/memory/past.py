@@ -21,10 +21,13 @@ class Past:
 
     Args:
         layers: one memory or state for each layer of the model, all of one length.
+        adapter: what the model was changed by when it computed this, and is whenever it goes on from here; None
+            for the model as it is.
     """
 
-    def __init__(self, layers: Sequence[Memory | State]) -> None:
+    def __init__(self, layers: Sequence[Memory | State], adapter: object | None = None) -> None:
         self.layers = list(layers)
+        self.adapter = adapter
         for number, layer in enumerate(self.layers):
             if isinstance(layer, Memory):
                 layer.layer = number
@@ -81,7 +84,7 @@ class Past:
 
     def fork(self) -> Past:
         """A second past that shares what is stored; writing to one does not change the other."""
-        return Past([layer.fork() for layer in self.layers])
+        return Past([layer.fork() for layer in self.layers], self.adapter)
 
     def growth(self, count: int) -> int:
         """Bytes that `count` more rows would allocate, before codec and policy store or drop any.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from plait.nn.adapter_files import inspect_adapter, load_adapter, save_adapter
+from plait.nn.adapters import Adapter, new_adapter
 from plait.nn.config import BlockConfig, FeedForwardConfig, MixerConfig, NormConfig, TransformerConfig
 from plait.nn.elastic import ElasticWeights, Resized
 from plait.nn.load import describe, load_transformer
@@ -12,6 +14,7 @@ from plait.nn.save import save_transformer
 from plait.nn.transformer import Transformer
 
 __all__ = [
+    "Adapter",
     "BlockConfig",
     "CheckpointParameters",
     "ElasticWeights",
@@ -25,8 +28,12 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "describe",
+    "inspect_adapter",
+    "load_adapter",
     "load_transformer",
     "lower",
+    "new_adapter",
     "quantize_checkpoint",
+    "save_adapter",
     "save_transformer",
 ]

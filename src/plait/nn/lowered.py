@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
 from plait.memory import Memory, Past, Rows, check_pasts
+from plait.nn.adapters import Adapter
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.mixers.attention import Attention
 from plait.nn.past_tables import Frame, PastTables
@@ -25,6 +27,8 @@ from plait.weights import Linear
 __all__ = ["Lowered", "lower", "obstacle"]
 
 _MASKS: dict[type[Mask], int] = {Everything: 0, Causal: 1, Tree: 2}
+# Stands for an adapter that the program cannot compute.
+_NONE = object()
 
 
 def lower(model: Transformer) -> bool:
@@ -135,6 +139,9 @@ class Lowered:
         for past in pasts:
             if past not in self._past_tables and not all(map(_is_plain, past.layers)):
                 return None
+        adapters = [None if past.adapter is None else _native_form(past.adapter) for past in pasts]
+        if _NONE in adapters:
+            return None
         check_pasts(rows, pasts)
         if embeddings is not None:
             x = embeddings.detach().float().clone()
@@ -166,6 +173,7 @@ class Lowered:
             chosen.view(-1, 1),
             hidden,
             logits,
+            adapters,
         )
         return hidden, None if logits is None else self.finish(logits)
 
@@ -234,6 +242,11 @@ class _Tables:
                 angles = self.rows.angles(frame.rope, [frame.offset] * len(self.rows.segments))
             self.angles.append((angles.cos.contiguous(), angles.sin.contiguous()))
         return found
+
+
+def _native_form(adapter: object) -> Any:
+    assert isinstance(adapter, Adapter)
+    return adapter.to_native() or _NONE
 
 
 def _segments(rows: Rows) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:

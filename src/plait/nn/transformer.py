@@ -10,19 +10,21 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from plait.errors import CapacityError, ConfigError, IncompatibleError
-from plait.memory import Memory, MemoryPlan, Past, Rows, State
+from plait.memory import Causal, Memory, MemoryPlan, Past, Rows, State
 from plait.nn.config import BlockConfig, NormConfig, TransformerConfig
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.parameters import Parameters
+from plait.nn.routing import Routed, routed
 from plait.weights import Embedding, Linear
 
 if TYPE_CHECKING:
+    from plait.nn.adapters import Adapter
     from plait.nn.elastic import ElasticWeights
 
 __all__ = ["Block", "Transformer"]
@@ -119,6 +121,7 @@ class Transformer(nn.Module):
         self.program: Program | None = None
         self.elastic: ElasticWeights | None = None
         self.guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        self._active: list[Adapter | None] = [None]
 
     def resizable(self) -> ElasticWeights:
         """What changes the size of this model while it runs.
@@ -133,8 +136,27 @@ class Transformer(nn.Module):
             )
         return self.elastic
 
-    def new_past(self, plan: MemoryPlan) -> Past:
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter of new pasts and of the parallel form; None for none."""
+        return self._active[0]
+
+    def use(self, adapter: Adapter | None) -> None:
+        """Let an adapter change this model from now on; pasts that there are keep theirs.
+
+        Raises:
+            IncompatibleError: it was made for another model.
+        """
+        if adapter is not None:
+            adapter.check_model(self)
+        # In a list, so that it does not become a part of the model.
+        self._active = [adapter]
+
+    def new_past(self, plan: MemoryPlan, adapter: Adapter | Literal["own"] | None = "own") -> Past:
         """An empty past for one sequence.
+
+        Args:
+            adapter: what changes the model for this sequence; that of the model when left out.
 
         Raises:
             IncompatibleError: the plan's policy limits distances, which this model does not use.
@@ -144,7 +166,11 @@ class Transformer(nn.Module):
                 f"{plan.policy} limits distances between tokens, but this model learned a row for each of "
                 f"{self.config.learned_positions} positions. Choose memory='full' or 'window'."
             )
-        return Past([block.mixer.new_memory(plan) for block in self._blocks()])
+        chosen = self.adapter if adapter == "own" else adapter
+        past = Past([block.mixer.new_memory(plan) for block in self._blocks()], chosen)
+        if chosen is not None:
+            chosen.begin(self, past)
+        return past
 
     def with_blocks(self, indices: Sequence[int]) -> Transformer:
         """A shallower model of some of the blocks, in order; parameters are shared, not copied.
@@ -166,7 +192,7 @@ class Transformer(nn.Module):
         twin.config = dataclasses.replace(
             self.config, blocks=tuple(self.config.blocks[index] for index in indices)
         )
-        twin.program = None
+        twin.program, twin._active = None, [None]
         return twin
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -221,9 +247,32 @@ class Transformer(nn.Module):
             embeddings = self.embed(tokens)
         if embeddings.shape[0] != len(rows):
             raise ConfigError(f"Each token needs one row. Got {embeddings.shape[0]} for {len(rows)} rows.")
+        if pasts is None and self.adapter is not None and (prompt := self.adapter.prompt()) is not None:
+            return self._behind_prompt(prompt, embeddings, rows)
+        return self._through_blocks(embeddings, rows, pasts)
+
+    def _behind_prompt(self, prompt: Tensor, embeddings: Tensor, rows: Rows) -> Tensor:
+        """The parallel form with learned rows (L, W) before every segment, which are read and not answered for."""
+        length = len(prompt)
+        if any(segment.position or not isinstance(segment.mask, Causal) for segment in rows.segments):
+            raise IncompatibleError(
+                "The adapter in use puts rows before a text, which needs causal texts from their first token on here. "
+                "Use another kind of adapter."
+            )
+        pieces = [torch.cat([prompt, embeddings[segment.rows]]) for segment in rows.segments]
+        longer = Rows([(segment.length + length, 0) for segment in rows.segments], rows.device)
+        kept = [
+            torch.arange(segment.start + length, segment.start + segment.length)
+            for segment in longer.segments
+        ]
+        return self._through_blocks(torch.cat(pieces), longer, None)[torch.cat(kept)]
+
+    def _through_blocks(self, embeddings: Tensor, rows: Rows, pasts: Sequence[Past] | None) -> Tensor:
         x = self.enter(embeddings, rows)
-        for index, block in enumerate(self._blocks()):
-            x = block(x, rows, None if pasts is None else [past.layers[index] for past in pasts])
+        adapters = [self.adapter] * len(rows.segments) if pasts is None else [past.adapter for past in pasts]
+        with routed(rows, cast("list[Routed | None]", adapters)):
+            for index, block in enumerate(self._blocks()):
+                x = block(x, rows, None if pasts is None else [past.layers[index] for past in pasts])
         x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
 

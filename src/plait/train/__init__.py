@@ -7,8 +7,8 @@ from plait.train.corpus import Corpus, encoded, python_corpus
 from plait.train.data import Batches, Piece, TokenData
 from plait.train.loop import Trained, Trainer
 from plait.train.objectives import OBJECTIVES, Distillation, LexicalUnits, Loss, NextToken, Objective
-from plait.train.recipes import Recipe, draft, language_model, lexical_units, reference
-from plait.train.runs import RunResult, finish, open_start, resume, train_new, tune
+from plait.train.recipes import Recipe, adapter, draft, language_model, lexical_units, reference
+from plait.train.runs import RunResult, finish, open_start, resume, train_new, tune, tune_adapter
 from plait.train.self_text import own_text, prompts_from
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Trained",
     "Trainer",
     "Training",
+    "adapter",
     "changed",
     "draft",
     "encoded",
@@ -43,4 +44,5 @@ __all__ = [
     "resume",
     "train_new",
     "tune",
+    "tune_adapter",
 ]

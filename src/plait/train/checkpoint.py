@@ -97,8 +97,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Parameters, optimizer state and random state, by name."""
+    """Parameters, buffers, optimizer state and random state, by name."""
     tensors = {"random": torch.get_rng_state()}
+    tensors |= {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -119,6 +120,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[st
         raise ConfigError(f"The checkpoint is of another model: {sorted(wrong)[0]} does not match.")
     torch.set_rng_state(tensors["random"])
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(tensors[f"buffer.{name}"])
         for name, parameter in names.items():
             parameter.copy_(tensors[f"model.{name}"])
             prefix = f"optimizer.{name}."

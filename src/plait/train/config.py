@@ -15,6 +15,7 @@ from plait.nn.mixers import AttentionConfig
 from plait.nn.rotary import RopeConfig
 from plait.spec import Spec, settings_of
 from plait.train.objectives import Objective
+from plait.weights.adapters import AdapterConfig
 
 __all__ = ["ModelShape", "RunConfig", "Training", "changed"]
 
@@ -122,6 +123,9 @@ class RunConfig(Spec):
         training: how long and how fast.
         start: the model whose parameters the run starts from, or empty for new ones.
         corpus: what the data was made of, in words.
+        adapter: what is trained beside a model that is not; None where the model itself is.
+        weights: how that model is kept, as `plait.load` takes it.
+        base: fingerprint of that model.
     """
 
     model: TransformerConfig
@@ -129,6 +133,9 @@ class RunConfig(Spec):
     training: Training
     start: str = ""
     corpus: str = ""
+    adapter: AdapterConfig | None = None
+    weights: str = "auto"
+    base: str = ""
 
 
 def changed(base: S, settings: str) -> S:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import nn
 
 from plait.errors import ConfigError, PlaitError
 from plait.files import write_text
-from plait.nn import RandomParameters, Transformer
+from plait.nn import Adapter, RandomParameters, Transformer
 from plait.train.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -59,20 +59,27 @@ class Trainer:
         data: to learn from.
         held_out: to measure on, or None.
         folder: of the checkpoint and the curve; it must exist.
+        adapter: of `model`; it is trained, and the model stays as it is.
     """
 
     def __init__(
-        self, config: RunConfig, model: Transformer, data: TokenData, held_out: TokenData | None, folder: Path
+        self,
+        config: RunConfig,
+        model: Transformer,
+        data: TokenData,
+        held_out: TokenData | None,
+        folder: Path,
+        adapter: Adapter | None = None,
     ) -> None:
         training = config.training
-        self.config, self.model, self.folder = config, model, folder
+        self.config, self.model, self.folder, self.adapter = config, model, folder, adapter
+        self.trained: nn.Module = model if adapter is None else adapter
+        if adapter is not None:
+            model.use(adapter.train())
         self.fingerprint = data.fingerprint()
         self.batches = Batches(data, rows=training.rows, context=training.context, seed=training.seed)
         self.held_out = held_out
-        parameters = list(model.parameters())
-        decaying = [parameter for parameter in parameters if parameter.dim() > 1]
-        others = [parameter for parameter in parameters if parameter.dim() <= 1]
-        groups: list[dict[str, Any]] = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
+        groups = self._groups()
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=training.learning_rate,
@@ -83,9 +90,32 @@ class Trainer:
         self.losses: list[float] = []
         self.evaluations: list[tuple[int, float]] = []
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by whether they decay and how fast they learn, beside the others."""
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, parameter in self.trained.named_parameters():
+            if parameter.requires_grad:
+                factor = 1.0
+                if self.adapter is not None:
+                    factor = self.adapter.config.learning_rate_factor(name.rpartition(".")[2])
+                groups.setdefault((parameter.dim() > 1, factor), []).append(parameter)
+        return [
+            {"params": parameters, "factor": factor, **({} if decays else {"weight_decay": 0.0})}
+            for (decays, factor), parameters in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        ]
+
     @classmethod
-    def resume(cls, data: TokenData, held_out: TokenData | None, folder: Path) -> Trainer:
+    def resume(
+        cls,
+        data: TokenData,
+        held_out: TokenData | None,
+        folder: Path,
+        open_base: Callable[[RunConfig], tuple[Transformer, Adapter]] | None = None,
+    ) -> Trainer:
         """The run whose checkpoint is in a folder.
+
+        Args:
+            open_base: makes the model and a new adapter again, for runs that train one.
 
         Raises:
             ModelFileError: there is no checkpoint, or it is damaged.
@@ -94,9 +124,13 @@ class Trainer:
         checkpoint = load_checkpoint(folder / CHECKPOINT)
         if checkpoint.data != data.fingerprint():
             raise ConfigError(f"{folder} holds a run on other data. Give the same data, or another folder.")
-        model = Transformer(checkpoint.config.model, RandomParameters())
-        trainer = cls(checkpoint.config, model, data, held_out, folder)
-        restore(model, trainer.optimizer, checkpoint.tensors)
+        adapter = None
+        if checkpoint.config.adapter is not None and open_base is not None:
+            model, adapter = open_base(checkpoint.config)
+        else:
+            model = Transformer(checkpoint.config.model, RandomParameters())
+        trainer = cls(checkpoint.config, model, data, held_out, folder, adapter)
+        restore(trainer.trained, trainer.optimizer, checkpoint.tensors)
         trainer.step = checkpoint.step
         trainer.losses = checkpoint.losses.tolist()
         trainer.evaluations = [(int(step), loss) for step, loss in checkpoint.evaluations.tolist()]
@@ -140,7 +174,7 @@ class Trainer:
                 self.step,
                 torch.tensor(self.losses, dtype=torch.float64),
                 torch.tensor(self.evaluations, dtype=torch.float64).view(-1, 2),
-                optimizer_tensors(self.model, self.optimizer),
+                optimizer_tensors(self.trained, self.optimizer),
             ),
         )
         curve = {"losses": self.losses, "held_out": self.evaluations}
@@ -150,18 +184,30 @@ class Trainer:
         training = self.config.training
         random = torch.Generator().manual_seed(training.seed * 1_000_003 + self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = training.learning_rate_at(self.step)
+            group["lr"] = training.learning_rate_at(self.step) * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.config.objective.loss(self.model, self.batches[self.step], random)
+        adapter = self.adapter
+        # What dropout draws is a function of the step, as everything else is.
+        with torch.random.fork_rng(devices=[], enabled=adapter is not None):
+            if adapter is not None:
+                torch.manual_seed(training.seed * 1_000_003 + self.step)
+            loss = self.config.objective.loss(self.model, self.batches[self.step], random)
         value = float(loss.value.detach())
-        loss.value.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), training.clip)
+        whole = loss.value
+        if adapter is not None and (extra := adapter.config.regularisation(adapter.at)) is not None:
+            whole = whole + extra
+        whole.backward()
+        if adapter is not None:
+            adapter.config.after_backward(adapter.at)
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), training.clip)
         if not (torch.isfinite(norm) and torch.isfinite(loss.value)):
             raise PlaitError(
                 f"The loss of step {self.step} is {value}, its gradient {float(norm)}. "
                 "Lower the learning rate and start again, or resume from the last checkpoint."
             )
         self.optimizer.step()
+        if adapter is not None:
+            adapter.config.after_step(adapter.at, self.step + 1, training.steps)
         return value
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from plait.spec import Spec
 from plait.train.config import ModelShape, Training
 from plait.train.objectives import Distillation, LexicalUnits, NextToken, Objective
 
-__all__ = ["Recipe", "draft", "language_model", "lexical_units", "reference"]
+__all__ = ["Recipe", "adapter", "draft", "language_model", "lexical_units", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,23 @@ def lexical_units() -> Recipe:
             evaluate_every=100,
         ),
         measured=2048,
+    )
+
+
+def adapter() -> Recipe:
+    """Train an adapter on a model that stays as it is, in whatever format."""
+    return Recipe(
+        objective=NextToken(),
+        training=Training(
+            steps=200,
+            rows=512,
+            learning_rate=1e-3,
+            warmup=20,
+            weight_decay=0.0,
+            save_every=50,
+            evaluate_every=100,
+        ),
+        measured=4096,
     )
 
 

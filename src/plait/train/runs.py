@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from plait.engine.loading import read_text_side
+from plait.engine.loading import open_model, read_text_side
 from plait.errors import ConfigError
 from plait.files import write_text
 from plait.hub import resolve
-from plait.nn import RandomParameters, Transformer, load_transformer, save_transformer
+from plait.nn import (
+    Adapter,
+    RandomParameters,
+    Transformer,
+    load_transformer,
+    new_adapter,
+    save_adapter,
+    save_transformer,
+)
+from plait.nn.adapter_files import written_names
 from plait.nn.checkpoints import open_checkpoint
 from plait.nn.save import GivenParameters, named_tensors, written_settings
 from plait.text import ChatTemplate, Tokenizer, learn_byte_bpe
@@ -30,9 +39,20 @@ from plait.train.loop import CHECKPOINT, Trainer
 from plait.train.objectives import Objective
 from plait.train.recipes import Recipe
 from plait.weights import Packed
+from plait.weights.adapters import AdapterConfig
 from plait.weights.ggml import FP32
 
-__all__ = ["RunResult", "finish", "fresh_parameters", "open_start", "prepare", "resume", "train_new", "tune"]
+__all__ = [
+    "RunResult",
+    "finish",
+    "fresh_parameters",
+    "open_start",
+    "prepare",
+    "resume",
+    "train_new",
+    "tune",
+    "tune_adapter",
+]
 
 _STATE, _DATA, _HELD_OUT, _RESULT = "training", "data.safetensors", "held_out.safetensors", "result.json"
 
@@ -41,9 +61,9 @@ class RunResult(NamedTuple):
     """What a run came to.
 
     Attributes:
-        folder: of the model.
+        folder: of the model, or of the adapter.
         objective: as a spec string.
-        parameters: of the model.
+        parameters: of the model, or of the adapter.
         steps, tokens: done.
         loss: mean of the last steps' losses, at most 20, in nats a token.
         held_out_before, held_out: loss on held-out text before the first step and at the end; None where
@@ -95,20 +115,23 @@ def resume(folder: Path) -> Trainer:
     """
     state = folder / _STATE
     held_out = TokenData.load(state / _HELD_OUT) if (state / _HELD_OUT).exists() else None
-    return Trainer.resume(TokenData.load(state / _DATA), held_out, state)
+    return Trainer.resume(TokenData.load(state / _DATA), held_out, state, _open_base)
 
 
 def finish(trainer: Trainer, folder: Path) -> RunResult:
-    """Train to the end and write the model beside its tokenizer."""
+    """Train to the end and write the model beside its tokenizer, or the adapter."""
     started = time.monotonic()
-    done = trainer.run(str(trainer.config.objective))
-    ends = sorted(Tokenizer.from_json(folder).eos_ids)
-    save_transformer(trainer.model, folder, eos_token_id=ends or None)
+    done = trainer.run(str(trainer.config.adapter or trainer.config.objective))
+    if trainer.adapter is not None:
+        save_adapter(trainer.adapter, trainer.model, folder, base=trainer.config.start)
+    else:
+        ends = sorted(Tokenizer.from_json(folder).eos_ids)
+        save_transformer(trainer.model, folder, eos_token_id=ends or None)
     last = done.losses[-20:]
     result = RunResult(
         folder=str(folder),
         objective=str(trainer.config.objective),
-        parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        parameters=sum(parameter.numel() for parameter in trainer.trained.parameters()),
         steps=done.steps,
         tokens=done.tokens,
         loss=sum(last) / len(last),
@@ -187,6 +210,63 @@ def tune(
     if template is not None:
         write_text(folder / "chat_template.jinja", template.source)
     return trainer
+
+
+def tune_adapter(
+    method: AdapterConfig,
+    start: str,
+    data: Callable[[Tokenizer], tuple[TokenData, TokenData | None]],
+    folder: Path,
+    *,
+    weights: str = "auto",
+    recipe: Recipe,
+    corpus: str = "",
+) -> Trainer:
+    """A run that trains an adapter on a model, whose matrices stay packed as they are.
+
+    Args:
+        method: of the adapter.
+        start: the model, as `plait.load` takes it.
+        data: makes what is learned from, and what is measured on, with the model's tokenizer.
+        folder: where to.
+        weights: how the model is kept, as `plait.load` takes it.
+        recipe: how to train.
+        corpus: what the data is, in words.
+
+    Raises:
+        ConfigError: the folder holds a run, the model has none of the targets, or its adapters are not written.
+    """
+    state = folder / _STATE
+    if (state / CHECKPOINT).exists():
+        raise ConfigError(f"{folder} holds a run. Resume it, or choose another folder.")
+    model, tokenizer, _ = open_model(resolve(start), weights)
+    adapter = new_adapter(method, model, seed=recipe.training.seed)
+    written_names(adapter, model)
+    learned, held_out = data(tokenizer)
+    held_out = None if held_out is None else held_out.first(recipe.measured)
+    config = RunConfig(
+        model=model.config, objective=recipe.objective, training=recipe.training, start=start, corpus=corpus,
+        adapter=method, weights=weights, base=adapter.base,
+    )  # fmt: skip
+    state.mkdir(parents=True, exist_ok=True)
+    learned.save(state / _DATA)
+    if held_out is not None:
+        held_out.save(state / _HELD_OUT)
+    return Trainer(config, model, learned, held_out, state, adapter)
+
+
+def _open_base(config: RunConfig) -> tuple[Transformer, Adapter]:
+    """The model and a new adapter of a run that trains one.
+
+    Raises:
+        ConfigError: the model is no longer the one that the run started from.
+    """
+    assert config.adapter is not None
+    model, _, _ = open_model(resolve(config.start), config.weights)
+    adapter = new_adapter(config.adapter, model, seed=config.training.seed)
+    if adapter.base != config.base:
+        raise ConfigError(f"{config.start} is not the model that the run started from. Bring that one back.")
+    return model, adapter
 
 
 def spread(chosen: int, count: int) -> list[int]:

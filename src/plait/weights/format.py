@@ -5,7 +5,7 @@ Shapes: O output rows, I input columns, N rows of activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -304,6 +304,9 @@ class Linear(nn.Module):
     Args:
         weight: the matrix, (O, I).
         bias: (O,) or None.
+
+    Attributes:
+        hook: computes y from x and the plain product, for rows that have adapters; None for the product alone.
     """
 
     weight: Packed
@@ -312,10 +315,47 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=torch.is_grad_enabled())
+        self.hook: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight.matmul(x)
+        return self.product(x) if self.hook is None else self.hook(x, self.product)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The product itself, whatever `hook` makes of it."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            parts = [frozen_matmul(x, part) for part in self.weight.pieces()]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        else:
+            y = self.weight.matmul(x)
         return y if self.bias is None else y + self.bias
+
+
+class _Frozen(torch.autograd.Function):
+    """A product with a packed matrix whose gradient unpacks a part of it at a time, and keeps none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
+        ctx.packed = packed
+        return packed.matmul(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        packed, gradient = ctx.packed, gradients[0]
+        step = max(1, _MATMUL_CHUNK // max(1, packed.shape[1]))
+        total: Tensor | None = None
+        for start in range(0, packed.shape[0], step):
+            rows = packed.unpack_rows(slice(start, start + step)).to(gradient.dtype)
+            part = gradient[..., start : start + step] @ rows
+            total = part if total is None else total.add_(part)
+        return gradient.new_zeros(*gradient.shape[:-1], packed.shape[1]) if total is None else total, None
+
+
+def frozen_matmul(x: Tensor, packed: Packed) -> Tensor:
+    """`packed.matmul(x)` with a gradient for x; a matrix that is not trained is never dense as a whole for it."""
+    if isinstance(packed, Dense) or any(parameter.requires_grad for parameter in packed.parameters()):
+        return packed.matmul(x)
+    found: Tensor = _Frozen.apply(x, packed)  # type: ignore[no-untyped-call]
+    return found
 
 
 class Embedding(nn.Module):

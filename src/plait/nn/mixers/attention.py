@@ -21,6 +21,7 @@ from plait.nn.layers import Norm
 from plait.nn.mixers.base import Mixer
 from plait.nn.parameters import Parameters
 from plait.nn.rotary import RopeConfig, rope_of
+from plait.nn.routing import prefix_of
 
 __all__ = ["Attention", "AttentionConfig"]
 
@@ -73,6 +74,8 @@ class Attention(Mixer):
     def __init__(self, config: AttentionConfig, width: int, norm: NormConfig, parameters: Parameters) -> None:
         super().__init__()
         self.config = config
+        # Which layer of its model this is, where adapters put keys and values before the text.
+        self.layer: int | None = None
         h, g, d = config.num_heads, config.num_kv_heads, config.head_dim
         # First, because it finds a head size that does not fit the file before speeds are made for it.
         self.qkv = parameters.linear(["query", "key", "value"], width, [h * d, g * d, g * d], config.qkv_bias)
@@ -104,11 +107,13 @@ class Attention(Mixer):
         return Memory(self.heads, plan, self.config.window)
 
     def _within_segments(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
-        """The parallel form: every segment sees its own rows only; differentiable."""
+        """The parallel form: every segment sees its own rows, and what an adapter puts before them; differentiable."""
+        prefix = prefix_of(self.layer)
+        plain = q
         if self.heads.rope is not None:
             angles = rows.angles(self.heads.rope, [0] * len(rows.segments))
             q, k = ops.rotate(q, angles), ops.rotate(k, angles)
-        outs = [
+        parts = [
             ops.partial_attention(
                 q[segment.rows],
                 k[segment.rows].transpose(0, 1),
@@ -119,7 +124,25 @@ class Attention(Mixer):
                 first_key=segment.position,
                 window=self.config.window,
                 softcap=self.heads.softcap,
-            ).out
+            )
             for segment in rows.segments
         ]
-        return torch.cat(outs) if outs else q
+        if prefix is not None:
+            length = prefix[0].shape[1]
+            if self.heads.rope is not None:
+                plain = ops.rotate(plain, rows.angles(self.heads.rope, [-length] * len(rows.segments)))
+            before = [
+                ops.partial_attention(
+                    plain[segment.rows],
+                    *prefix,
+                    scale=self.heads.scale,
+                    mask=segment.mask,
+                    first_query=segment.position,
+                    first_key=-length,
+                    window=self.config.window,
+                    softcap=self.heads.softcap,
+                )
+                for segment in rows.segments
+            ]
+            parts = [ops.merge(first, second) for first, second in zip(before, parts, strict=True)]
+        return torch.cat([part.out for part in parts]) if parts else q

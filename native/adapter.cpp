@@ -1,0 +1,19 @@
+#include "adapter.h"
+
+namespace plait {
+
+void adapt(const SiteDelta& delta, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy, float* room) {
+    const Kernels& k = kernels();
+    for (int64_t m = 0; m < rows; ++m) {
+        if (delta.output_scale != nullptr) k.multiply(y + m * ldy, delta.output_scale, delta.outputs, y + m * ldy);
+        if (delta.bias != nullptr) k.add(y + m * ldy, delta.bias, delta.outputs, y + m * ldy);
+    }
+    for (const LowRank& part : delta.parts) {
+        k.dense_rows(x, ldx, rows, part.down, delta.inputs, Number::fp32, delta.inputs, 0, part.rank, room, part.rank);
+        for (int64_t m = 0; m < rows; ++m)
+            k.add_combination(room + m * part.rank, part.rank, part.up, part.count, part.count,
+                              y + m * ldy + part.first);
+    }
+}
+
+}  // namespace plait
