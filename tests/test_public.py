@@ -112,12 +112,15 @@ def test_the_version_is_printed_without_loading_torch() -> None:
 
 
 def test_every_module_can_be_imported_first() -> None:
-    """Each in a fork of a process that holds what they need of others only, so that no other module came before it."""
+    """Each in a fork of a process that holds its package, which always comes first, and nothing else of Plait."""
     needs = run_python(
         "import importlib, sys\n"
         f"for name in {modules()!r}:\n    importlib.import_module(name)\n"
         "print(*(name for name in sys.modules if name.partition('.')[0] not in ('plait', '__main__')))\n"
     ).split()
+    packages: dict[str, list[str]] = {}
+    for name in modules():
+        packages.setdefault(name if _is_package(name) else name.rpartition(".")[0], []).append(name)
     printed = run_python(
         "import importlib, os, sys, traceback\n"
         f"for name in {needs!r}:\n"
@@ -125,20 +128,30 @@ def test_every_module_can_be_imported_first() -> None:
         "        importlib.import_module(name)\n"
         "    except ImportError:\n"
         "        pass  # made by another module when that is imported\n"
-        f"for name in {modules()!r}:\n"
-        "    assert not any(module.partition('.')[0] == 'plait' for module in sys.modules)\n"
+        "def apart(name, then):\n"
         "    child = os.fork()\n"
         "    if not child:\n"
         "        try:\n"
-        "            __import__(name)\n"
+        "            importlib.import_module(name)\n"
+        "            then()\n"
         "        except BaseException:\n"
         "            traceback.print_exc()\n"
         "            os._exit(1)\n"
+        "        print(name, flush=True)\n"
         "        os._exit(0)\n"
         "    assert os.waitpid(child, 0)[1] == 0, name\n"
-        "    print(name)\n"
+        "def members(names):\n"
+        "    for name in names:\n"
+        "        apart(name, lambda: None)\n"
+        f"for package, names in {packages!r}.items():\n"
+        "    assert not any(module.partition('.')[0] == 'plait' for module in sys.modules)\n"
+        "    apart(package, lambda: members(name for name in names if name != package))\n"
     )
-    assert printed.split() == modules()
+    assert sorted(printed.split()) == modules()
+
+
+def _is_package(name: str) -> bool:
+    return (PACKAGE.parent / Path(*name.split(".")) / "__init__.py").exists()
 
 
 def test_everything_imports_while_unpickling_is_poisoned() -> None:

@@ -140,7 +140,7 @@ def test_nothing_is_left_behind(make_small: Make) -> None:
         assert engine.metrics.memory_bytes == 0
         assert not engine._tree._roots
         assert not engine._tree._paths
-        assert not engine._speculators
+        assert not engine._guessers
         assert not engine._scheduler._served
     assert counts[1:] == counts[:1] * 3
 
