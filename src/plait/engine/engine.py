@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from plait.engine.adapters import Adapters
 from plait.engine.budget import MemoryBudget
 from plait.engine.feed import Drafting, Feed, Guesser
 from plait.engine.metrics import Metrics
-from plait.engine.passes import Timer, forward, restored_on_failure
+from plait.engine.passes import Timer, forward, one_torch_thread, restored_on_failure
 from plait.engine.prefix_tree import Namespace, PrefixTree, common_prefix
 from plait.engine.request import Piece, Request
 from plait.engine.scheduler import Scheduler
@@ -214,7 +215,8 @@ class Engine:
         """As `step`, but nothing is raised for a sequence that fails: its `error` says what went wrong."""
         pieces: list[tuple[RunningSequence, Piece]] = []
         self._admit()
-        feeds = self._make_room(self._plan_rows(pieces), pieces)
+        with one_torch_thread(self.model):
+            feeds = self._make_room(self._plan_rows(pieces), pieces)
         step = Step(sum(len(feed.tokens) for feed in feeds), sum(feed.tree is not None for feed in feeds))
         if feeds:
             self._counts = self._counts.after_step(step.rows)
@@ -223,22 +225,34 @@ class Engine:
                 self._tracer.watch(feed.past)
         with self._drafting.beside(self._working_ahead(feeds)) as drafts:
             computed = self._compute(feeds)
-        for feed, logits in computed:
-            try:
-                if isinstance(logits, Exception):
-                    raise logits
-                if feed.sequence in drafts:
-                    feed = feed._replace(tree=drafts[feed.sequence].result())
-                piece = self._settle(feed, logits, step)
-            except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
-                piece = self._fail(feed.sequence, error)
-            if piece is not None:
-                pieces.append((feed.sequence, piece))
-            if feed.sequence.is_finished:
-                self._retire(feed.sequence)
-            elif feed.growth or not self._is_plain:
-                self._account(feed.sequence)
+        with one_torch_thread(self.model):
+            for feed, logits in computed:
+                self._finish(feed, logits, drafts, step, pieces)
         return pieces
+
+    def _finish(
+        self,
+        feed: Feed,
+        logits: Tensor | Exception,
+        drafts: Mapping[RunningSequence, Future[Tree]],
+        step: Step,
+        pieces: list[tuple[RunningSequence, Piece]],
+    ) -> None:
+        """Choose what a sequence goes on with; an error ends that sequence alone."""
+        try:
+            if isinstance(logits, Exception):
+                raise logits
+            if feed.sequence in drafts:
+                feed = feed._replace(tree=drafts[feed.sequence].result())
+            piece = self._settle(feed, logits, step)
+        except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
+            piece = self._fail(feed.sequence, error)
+        if piece is not None:
+            pieces.append((feed.sequence, piece))
+        if feed.sequence.is_finished:
+            self._retire(feed.sequence)
+        elif feed.growth or not self._is_plain:
+            self._account(feed.sequence)
 
     def check_integrity(self) -> None:
         """Assert that queues, shared strands and counted bytes agree with each other; for tests."""

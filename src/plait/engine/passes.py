@@ -13,7 +13,7 @@ from plait.engine.feed import Feed
 from plait.memory import Causal, Mask, MemoryPlan, Past, Rows
 from plait.nn import Transformer
 
-__all__ = ["Timer", "forward", "restored_on_failure"]
+__all__ = ["Timer", "forward", "one_torch_thread", "restored_on_failure"]
 
 # Tokens before the rows whose pass is timed; how much longer it takes behind more is learnt as it happens.
 _SHORT_PAST = 64
@@ -76,3 +76,20 @@ def restored_on_failure(pasts: Sequence[Past]) -> Iterator[None]:
         for past, length in zip(pasts, lengths, strict=True):
             past.truncate(length)
         raise
+
+
+@contextlib.contextmanager
+def one_torch_thread(model: Transformer) -> Iterator[None]:
+    """Let torch use the calling thread alone where the model computes with threads of its own.
+
+    Threads of torch go on spinning for milliseconds after an operation, on the processors that the model's need next.
+    """
+    threads = torch.get_num_threads()
+    if model.program is None or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
