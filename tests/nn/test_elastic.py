@@ -21,20 +21,6 @@ TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6] * 4, [2, 7, 1, 8, 2, 8] * 5]
 DEPTH = 4
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=64,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("source")
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
 def stacked(source: Path, output: Path, spec: str = f"bitstack:blocks={DEPTH}") -> Path:
     with open_checkpoint(source) as checkpoint:
         return quantize_checkpoint(checkpoint, output, FORMATS.parse(spec), calibration=TEXTS).path

@@ -21,21 +21,6 @@ TEXTS = [[3, 1, 4, 1, 5, 9, 2, 6] * 4, [2, 7, 1, 8, 2, 8] * 5]
 MUTATIONS = 300
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama in fp32 as Transformers writes it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=64,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("source")
-    LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
 def quantized(source: Path, output: Path, spec: str, **options: object) -> Path:
     with open_checkpoint(source) as checkpoint:
         made = quantize_checkpoint(checkpoint, output, FORMATS.parse(spec), calibration=TEXTS, **options)  # type: ignore[arg-type]

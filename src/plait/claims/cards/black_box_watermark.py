@@ -21,13 +21,12 @@ def _measure(run: Run) -> Measurements:
         substitute_words,
     )
     from plait.engine import load
-    from plait.hub import wordnet_folder
     from plait.prose import Proposal, ThesaurusCandidates, Watermark
-    from plait.text.wordnet import WordNet
-    from plait.text.words import Lexicon, Word
+    from plait.prose.lexicon import english_lexicon
+    from plait.text.words import Word
 
     lm = load("smollm2")
-    lexicon = Lexicon(WordNet(wordnet_folder()))
+    lexicon = english_lexicon()
     source = ThesaurusCandidates(lm, lexicon)
     known: dict[str, list[list[Proposal]]] = {}
 
