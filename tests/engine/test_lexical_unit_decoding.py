@@ -45,6 +45,9 @@ def tuned(byte_tokenizer: Tokenizer) -> Transformer:
 def language_model(
     model: Transformer, tokenizer: Tokenizer, draft: str, memory: str = "full"
 ) -> LanguageModel:
+    """With drafts that guess all they can: what they bring would else depend on the machine's speed."""
+    if draft != "none":
+        draft += ",budget=off" if ":" in draft else ":budget=off"
     return LanguageModel(
         name="phrases", model=model, tokenizer=tokenizer, chat_template=None,
         plan=MemoryPlan.parse(memory), draft=SPECULATORS.parse(draft),
