@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "half.h"
 #include "kernel_pairs.h"
@@ -18,12 +19,95 @@
 namespace plait {
 namespace {
 
-#ifdef __AVX2__
+#ifdef __AVX512VNNI__
+
+// Sixteen output rows: a tile.
+struct GridLanes {
+    static constexpr int kCount = 16;
+    static constexpr int kRows = 4;  // rows that meet a decoded block together
+    static constexpr int kLess = 0;  // what `dot` takes off 8-bit codes
+    using F = __m512;
+    using I = __m512i;   // one whole number for each row
+    using U = __m512i;   // four bytes for each row
+
+    static F zero() { return _mm512_setzero_ps(); }
+    static F set1(float x) { return _mm512_set1_ps(x); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static F load_halves(const uint8_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static F load_bytes(const uint8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+
+    static U plane(const uint8_t* p) { return _mm512_loadu_si512(p); }
+    template <int Shift, int Mask>
+    static U field(U x) {
+        return _mm512_and_si512(_mm512_srli_epi16(x, Shift), _mm512_set1_epi8(char(Mask)));
+    }
+    template <int Shift>
+    static U raised(U x) { return _mm512_slli_epi16(x, Shift); }
+    static U join(U a, U b) { return _mm512_or_si512(a, b); }
+
+    using Table = __m512i;
+    static Table table(const uint8_t* entries) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+    }
+    static U look_up(Table t, U codes) { return _mm512_shuffle_epi8(t, codes); }
+    // Bytes of `value` where the code is `last`, else 0.
+    static U where_last(U codes, int last, U value) {
+        return _mm512_maskz_mov_epi8(_mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(char(last))), value);
+    }
+    // Four times the special byte of each row; `types` are 2 bits a row.
+    static U specials(const uint8_t* types, int, const uint32_t* fourfold) {
+        uint32_t bits;
+        std::memcpy(&bits, types, 4);
+        const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const __m512i type = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(int(bits)), shifts), _mm512_set1_epi32(3));
+        const __m512i values =
+            _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(fourfold)));
+        return _mm512_permutexvar_epi32(type, values);
+    }
+    static U no_bytes() { return _mm512_setzero_si512(); }
+
+    static __m512i four(const int8_t* x) {
+        int32_t bits;
+        std::memcpy(&bits, x, 4);
+        return _mm512_set1_epi32(bits);
+    }
+    // Sum over 32 columns of u * x.
+    template <int Top>
+    static I dot(const U (&u)[8], const int8_t* x) {
+        I even = _mm512_setzero_si512(), odd = even;
+        for (int g = 0; g < 8; g += 2) {
+            even = _mm512_dpbusd_epi32(even, u[g], four(x + 4 * g));
+            odd = _mm512_dpbusd_epi32(odd, u[g + 1], four(x + 4 * g + 4));
+        }
+        return _mm512_add_epi32(even, odd);
+    }
+    // 128 * high + low + shift * minus_sum.
+    static I whole(I high, I low, int shift, int32_t minus_sum) {
+        return _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low), _mm512_set1_epi32(shift * minus_sum));
+    }
+    // Byte `column` of each row as a number.
+    static F number(U u, int column) {
+        return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srl_epi32(u, _mm_cvtsi32_si128(8 * column)),
+                                                   _mm512_set1_epi32(255)));
+    }
+};
+
+#elif defined(__AVX2__)
 
 // Eight output rows: the parts of a tile that one register holds.
 struct GridLanes {
     static constexpr int kCount = 8;
     static constexpr int kRows = 4;  // rows that meet a decoded block together
+    static constexpr int kLess = 128;  // what `dot` takes off 8-bit codes
     using F = __m256;
     using I = __m256i;   // one whole number for each row
     using U = __m256i;   // four bytes for each row
@@ -133,6 +217,10 @@ struct GridLanes {
     }
 };
 
+#endif
+
+#ifdef __AVX2__
+
 // Bits of a code, whether codes are looked up, and whether the last one is special.
 template <int Bits_, bool IsTable_, bool HasSpecials_>
 struct GridFormat {
@@ -213,7 +301,7 @@ struct GridKernels {
     static void tile(const GridView& w, int64_t tile, const int8_t* x, const RowBlock* xb, int stride, float* out) {
         constexpr int64_t kBytes = 64 * Fmt::Bits;
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
-        const int shift = w.zeros != nullptr ? (Fmt::Bits == 8 ? -128 : 0) : Fmt::Bits == 8 ? 0 : w.offset;
+        const int shift = (w.zeros != nullptr ? 0 : w.offset) - (Fmt::Bits == 8 ? L::kLess : 0);
         const L::Table table = L::table(w.table);
         F sum[kParts][Rows];
         for (int part = 0; part < kParts; ++part)
@@ -295,7 +383,7 @@ struct GridKernels {
     static int less(const GridView& w) { return w.zeros != nullptr ? 0 : w.offset; }
 
     // Blocks [begin, end) of a tile for many rows.
-    template <class Fmt>
+    template <class Fmt, class Lanes = L>
     static void fill(const GridView& w, int64_t tile, int64_t begin, int64_t end, Panel& panel) {
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
         const L::Table table = L::table(w.table);
@@ -305,7 +393,7 @@ struct GridKernels {
                 const Group group = group_of<Fmt>(w, tile, b / per_group, part);
                 U u[8];
                 decode<Fmt>(at + 4 * L::kCount * part, table, group.special, u);
-                L::store_pairs(u, less(w), &panel.codes[b - begin][0][part * L::kCount][0]);
+                Lanes::store_pairs(u, less(w), &panel.codes[b - begin][0][part * L::kCount][0]);
                 L::store(panel.scales[b - begin][0] + part * L::kCount, group.scale);
                 L::store(panel.minima[b - begin][0] + part * L::kCount,
                          L::sub(L::zero(), L::mul(group.scale, group.zero)));
@@ -315,16 +403,24 @@ struct GridKernels {
 
     template <class Fmt>
     static void tile_of(const GridView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
-        const auto widen = [&](Panel& panel, int64_t begin, int64_t end) { fill<Fmt>(w, t, begin, end, panel); };
-        int64_t row = w.zeros != nullptr ? Pairs<S>::template run<1, true>(x, first, last, out, widen)
-                                         : Pairs<S>::template run<1, false>(x, first, last, out, widen);
-        if (w.row_scales != nullptr)
-            for (int64_t i = 0; i < (row - first) * kTile; ++i) out[i] *= w.row_scales[t * kTile + i % kTile];
+        int64_t row = first;
+        if constexpr (kHasPairs<S>) {
+            const auto widen = [&](Panel& panel, int64_t begin, int64_t end) { fill<Fmt>(w, t, begin, end, panel); };
+            row = w.zeros != nullptr ? Pairs<S>::template run<1, true>(x, first, last, out, widen)
+                                     : Pairs<S>::template run<1, false>(x, first, last, out, widen);
+            if (w.row_scales != nullptr)
+                for (int64_t i = 0; i < (row - first) * kTile; ++i) out[i] *= w.row_scales[t * kTile + i % kTile];
+        }
         for (int rows = 0; row < last; row += rows) {
             rows = chunk_rows(x.rows - row);
-            for (int m = 0; m < rows; ++m)
-                tile<Fmt, 1>(w, t, x.codes_of(row, 0, rows) + m * kBlockCodes, x.blocks_of(row, 0, rows) + m, rows,
-                             out + (row - first + m) * kTile);
+            const auto some = [&](auto taken, int m) {
+                tile<Fmt, taken>(w, t, x.codes_of(row, 0, rows) + m * kBlockCodes, x.blocks_of(row, 0, rows) + m, rows,
+                                 out + (row - first + m) * kTile);
+            };
+            int m = 0;
+            if constexpr (!kHasPairs<S>)
+                for (; m + L::kRows <= rows; m += L::kRows) some(std::integral_constant<int, L::kRows>{}, m);
+            for (; m < rows; ++m) some(std::integral_constant<int, 1>{}, m);
         }
     }
 

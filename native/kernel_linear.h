@@ -32,6 +32,57 @@ struct Linear {
                                    S::template dot<Fmt::Bits, Fmt::Shift, From, To>(codes, q + kBlock, minus_sum)));
     }
 
+    // The same for some rows side by side, so that no sum waits for its own last step: 8 sums hide the latency.
+    template <class Fmt, int From, int To, int Rows, class Minus>
+    static void dots(const typename S::template Codes<Fmt::Bits>& codes, const int8_t* x, Minus minus_sum, Wide (&products)[Rows]) {
+        constexpr bool kIsApart = Rows < 8;
+        using Sums = typename S::WideInt[Rows];
+        Sums high, low;
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; ++m) high[m] = low[m] = S::wide_int_zero();
+#pragma GCC unroll 8
+        for (int g = From; g < To; ++g) {
+#pragma GCC unroll 8
+            for (int m = 0; m < Rows; ++m) high[m] = S::add_products(high[m], codes.at[g], x + m * kBlockCodes + 4 * g);
+            if constexpr (kIsApart)
+#pragma GCC unroll 8
+                for (int m = 0; m < Rows; ++m)
+                    low[m] = S::add_products(low[m], codes.at[g], x + m * kBlockCodes + kBlock + 4 * g);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; ++m) {
+            low[m] = kIsApart ? S::join(high[m], low[m]) : S::template raised<7>(high[m]);
+            if constexpr (Fmt::Shift >= 0) low[m] = S::wide_int_add(low[m], S::correction(minus_sum(m), Fmt::Shift));
+        }
+        if constexpr (!kIsApart)
+#pragma GCC unroll 8
+            for (int g = From; g < To; ++g)
+#pragma GCC unroll 8
+                for (int m = 0; m < Rows; ++m)
+                    low[m] = S::add_products(low[m], codes.at[g], x + m * kBlockCodes + kBlock + 4 * g);
+#pragma GCC unroll 8
+        for (int m = 0; m < Rows; ++m) products[m] = S::to_float(low[m]);
+    }
+
+    // Products of a block's groups with each row: those of one row or two by themselves.
+    template <class Fmt, int Rows>
+    static void block(const typename S::template Codes<Fmt::Bits>& codes, const int8_t* x, const RowBlock* xb,
+                      Wide (&products)[Fmt::Groups][Rows]) {
+        constexpr int kLast = Fmt::Groups == 1 ? 8 : 4;
+        const auto minus_first = [&](int m) { return Fmt::Groups == 1 ? &xb[m].minus_sum : &xb[m].minus_low; };
+        const auto minus_second = [&](int m) { return &xb[m].minus_high; };
+        if constexpr (Rows > 2) {
+            dots<Fmt, 0, kLast, Rows>(codes, x, minus_first, products[0]);
+            if constexpr (Fmt::Groups == 2) dots<Fmt, 4, 8, Rows>(codes, x, minus_second, products[1]);
+        } else {
+#pragma GCC unroll 2
+            for (int m = 0; m < Rows; ++m) {
+                products[0][m] = dot<Fmt, 0, kLast>(codes, x + m * kBlockCodes, minus_first(m));
+                if constexpr (Fmt::Groups == 2) products[1][m] = dot<Fmt, 4, 8>(codes, x + m * kBlockCodes, minus_second(m));
+            }
+        }
+    }
+
     // y[row][r] = sum over blocks b of scale[b, r] * x_scale[b] * dot(b) + minimum[b, r] * x_scale[b] * x_sum[b],
     // in the order of b. Nothing here depends on how many rows the chunk has.
     template <class Fmt, int Rows>
@@ -60,22 +111,19 @@ struct Linear {
                     minimum = S::wide_load(own + Fmt::Groups * kTile);
                     if constexpr (Fmt::Groups == 2) minimum_high = S::wide_load(own + 3 * kTile);
                 }
+                Wide products[Fmt::Groups][Rows];
+                block<Fmt, Rows>(codes, x, xb, products);
 #pragma GCC unroll 8
                 for (int m = 0; m < Rows; ++m) {
-                    const int8_t* q = x + m * kBlockCodes;
                     const RowBlock& of = xb[m];
                     const Wide x_scale = S::wide_set1(&of.scale);
                     Wide total = sum[part][m];
+                    total = S::wide_fma(S::wide_mul(scale, x_scale), products[0][m], total);
                     if constexpr (Fmt::Groups == 1) {
-                        const Wide product = dot<Fmt, 0, 8>(codes, q, &of.minus_sum);
-                        total = S::wide_fma(S::wide_mul(scale, x_scale), product, total);
                         if constexpr (Fmt::HasMinima)
                             total = S::wide_fma(minimum, S::wide_set1(&of.scaled_sum), total);
                     } else {
-                        const Wide low = dot<Fmt, 0, 4>(codes, q, &of.minus_low);
-                        const Wide high = dot<Fmt, 4, 8>(codes, q, &of.minus_high);
-                        total = S::wide_fma(S::wide_mul(scale, x_scale), low, total);
-                        total = S::wide_fma(S::wide_mul(scale_high, x_scale), high, total);
+                        total = S::wide_fma(S::wide_mul(scale_high, x_scale), products[1][m], total);
                         if constexpr (Fmt::HasMinima) {
                             total = S::wide_fma(minimum, S::wide_set1(&of.scaled_low), total);
                             total = S::wide_fma(minimum_high, S::wide_set1(&of.scaled_high), total);
@@ -117,13 +165,21 @@ struct Linear {
 
     template <class Fmt>
     static void tile_of(const PackedView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
-        int64_t row = Pairs<S>::template run<Fmt::Groups, Fmt::HasMinima>(
-            x, first, last, out, [&](Panel& panel, int64_t begin, int64_t end) { fill<Fmt>(w, t, begin, end, panel); });
+        int64_t row = first;
+        if constexpr (kHasPairs<S>)
+            row = Pairs<S>::template run<Fmt::Groups, Fmt::HasMinima>(
+                x, first, last, out, [&](Panel& panel, int64_t begin, int64_t end) { fill<Fmt>(w, t, begin, end, panel); });
         for (int rows = 0; row < last; row += rows) {
             rows = chunk_rows(x.rows - row);
+            const int8_t* codes = x.codes_of(row, 0, rows);
+            const RowBlock* blocks = x.blocks_of(row, 0, rows);
             float* to = out + (row - first) * kTile;
-            if (rows == 1) tile<Fmt, 1>(w, t, x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), to);
-            else tile<Fmt, 2>(w, t, x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), to);
+            if (rows == 1) tile<Fmt, 1>(w, t, codes, blocks, to);
+            else if (rows == 2) tile<Fmt, 2>(w, t, codes, blocks, to);
+            else if constexpr (!kHasPairs<S>) {
+                if (rows == 4) tile<Fmt, 4>(w, t, codes, blocks, to);
+                else tile<Fmt, 8>(w, t, codes, blocks, to);
+            }
         }
     }
 
@@ -166,10 +222,15 @@ struct Linear {
             const F q_high = S::max(S::min(S::round(S::mul(high, factor)), limit), floor);
             const F over = S::set1(1.0f / 128.0f), minus = S::set1(-128.0f);
             const F top_low = S::round(S::mul(q_low, over)), top_high = S::round(S::mul(q_high, over));
-            if (rows >= kPairRows) {
-                S::store_pairs(out, q_low);
-                S::store_pairs(out + 2 * kLanes, q_high);
-            } else {
+            bool is_pairs = false;
+            if constexpr (kHasPairs<S>) {
+                is_pairs = rows >= S::kPairRows;
+                if (is_pairs) {
+                    S::store_pairs(out, q_low);
+                    S::store_pairs(out + 2 * kLanes, q_high);
+                }
+            }
+            if (!is_pairs) {
                 S::store_int8(out, top_low);
                 S::store_int8(out + kLanes, top_high);
                 S::store_int8(out + kBlock, S::fma(top_low, minus, q_low));

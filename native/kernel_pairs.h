@@ -9,6 +9,10 @@
 namespace plait {
 namespace {
 
+// Whether an instruction set keeps the activations of larger chunks as pairs.
+template <class S>
+constexpr bool kHasPairs = S::kPairRows <= kRowChunk;
+
 // Blocks of a tile that are widened at a time; they lie in the first-level cache.
 constexpr int64_t kPanelBlocks = 18;
 
@@ -20,6 +24,8 @@ struct Panel {
 
 template <class S>
 struct Pairs {
+    // Rows that meet a widened tile together.
+    static constexpr int kTogether = 4;
     using Wide = typename S::Wide;
     using WideInt = typename S::WideInt;
     static constexpr int kParts = kTile / S::kWideLanes;
@@ -74,12 +80,12 @@ struct Pairs {
         }
     }
 
-    // The chunks of 8 and 4 rows among rows [first, last) times a tile: out[row - first][16]. `fill` widens blocks
+    // The chunks of pairs, of 8 and 4 rows, among rows [first, last) times a tile: out[row - first][16]. `fill` widens blocks
     // [begin, end) of the tile. Returns the first row of a smaller chunk.
     template <int Groups, bool HasMinima, class Fill>
     static int64_t run(const QuantizedRows& x, int64_t first, int64_t last, float* out, Fill fill) {
         int64_t until = first;
-        while (until < last && chunk_rows(x.rows - until) >= kPairRows) until += chunk_rows(x.rows - until);
+        while (until < last && chunk_rows(x.rows - until) >= S::kPairRows) until += chunk_rows(x.rows - until);
         if (until == first) return first;
         std::memset(out, 0, size_t((until - first) * kTile) * sizeof(float));
         const int64_t num_blocks = x.columns / kBlock;
@@ -90,8 +96,8 @@ struct Pairs {
             int chunk = 0;
             for (int64_t row = first; row < until; row += chunk) {
                 chunk = chunk_rows(x.rows - row);
-                for (int m = 0; m < chunk; m += kPairRows)
-                    multiply<Groups, HasMinima, kPairRows>(panel, count, x.codes_of(row, begin, chunk) + m * kBlockCodes,
+                for (int m = 0; m < chunk; m += kTogether)
+                    multiply<Groups, HasMinima, kTogether>(panel, count, x.codes_of(row, begin, chunk) + m * kBlockCodes,
                                                            x.blocks_of(row, begin, chunk) + m, chunk,
                                                            out + (row - first + m) * kTile);
             }

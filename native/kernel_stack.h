@@ -92,7 +92,7 @@ struct Stacks {
                 [=](int64_t b, int m, float* room) -> const float* {
                     const int8_t* q = codes + (b * rows + m) * kBlockCodes;
                     const float scale = blocks[b * rows + m].scale;
-                    if (rows < kPairRows) {
+                    if (rows < S::kPairRows) {
                         for (int c = 0; c < kBlock; ++c)
                             room[c] = scale * float(128 * int32_t(q[c]) + int32_t(q[kBlock + c]));
                         return room;

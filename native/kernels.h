@@ -21,12 +21,11 @@ enum class Number : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 inline int64_t nbytes_of(Number number) { return number == Number::fp32 ? 4 : 2; }
 
 constexpr int kBlockCodes = 64;  // bytes of 32 activations
-constexpr int kPairRows = 4;     // rows of a chunk from which on activations are kept as pairs
 
-// One block of 32 activations as whole numbers q in [-16256, 16256]: x = scale * q. In chunks of one or two rows each is
-// kept in two bytes, q = 128 * high + low with high in [-127, 127] and low in [-64, 64], first all high ones, so that
-// 8-bit products add up to exact sums. In larger chunks numbers of 16 bits are kept, those of four columns in the order
-// 0, 2, 1, 3.
+// One block of 32 activations as whole numbers q in [-16256, 16256]: x = scale * q. Each is kept
+// in two bytes, q = 128 * high + low with high in [-127, 127] and low in [-64, 64], first all high ones, so that 8-bit
+// products add up to exact sums; in chunks of an instruction set's `kPairRows` rows or more, as numbers of 16 bits,
+// those of four columns in the order 0, 2, 1, 3.
 struct RowBlock {
     float scale;
     float scaled_sum, scaled_low, scaled_high;    // scale * sum(q): of all, of the first and last 16

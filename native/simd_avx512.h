@@ -12,6 +12,8 @@ namespace {
 
 struct Avx512 {
     static constexpr int kWideLanes = 16;
+    // Products of bytes cost no more than those of pairs, and need no codes to be widened: never.
+    static constexpr int kPairRows = kRowChunk + 1;
     static constexpr int kQueryRows = 4;  // of attention that meet a key at once, and of a dense product
     static constexpr int kDenseRows = 4;
     // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
@@ -115,13 +117,6 @@ struct Avx512 {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
     }
 
-    // Sixteen numbers of 16 bits, those of four in the order 0, 2, 1, 3.
-    static void store_pairs(int8_t* p, F x) {
-        const __m256i words = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x));
-        const __m256i pairs = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, 0xd8), 0xd8);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
-    }
-
     // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
     static F bytes(const uint8_t* p) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -165,32 +160,24 @@ struct Avx512 {
         }
         return codes;
     }
-    // Codes less `Less` as pairs: [group of four columns][first and third, second and fourth][row of the tile][which].
-    template <int Less, int Bits>
-    static void store_pairs(const Codes<Bits>& codes, int16_t* out) {
-        for (int g = 0; g < 8; ++g) {
-            _mm512_storeu_si512(out + 4 * g * kTile, _mm512_sub_epi16(_mm512_and_si512(codes.at[g], _mm512_set1_epi16(255)),
-                                                                      _mm512_set1_epi16(Less)));
-            _mm512_storeu_si512(out + (4 * g + 2) * kTile,
-                                _mm512_sub_epi16(_mm512_srli_epi16(codes.at[g], 8), _mm512_set1_epi16(Less)));
-        }
-    }
-
-    using WidePairs = __m512i;
-    static WideInt wide_int_zero() { return _mm512_setzero_si512(); }
-    static WidePairs load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
-    static WidePairs same_pairs(const int8_t* p) { return four(p); }
-    static WideInt add_pairs(WideInt sum, WidePairs a, WidePairs b) { return _mm512_dpwssd_epi32(sum, a, b); }
-
     static __m512i four(const int8_t* x) {
         int32_t bits;
         __builtin_memcpy(&bits, x, 4);
         return _mm512_set1_epi32(bits);
     }
+    static WideInt wide_int_zero() { return _mm512_setzero_si512(); }
+    static WideInt wide_int_add(WideInt a, WideInt b) { return _mm512_add_epi32(a, b); }
+    template <int Bits>
+    static WideInt raised(WideInt x) { return _mm512_slli_epi32(x, Bits); }
+    static WideInt correction(const int32_t* minus_sum, int shift) {
+        return _mm512_slli_epi32(_mm512_set1_epi32(*minus_sum), shift);
+    }
+    // Adds the products of four columns.
+    static WideInt add_products(WideInt sum, __m512i codes, const int8_t* x) { return _mm512_dpbusd_epi32(sum, codes, four(x)); }
     template <int Bits, int Shift, int From, int To>
     static WideInt dot(const Codes<Bits>& codes, const int8_t* x, const int32_t* minus_sum) {
         __m512i even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
-        if constexpr (Shift >= 0) even = _mm512_slli_epi32(_mm512_set1_epi32(*minus_sum), Shift);
+        if constexpr (Shift >= 0) even = correction(minus_sum, Shift);
         // Two chains hide the latency of the dot product.
         for (int g = From; g < To; g += 2) {
             even = _mm512_dpbusd_epi32(even, codes.at[g], four(x + 4 * g));

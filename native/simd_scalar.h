@@ -12,6 +12,7 @@ namespace plait {
 namespace {
 
 struct Scalar {
+    static constexpr int kPairRows = 4;   // rows of a chunk from which on activations are kept as pairs
     static constexpr int kWideLanes = 16;  // lanes of the vectors in which packed rows are multiplied
     static constexpr int kQueryRows = 2;  // of attention that meet a key at once, and of a dense product
     static constexpr int kDenseRows = 2;

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import pydoc_data.topics
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,6 @@ class Models:
         self.head = self.theirs.lm_head.weight
         # Gemma's last norm multiplies by up to 145, and every rounding with it.
         self.tolerance = 1e-4 if self.theirs.config.model_type == "llama" else 2e-4
-
-    @cached_property
-    def our_long_rows(self) -> Tensor:
-        """Final hidden rows of the long text, with exact angles."""
-        return hidden(self.exact, self.texts["long"])
-
-    @cached_property
-    def their_long_rows(self) -> Tensor:
-        """The same by Transformers, with its own angles."""
-        return theirs_hidden(self.theirs, self.texts["long"])
 
 
 @pytest.fixture(scope="module", params=["smollm2_gguf", "gemma3_gguf"])
@@ -174,20 +164,22 @@ def test_texts_have_the_lengths_that_matter(models: Models) -> None:
 def test_logits_equal_with_their_angles(models: Models, text: str) -> None:
     ids = models.texts[text]
     ours = hidden(models.rounded, ids, through_memory=True)
-    theirs = models.their_long_rows if text == "long" else theirs_hidden(models.theirs, ids)
+    theirs = theirs_hidden(models.theirs, ids)
     assert largest_difference(models.head, ours, theirs) < models.tolerance
 
 
 @pytest.mark.usefixtures("exact_angles")
 def test_logits_equal_with_exact_angles(models: Models) -> None:
-    theirs = theirs_hidden(models.theirs, models.texts["long"])
-    assert largest_difference(models.head, models.our_long_rows, theirs) < models.tolerance
+    ids = models.texts["long"]
+    theirs = theirs_hidden(models.theirs, ids)
+    assert largest_difference(models.head, hidden(models.exact, ids), theirs) < models.tolerance
 
 
 def test_exact_angles_are_nearer_to_the_truth(models: Models, request: pytest.FixtureRequest) -> None:
-    ours, theirs = models.our_long_rows, models.their_long_rows
+    ids = models.texts["reference"]
+    ours, theirs = hidden(models.exact, ids), theirs_hidden(models.theirs, ids)
     request.getfixturevalue("exact_angles")
-    truth = theirs_hidden(copy.deepcopy(models.theirs.model).double(), models.texts["long"])
+    truth = theirs_hidden(copy.deepcopy(models.theirs.model).double(), ids)
     assert largest_difference(models.head, ours, truth) <= largest_difference(models.head, theirs, truth)
 
 

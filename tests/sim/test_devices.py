@@ -20,16 +20,16 @@ from plait.sim.devices import (
 @pytest.mark.parametrize("acceptance", [0.5, 0.7, 0.8, 0.9, 0.95])
 @pytest.mark.parametrize("gamma", [2, 5, 8])
 def test_simulations_agree_with_the_closed_forms(acceptance: float, gamma: int) -> None:
-    ratio, tokens = 5.0, 200_000
+    ratio, tokens = 5.0, 60_000
     draws = iter(default_rng(gamma).random(3 * tokens).tolist())
     time = simulate_pearl(lambda: next(draws) < acceptance, gamma, ratio, tokens)
     assert tokens / time == pytest.approx(
-        pearl_tokens_per_step(acceptance, gamma) / max(ratio, gamma), rel=0.01
+        pearl_tokens_per_step(acceptance, gamma) / max(ratio, gamma), rel=0.015
     )
     draws = iter(default_rng(gamma).random(3 * tokens).tolist())
     time = simulate_chain(lambda: next(draws) < acceptance, gamma, ratio, tokens)
     assert tokens / time == pytest.approx(
-        chain_tokens_per_step(acceptance, gamma) / (ratio + gamma), rel=0.01
+        chain_tokens_per_step(acceptance, gamma) / (ratio + gamma), rel=0.015
     )
 
 
