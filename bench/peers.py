@@ -33,6 +33,7 @@ class Peer:
         packages: what is installed from the package registry; none where Plait's own test environment has it.
         without: packages to be removed again: what the registry has of them is for CUDA, and no text needs them.
         weights: what it reads: `gguf`, the file itself, or `folder`, the same weights dequantised.
+        compiled: whether it is compiled here, for this processor.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Peer:
     packages: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     weights: str = "gguf"
+    compiled: bool = False
 
     @property
     def python(self) -> Path:
@@ -61,7 +63,8 @@ class Peer:
             return None
         path = ROOT / self.name
         subprocess.run([sys.executable, "-m", "venv", path], check=True)
-        for command in (["install", *self.packages], ["uninstall", "--yes", *self.without]):
+        fresh = ["--no-cache-dir"] if self.compiled else []
+        for command in (["install", *fresh, *self.packages], ["uninstall", "--yes", *self.without]):
             if command[-1] != "--yes":
                 made = self._pip(command)
                 if made.returncode:
@@ -74,13 +77,33 @@ class Peer:
             capture_output=True,
             text=True,
             check=False,
+            env={**os.environ, **(without_matrix_tiles() if self.compiled else {})},
         )
+
+
+def without_matrix_tiles() -> dict[str, str]:
+    """What lets llama.cpp be built for this processor, but for its matrix tiles (AMX); nothing where it has none.
+
+    Virtual machines name them without granting their use, and a native build ends in a crash at the first product.
+    """
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+    except (OSError, IndexError):
+        return {}
+    if "amx_tile" not in flags:
+        return {}
+    sets = {
+        "AVX": "avx", "AVX2": "avx2", "FMA": "fma", "F16C": "f16c", "BMI2": "bmi2", "AVX512": "avx512f",
+        "AVX512_VBMI": "avx512vbmi", "AVX512_VNNI": "avx512_vnni", "AVX512_BF16": "avx512_bf16",
+    }  # fmt: skip
+    chosen = [f"-DGGML_{name}={'ON' if flag in flags else 'OFF'}" for name, flag in sets.items()]
+    return {"CMAKE_ARGS": " ".join(["-DGGML_NATIVE=OFF", *chosen])}
 
 
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("llama.cpp", "llama_cpp_side.py", ("llama-cpp-python[server]==0.3.36",)),
+        Peer("llama.cpp", "llama_cpp_side.py", ("llama-cpp-python[server]==0.3.36",), compiled=True),
         Peer("openvino", "openvino_side.py", ("openvino-genai==2026.4.1.0",)),
         Peer("transformers", "transformers_side.py", weights="folder"),
         # Its wheel is for processors only, and wants a torch that is, too.

@@ -8,7 +8,7 @@ namespace {
 
 // Up to this many rows, every thread normalises and quantises all of them for itself, which is cheaper than a barrier,
 // and has a fixed part of every matrix, which it reads in one run.
-constexpr int64_t kFewRows = 2;
+constexpr int64_t kFewRows = 4;
 
 float* floats_of(const Buffer& buffer) { return reinterpret_cast<float*>(buffer.data()); }
 
