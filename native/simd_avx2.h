@@ -5,12 +5,13 @@
 
 #include <cstdint>
 
+#include "bits_avx2.h"
 #include "kernels.h"
 
 namespace plait {
 namespace {
 
-struct Avx2 {
+struct Avx2 : BitsAvx2 {
     static constexpr int kWideLanes = 8;
     static constexpr int kPairRows = 4;   // rows of a chunk from which on activations are kept as pairs
     static constexpr int kQueryRows = 3;  // of attention that meet a key at once, and of a dense product

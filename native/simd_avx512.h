@@ -5,12 +5,13 @@
 
 #include <cstdint>
 
+#include "bits_avx2.h"
 #include "kernels.h"
 
 namespace plait {
 namespace {
 
-struct Avx512 {
+struct Avx512 : BitsAvx2 {
     static constexpr int kWideLanes = 16;
     // Products of bytes cost no more than those of pairs, and need no codes to be widened: never.
     static constexpr int kPairRows = kRowChunk + 1;
