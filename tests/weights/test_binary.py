@@ -126,7 +126,8 @@ def test_gradients_are_the_closed_forms(method: str) -> None:
 
     w = v.clone()[None].requires_grad_()
     upstream = torch.randn(1, 1001, generator=torch.Generator().manual_seed(0))
-    (rule.weights(w) * upstream).sum().backward()
+    scale = rule.scale(w)
+    (rule.weights(w) * upstream * (1 if scale is None else scale[:, None])).sum().backward()
     assert w.grad is not None
     if method in ("xnor", "recu"):
         # What comes before the sign is differentiated by torch itself.
@@ -143,8 +144,8 @@ def test_gradients_are_the_closed_forms(method: str) -> None:
         assert u.grad is not None
         torch.testing.assert_close(w.grad, u.grad, rtol=0, atol=1e-6)
     else:
-        scale = 1.0 if method in ("bnn", "xnorpp") else v.abs().mean()
-        torch.testing.assert_close(w.grad, scale * of_weights[None] * upstream, rtol=0, atol=1e-6)
+        size = 1.0 if method in ("bnn", "xnorpp") else v.abs().mean()
+        torch.testing.assert_close(w.grad, size * of_weights[None] * upstream, rtol=0, atol=1e-6)
 
 
 def small_network(kind: str) -> tuple[nn.Module, Tensor]:
@@ -181,6 +182,8 @@ def test_a_packed_network_answers_as_the_trained_one(method: str, kind: str, bin
         found = packed(x)
     assert not binary_layers(packed)
     assert len([m for m in packed.modules() if isinstance(m, PackedBinary)]) == 2
+    if binary_inputs:
+        assert torch.equal(found, wanted)
     torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=TOLERANCE * float(wanted.abs().max()))
     # The trained one is as it was.
     assert torch.equal(model(x), wanted)
@@ -219,7 +222,7 @@ def test_a_padded_place_is_one_bit() -> None:
     """A window over nothing but padding sees +1 everywhere, in training and packed."""
     model = nn.Sequential(nn.Conv2d(3, 2, 1, padding=1, bias=False))
     binarize(model, BNN(), skip=[])
-    corner = model[0].binary_weight().sum(dim=(1, 2, 3))
+    corner = model[0].signs().sum(dim=1)
     x = -torch.ones(1, 3, 2, 2)
     assert torch.equal(model(x)[0, :, 0, 0], corner)
     assert torch.equal(export(model)(x)[0, :, 0, 0], corner)
@@ -296,9 +299,10 @@ def test_recu_brings_weights_back_from_far_out() -> None:
 
 def test_a_matrix_is_what_it_packs_and_comes_back_from_its_parts() -> None:
     for outputs, inputs, taps in ((1, 1, 1), (5, 65, 1), (20, 12, 9), (33, 64, 3)):
-        weight = torch.where(numbers(outputs, inputs * taps, seed=taps) < 0, -1.0, 1.0)
-        weight = weight * torch.rand(outputs, 1)
-        matrix = BinaryMatrix.of(weight, taps)
+        signs = torch.where(numbers(outputs, inputs * taps, seed=taps) < 0, -1.0, 1.0)
+        scales = torch.rand(outputs)
+        weight = signs * scales[:, None]
+        matrix = BinaryMatrix.of(signs, scales, taps)
         assert torch.equal(matrix.unpack(), weight)
         assert torch.equal(matrix.unpack_rows(torch.tensor([[0]])), weight[None, :1])
         assert torch.equal(matrix.select(torch.tensor([0])).unpack(), weight[:1])
@@ -345,8 +349,8 @@ def test_parts_that_do_not_fit_are_refused(
         BinaryMatrix.from_tensors((2, 8), settings, parts)
 
 
-def test_numbers_of_several_sizes_are_no_binary_matrix() -> None:
-    with pytest.raises(IncompatibleError, match="one size in a row"):
+def test_numbers_that_are_no_signs_are_no_binary_matrix() -> None:
+    with pytest.raises(IncompatibleError, match="-1 or 1"):
         BinaryMatrix.of(torch.tensor([[1.0, -2.0]]))
 
 

@@ -53,7 +53,8 @@ class Place(NamedTuple):
 class Rule(nn.Module):
     """A method at work in one layer, with what it learns there.
 
-    The layer's output is the product of `inputs` and `weights`, times `input_size`, through `outputs`, plus its bias.
+    The layer's output is the product of `inputs` and `weights`, times `scale`, times `input_size`, through `outputs`, plus
+    its bias. So what is summed are whole numbers, in training as in packed form, and both round at the same places.
     """
 
     def __init__(self, place: Place) -> None:
@@ -61,8 +62,12 @@ class Rule(nn.Module):
         self.place = place
 
     def weights(self, w: Tensor) -> Tensor:
-        """Weights (O, I) as they are multiplied, with gradients: in each row s or -s, for some s of that row."""
+        """Weights (O, I) as they are multiplied, with gradients: 1 or -1."""
         raise NotImplementedError
+
+    def scale(self, w: Tensor) -> Tensor | None:
+        """What the signs of each row of w (O, I) stand for, (O,), no gradient; None for 1."""
+        return None
 
     def inputs(self, a: Tensor) -> Tensor:
         """Inputs as they are multiplied, with gradients: the signs of a + `shift`."""

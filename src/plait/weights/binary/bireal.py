@@ -20,7 +20,10 @@ class BiRealRule(Rule):
     """`mean|w| sign(w)`, `sign(a)` with the gradient of ApproxSign."""
 
     def weights(self, w: Tensor) -> Tensor:
-        return mean_size(w) * clip_sign(w)
+        return clip_sign(w)
+
+    def scale(self, w: Tensor) -> Tensor:
+        return mean_size(w)
 
     def inputs(self, a: Tensor) -> Tensor:
         return approx_sign(a)

@@ -17,15 +17,18 @@ __all__ = ["DoReFa", "mean_size"]
 
 
 def mean_size(w: Tensor) -> Tensor:
-    """The mean size of each row of w (O, I), (O, 1); no gradient flows through it."""
-    return w.detach().abs().mean(dim=1, keepdim=True)
+    """The mean size of each row of w (O, I), (O,); no gradient flows through it."""
+    return w.detach().abs().mean(dim=1)
 
 
 class DoReFaRule(Rule):
     """`mean|w| sign(w)`, `sign(a)`."""
 
     def weights(self, w: Tensor) -> Tensor:
-        return mean_size(w) * clip_sign(w)
+        return clip_sign(w)
+
+    def scale(self, w: Tensor) -> Tensor:
+        return mean_size(w)
 
     def inputs(self, a: Tensor) -> Tensor:
         return clip_sign(a)

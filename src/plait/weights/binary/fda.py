@@ -64,7 +64,10 @@ class FDARule(Rule):
         signs = fourier_sign(w, self.last)
         if self.alpha and self.of_weights is not None:
             signs = signs + self.alpha * self.of_weights(w)
-        return mean_size(w) * signs
+        return signs
+
+    def scale(self, w: Tensor) -> Tensor:
+        return mean_size(w)
 
     def inputs(self, a: Tensor) -> Tensor:
         signs = fourier_sign(a, self.last)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from plait.errors import ConfigError, IncompatibleError
 from plait.weights.binary.base import Binarizer, Place, Rule
 
-__all__ = ["BinaryLayer", "Window", "begin_epoch", "binarize", "binary_layers"]
+__all__ = ["BinaryLayer", "Window", "begin_epoch", "binarize", "binary_layers", "finished"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 # Layers with weights that are multiplied, in forms that are not binarised here.
@@ -98,23 +98,32 @@ class BinaryLayer(nn.Module):
         taps = math.prod(self.window.kernel)
         self.rule = binarizer.rule_at(Place(weight.shape[0], weight.shape[1], taps, len(self.window.kernel)))
 
-    def binary_weight(self) -> Tensor:
-        """The weights as they are multiplied, in the shape of `weight`."""
-        return self.rule.weights(self.weight.flatten(1)).view_as(self.weight)
+    def signs(self) -> Tensor:
+        """The weights as they are multiplied, (O, I)."""
+        return self.rule.weights(self.weight.flatten(1))
+
+    def scale(self) -> Tensor | None:
+        """What the signs of each row stand for, (O,); None for 1."""
+        return self.rule.scale(self.weight.flatten(1))
 
     def forward(self, a: Tensor) -> Tensor:
         """Outputs (..., O) or (N, O, *S) of inputs (..., C) or (N, C, *S)."""
-        weight, size = self.binary_weight(), None
-        if self.binarizer.binary_inputs:
-            y = self.window.product(self.rule.inputs(a), weight, fill=1.0)
-            size = self.rule.input_size(a)
-        else:
-            y = self.window.product(a, weight, fill=0.0)
-        y = self.rule.outputs(y if size is None else y * size)
-        return y if self.bias is None else y + self.rule.place.along_channels(self.bias)
+        is_binary = self.binarizer.binary_inputs
+        x, fill = (self.rule.inputs(a), 1.0) if is_binary else (a, 0.0)
+        y = self.window.product(x, self.signs().view_as(self.weight), fill)
+        scale = self.scale()
+        y = y if scale is None else y * self.rule.place.along_channels(scale)
+        return finished(self.rule, y, a if is_binary else None, self.bias)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.binarizer}"
+
+
+def finished(rule: Rule, y: Tensor, a: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The output of a layer from its scaled product y: times the size of binary inputs a, through `outputs`, plus its bias."""
+    size = None if a is None else rule.input_size(a)
+    y = rule.outputs(y if size is None else y * size)
+    return y if bias is None else y + rule.place.along_channels(bias)
 
 
 def binarize(model: nn.Module, binarizer: Binarizer, skip: Sequence[str] | None = None) -> list[str]:

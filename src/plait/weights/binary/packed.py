@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from plait import ops
 from plait.errors import ConfigError, IncompatibleError
 from plait.weights.binary.base import Rule
-from plait.weights.binary.layers import Window, binary_layers
+from plait.weights.binary.layers import Window, binary_layers, finished
 from plait.weights.format import Packed, take_tensors
 from plait.weights.stacked_blocks import BlockStack, SignedBlock, join_block
 
@@ -62,20 +62,19 @@ class BinaryMatrix(Packed, kind="binary"):
         self._planes: BlockStack | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, taps: int = 1) -> Self:
-        """The matrix that has the numbers of `weight` (O, I).
+    def of(cls, signs: Tensor, scales: Tensor | None = None, taps: int = 1) -> Self:
+        """The matrix `scales * signs`, where signs (O, I) are -1 or 1; scales (O,), None for 1.
 
         Raises:
-            IncompatibleError: numbers of different size in a row.
+            IncompatibleError: signs that are something else.
         """
-        size = weight.abs()
-        scales = size[:, 0].float().clone()
-        if not torch.equal(size, scales[:, None].to(size.dtype).expand_as(size)):
-            raise IncompatibleError("A binary matrix has numbers of one size in a row. This one has several.")
-        by_tap = (weight < 0).view(len(weight), -1, taps).transpose(1, 2)
+        if not torch.equal(signs.abs(), torch.ones_like(signs)):
+            raise IncompatibleError("The signs of a binary matrix are -1 or 1. These are not.")
+        by_tap = (signs < 0).view(len(signs), -1, taps).transpose(1, 2)
         # Words are whole; the bytes of a file stop where the inputs do.
-        signs = ops.words_of_bits(by_tap).view(torch.uint8)[..., : -(-by_tap.shape[2] // 8)].contiguous()
-        return cls((weight.shape[0], weight.shape[1]), taps, signs, scales)
+        packed = ops.words_of_bits(by_tap).view(torch.uint8)[..., : -(-by_tap.shape[2] // 8)].contiguous()
+        kept = torch.ones(len(signs)) if scales is None else scales.detach().float().clone()
+        return cls((signs.shape[0], signs.shape[1]), taps, packed, kept)
 
     @property
     def inputs(self) -> int:
@@ -171,18 +170,15 @@ class PackedBinary(nn.Module):
 
     def forward(self, a: Tensor) -> Tensor:
         """Outputs (..., O) or (N, O, *S) of inputs (..., C) or (N, C, *S); no gradient passes binary inputs."""
-        dims, size = len(self.window.kernel), None
+        dims = len(self.window.kernel)
         if self.binary_inputs:
             words = self._words(a)
-            y = self.matrix.sign_product(words.reshape(-1, words.shape[-1]))
-            y = y.view(*words.shape[:-1], -1).movedim(-1, -1 - dims)
-            size = self.rule.input_size(a)
-        elif dims:
-            y = self.matrix.matmul(self._columns(a)).movedim(-1, -1 - dims)
+            y = self.matrix.sign_product(words.reshape(-1, words.shape[-1])).view(*words.shape[:-1], -1)
         else:
-            y = self.matrix.matmul(a)
-        y = self.rule.outputs(y if size is None else y * size)
-        return y if self.bias is None else y + self.rule.place.along_channels(self.bias)
+            y = self.matrix.matmul(self._columns(a) if dims else a)
+        # In order, so that sums over it have theirs.
+        y = y.movedim(-1, -1 - dims).contiguous() if dims else y
+        return finished(self.rule, y, a if self.binary_inputs else None, self.bias)
 
     def _words(self, a: Tensor) -> Tensor:
         """The signs of inputs for every place of the window, (..., W) or (N, *S, K W)."""
@@ -229,8 +225,7 @@ class PackedBinary(nn.Module):
 def export(model: Model) -> Model:
     """A copy of a trained model whose binary layers are packed, in evaluation mode.
 
-    What it answers is what the model answers in evaluation mode, up to the order of fp32 sums outside of its binary
-    layers and one rounding of scales in them.
+    Layers with binary inputs answer bit for bit what they answered, on this processor; others up to the order of fp32 sums.
 
     Raises:
         IncompatibleError: it has no binary layer, or one whose training is not over.
@@ -241,8 +236,7 @@ def export(model: Model) -> Model:
     for name, layer in binary_layers(made).items():
         layer.rule.finish()
         with torch.no_grad():
-            weight = layer.binary_weight().flatten(1)
-        matrix = BinaryMatrix.of(weight, layer.rule.place.taps)
+            matrix = BinaryMatrix.of(layer.signs(), layer.scale(), layer.rule.place.taps)
         bias = None if layer.bias is None else layer.bias.detach()
         packed = PackedBinary(matrix, layer.rule, layer.window, bias, layer.binarizer.binary_inputs)
         parent, _, child = name.rpartition(".")

@@ -21,15 +21,19 @@ class XNORRule(Rule):
     """`mean|w| sign(w)` of centred rows, `mean|a| sign(a)`."""
 
     def weights(self, w: Tensor) -> Tensor:
-        if self.place.dims == 0:
-            w = w - w.mean(dim=1, keepdim=True)
-        return mean_size(w) * clip_sign(w)
+        return clip_sign(self._centred(w))
+
+    def scale(self, w: Tensor) -> Tensor:
+        return mean_size(self._centred(w))
 
     def inputs(self, a: Tensor) -> Tensor:
         return clip_sign(a)
 
     def input_size(self, a: Tensor) -> Tensor:
         return a.abs().mean(dim=self.place.sample_axes, keepdim=True)
+
+    def _centred(self, w: Tensor) -> Tensor:
+        return w - w.mean(dim=1, keepdim=True) if self.place.dims == 0 else w
 
 
 @dataclass(frozen=True, kw_only=True)
