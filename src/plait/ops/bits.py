@@ -41,12 +41,14 @@ def sign_words(x: Tensor, shift: Tensor | None = None) -> Tensor:
         x: (N, C), fp32.
         shift: (C,), fp32; None for 0.
     """
-    x = x.detach()
-    shift = None if shift is None else shift.detach()
-    if native.module() is not None and native.takes([x, *([] if shift is None else [shift])]):
-        wide = x.float() if x.shape[1] < 2 or x.stride(1) == 1 else x.float().contiguous()
-        words = torch.empty(x.shape[0], -(-x.shape[1] // WORD), dtype=torch.int64)
-        native.extension().sign_words(wide, None if shift is None else shift.float().contiguous(), words)
+    if native.module() is not None and x.device.type == "cpu":
+        rows, columns = x.shape
+        wide = x.detach().float()
+        if columns > 1 and wide.stride(1) != 1:
+            wide = wide.contiguous()
+        words = torch.empty(rows, -(-columns // WORD), dtype=torch.int64)
+        by = None if shift is None else shift.detach().float().contiguous()
+        native.extension().sign_words(wide, by, words)
         return words
     return words_of_bits(~((x if shift is None else x + shift) >= 0))
 

@@ -63,9 +63,9 @@ def brightness(x: Tensor, amount: float, generator: Generator) -> Tensor:
 
 
 def pixelate(x: Tensor, amount: float, generator: Generator) -> Tensor:
-    """Fewer pixels a side, and as many as before again."""
-    small = F.interpolate(x, size=(int(amount),) * 2, mode="area")
-    return F.interpolate(small, size=x.shape[2:], mode="nearest")
+    """Pixels of twice the size, mixed in by this share."""
+    coarse = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
+    return x + amount * (coarse - x)
 
 
 def shift(x: Tensor, amount: float, generator: Generator) -> Tensor:
@@ -95,7 +95,7 @@ CORRUPTIONS = {
     "blur": _Kind(blur, (0.4, 0.6, 0.8, 1.0, 1.3)),
     "contrast": _Kind(contrast, (0.75, 0.6, 0.45, 0.3, 0.2)),
     "brightness": _Kind(brightness, (0.1, 0.2, 0.35, 0.5, 0.7)),
-    "pixelate": _Kind(pixelate, (7.0, 6.0, 5.0, 4.0, 3.0)),
+    "pixelate": _Kind(pixelate, (0.2, 0.4, 0.6, 0.8, 1.0)),
     "shift": _Kind(shift, (0.4, 0.8, 1.2, 1.6, 2.0)),
     "occlusion": _Kind(occlusion, (1.0, 2.0, 3.0, 4.0, 5.0)),
 }

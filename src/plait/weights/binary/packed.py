@@ -183,7 +183,7 @@ class PackedBinary(nn.Module):
     def _words(self, a: Tensor) -> Tensor:
         """The signs of inputs for every place of the window, (..., W) or (N, *S, K W)."""
         dims = len(self.window.kernel)
-        last = a.movedim(-1 - dims, -1)
+        last = a.movedim(-1 - dims, -1) if dims else a
         rows = last.reshape(-1, last.shape[-1])
         words = ops.sign_words(rows, self.rule.shift()).view(*last.shape[:-1], -1)
         if not dims:
