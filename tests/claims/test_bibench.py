@@ -134,7 +134,8 @@ def test_every_network_runs_packed_as_it_was_trained(tiny: Grid, network: str) -
 
 
 def test_the_whole_benchmark_runs_and_is_drawn(tiny: Grid, tmp_path: Path) -> None:
-    scale = dataclasses.replace(TINY, learned=64, settings=(Setting(), Setting("sgd", 0.1, "step")))
+    steps = (Setting(), Setting("sgd", 0.1, "step"))
+    scale = dataclasses.replace(TINY, learned=64, settings=steps, rounds=1, served_width=16)
     grid = Grid(scale, ["bnn", "recu"], tmp_path / "cells")
     report = follow(measure(grid), quiet)
     assert list(report.scores) == list(TRACKS)

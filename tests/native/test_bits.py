@@ -42,6 +42,9 @@ def test_bits_multiply_as_whole_numbers(rows: int, outputs: int, columns: int) -
             with running(isa=isa, threads=threads):
                 assert torch.equal(ops.sign_words(x), words)
                 assert torch.equal(ops.binary_product(tiles, words, columns, scales), wanted)
+                assert torch.equal(ops.binary_linear(tiles, x, None, scales), wanted)
+                half = torch.full((columns,), 0.5)
+                assert torch.equal(ops.binary_linear(tiles, x, half, scales), wanted)
 
 
 @switched_off

@@ -389,6 +389,10 @@ def test_bad_input_says_what_is_allowed() -> None:
         export(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ConfigError, match="Put it into a model"):
         binarize(nn.Linear(2, 2), BNN(), skip=[])
+    narrow = nn.Sequential(nn.Linear(70, 2))
+    binarize(narrow, BNN(), skip=[])
+    with pytest.raises(ConfigError, match=r"takes 70 inputs on axis -1. Got shape \(3, 100\)"):
+        export(narrow)(torch.zeros(3, 100))
     wide = nn.Sequential(nn.Conv2d(1, 1, 1))
     binarize(wide, XNORpp(extent=3), skip=[])
     with pytest.raises(IncompatibleError, match="xnorpp:extent=5 or more"):

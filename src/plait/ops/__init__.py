@@ -11,7 +11,15 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from plait.ops import attention, native, partial, reference, rope
-from plait.ops.bits import WORD, WORD_TILE, binary_product, bits_of_words, sign_words, words_of_bits
+from plait.ops.bits import (
+    WORD,
+    WORD_TILE,
+    binary_linear,
+    binary_product,
+    bits_of_words,
+    sign_words,
+    words_of_bits,
+)
 from plait.ops.grid import GridMatrix, has_native_grids
 from plait.ops.masks import Causal, Everything, Far, Mask, SomeQueries, Tree, View
 from plait.ops.native import PackedMatrix, has_packed_form
@@ -36,6 +44,7 @@ __all__ = [
     "StackMatrix",
     "Tree",
     "View",
+    "binary_linear",
     "binary_product",
     "bits_of_words",
     "empty_partial",

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from plait.ops import native
 
-__all__ = ["WORD", "WORD_TILE", "binary_product", "bits_of_words", "sign_words", "words_of_bits"]
+__all__ = [
+    "WORD",
+    "WORD_TILE",
+    "binary_linear",
+    "binary_product",
+    "bits_of_words",
+    "sign_words",
+    "words_of_bits",
+]
 
 WORD = 64  # bits of a word
 WORD_TILE = 16  # outputs whose words lie side by side
@@ -42,13 +50,8 @@ def sign_words(x: Tensor, shift: Tensor | None = None) -> Tensor:
         shift: (C,), fp32; None for 0.
     """
     if native.module() is not None and x.device.type == "cpu":
-        rows, columns = x.shape
-        wide = x.detach().float()
-        if columns > 1 and wide.stride(1) != 1:
-            wide = wide.contiguous()
-        words = torch.empty(rows, -(-columns // WORD), dtype=torch.int64)
-        by = None if shift is None else shift.detach().float().contiguous()
-        native.extension().sign_words(wide, by, words)
+        words = torch.empty(x.shape[0], -(-x.shape[1] // WORD), dtype=torch.int64)
+        native.extension().sign_words(*_plain(x, shift), words)
         return words
     return words_of_bits(~((x if shift is None else x + shift) >= 0))
 
@@ -71,3 +74,24 @@ def binary_product(weight: Tensor, x: Tensor, columns: int, scales: Tensor) -> T
     # Sums of at most 2^24 ones are exact in fp32.
     both = (1 - 2 * bits_of_words(x).float()) @ (1 - 2 * rows.float()).T
     return scales * (both - float(width - columns))
+
+
+def binary_linear(weight: Tensor, x: Tensor, shift: Tensor | None, scales: Tensor) -> Tensor:
+    """`binary_product` with `sign_words` of x + shift, in one call where it is native.
+
+    Args:
+        weight: (T, W, 16) int64; x: (N, C) fp32; shift: (C,) or None; scales: (O,) fp32.
+    """
+    if native.module() is not None and x.device.type == "cpu":
+        y = torch.empty(x.shape[0], scales.shape[0])
+        native.extension().binary_linear(weight, *_plain(x, shift), scales, y)
+        return y
+    return binary_product(weight, sign_words(x, shift), x.shape[1], scales)
+
+
+def _plain(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Numbers in fp32, those of a row side by side, and their shift."""
+    wide = x.detach().float()
+    if x.shape[1] > 1 and wide.stride(1) != 1:
+        wide = wide.contiguous()
+    return wide, None if shift is None else shift.detach().float().contiguous()

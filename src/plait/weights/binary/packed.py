@@ -100,6 +100,15 @@ class BinaryMatrix(Packed, kind="binary"):
 
     def sign_product(self, words: Tensor) -> Tensor:
         """The product with numbers that are -1 or 1: words (N, K ceil(C / 64)), tap by tap, to fp32 (N, O)."""
+        return ops.binary_product(self.words(), words, self.shape[1], self.scales)
+
+    def sign_matmul(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """The product with the signs of x + shift, where K is 1: x (..., I) and shift (I,) to fp32 (..., O)."""
+        rows = x.reshape(-1, x.shape[-1])
+        return ops.binary_linear(self.words(), rows, shift, self.scales).view(*x.shape[:-1], -1)
+
+    def words(self) -> Tensor:
+        """The bits as words, (T, W, 16), made at the first call; see `ops.binary_product`."""
         if self._words is None:
             bits = self._bits(torch.arange(self.shape[0]))
             rows = ops.words_of_bits(bits).flatten(1)
@@ -107,7 +116,7 @@ class BinaryMatrix(Packed, kind="binary"):
             filled = rows.new_zeros(tiles * ops.WORD_TILE, rows.shape[1])
             filled[: len(rows)] = rows
             self._words = filled.view(tiles, ops.WORD_TILE, -1).transpose(1, 2).contiguous()
-        return ops.binary_product(self._words, words, self.shape[1], self.scales)
+        return self._words
 
     def select(self, rows: Tensor) -> BinaryMatrix:
         return BinaryMatrix((len(rows), self.shape[1]), self.taps, self.signs[rows], self.scales[rows])
@@ -170,24 +179,28 @@ class PackedBinary(nn.Module):
 
     def forward(self, a: Tensor) -> Tensor:
         """Outputs (..., O) or (N, O, *S) of inputs (..., C) or (N, C, *S); no gradient passes binary inputs."""
-        dims = len(self.window.kernel)
-        if self.binary_inputs:
+        place, dims = self.rule.place, len(self.window.kernel)
+        if a.dim() <= dims or a.shape[place.channel_axis] != place.inputs:
+            # Bits beyond a row would count as numbers of it.
+            raise ConfigError(
+                f"This layer takes {place.inputs} inputs on axis {place.channel_axis}. Got shape {tuple(a.shape)}."
+            )
+        if not dims:
+            y = self.matrix.sign_matmul(a, self.rule.shift()) if self.binary_inputs else self.matrix.matmul(a)
+        elif self.binary_inputs:
             words = self._words(a)
-            y = self.matrix.sign_product(words.reshape(-1, words.shape[-1])).view(*words.shape[:-1], -1)
+            y = self.matrix.sign_product(words.view(-1, words.shape[-1])).view(*words.shape[:-1], -1)
         else:
-            y = self.matrix.matmul(self._columns(a) if dims else a)
+            y = self.matrix.matmul(self._columns(a))
         # In order, so that sums over it have theirs.
         y = y.movedim(-1, -1 - dims).contiguous() if dims else y
         return finished(self.rule, y, a if self.binary_inputs else None, self.bias)
 
     def _words(self, a: Tensor) -> Tensor:
-        """The signs of inputs for every place of the window, (..., W) or (N, *S, K W)."""
+        """The signs of inputs for every place of the window, (N, *S, K W)."""
         dims = len(self.window.kernel)
-        last = a.movedim(-1 - dims, -1) if dims else a
-        rows = last.reshape(-1, last.shape[-1])
-        words = ops.sign_words(rows, self.rule.shift()).view(*last.shape[:-1], -1)
-        if not dims:
-            return words
+        last = a.movedim(-1 - dims, -1)
+        words = ops.sign_words(last.reshape(-1, last.shape[-1]), self.rule.shift()).view(*last.shape[:-1], -1)
         # A padded place is +1, a bit of 0, like those beyond the last input.
         words = F.pad(words, (0, 0, *self.window.pads))
         places = [
