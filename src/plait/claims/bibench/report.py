@@ -187,6 +187,7 @@ def draw_radar(report: Report, path: Path) -> None:
             style = {"linestyle": ":", "color": "grey"} if method == FULL_PRECISION else {}
             panel.plot([*turns, turns[0]], [*values, values[0]], label=method, **style)
         panel.set_xticks(turns, [f"{track}\n{best[track]:.2f}" for track in tracks])
+        panel.tick_params(axis="x", pad=14)
         panel.set_ylim(0, 1.02)
         panel.set_yticks([0.25, 0.5, 0.75, 1.0], [])
         panel.legend(loc="lower left", bbox_to_anchor=(-0.25, -0.12), fontsize=8)
