@@ -157,6 +157,11 @@ def test_the_whole_benchmark_runs_and_is_drawn(tiny: Grid, tmp_path: Path) -> No
     again._train = None  # type: ignore[assignment,method-assign]
     kept = follow(measure(again, ["task", "robustness", "training"]), quiet)
     assert all(kept.scores[track] == report.scores[track] for track in kept.scores)
+    for damage in ("", "[]", '{"accuracy": 1}'):
+        for path in (tmp_path / "cells").glob("bnn*.json"):
+            path.write_text(damage)
+        with pytest.raises(ConfigError, match="Remove it to train the cell again"):
+            follow(measure(Grid(scale, ["bnn", "recu"], tmp_path / "cells"), ["robustness"]), quiet)
     with pytest.raises(ConfigError, match="cells of another scale"):
         Grid(TINY, [], tmp_path / "cells")
 

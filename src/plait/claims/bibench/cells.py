@@ -139,7 +139,7 @@ class Grid:
         folder: keeps a file for each cell, and goes on where an earlier run was stopped; None to keep nothing.
 
     Raises:
-        ConfigError: a method that is not known, or a folder with cells of another scale.
+        ConfigError: a method that is not known, or a folder with cells of another scale; from `run`, a damaged file in it.
     """
 
     def __init__(self, scale: Scale, methods: Iterable[str] = (), folder: Path | None = None) -> None:
@@ -227,10 +227,15 @@ class Grid:
         path = self._path(cell)
         if path is None or not path.exists():
             return None
-        data: dict[str, Any] = json.loads(path.read_text())
-        data["losses"] = tuple(data["losses"])
-        data["corrupted"] = {kind: tuple(values) for kind, values in data["corrupted"].items()}
-        return Outcome(**data)
+        try:
+            data: dict[str, Any] = json.loads(path.read_text())
+            data["losses"] = tuple(data["losses"])
+            data["corrupted"] = {kind: tuple(values) for kind, values in data["corrupted"].items()}
+            return Outcome(**data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} holds no outcome of a cell. Remove it to train the cell again."
+            ) from error
 
     def _keep(self, cell: Cell, outcome: Outcome) -> None:
         path = self._path(cell)

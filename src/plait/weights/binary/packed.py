@@ -236,7 +236,7 @@ class PackedBinary(nn.Module):
 
 
 def export(model: Model) -> Model:
-    """A copy of a trained model whose binary layers are packed, in evaluation mode.
+    """A copy of a trained model whose binary layers are packed, on the CPU and in evaluation mode.
 
     Layers with binary inputs answer bit for bit what they answered, on this processor; others up to the order of fp32 sums.
 
@@ -245,7 +245,7 @@ def export(model: Model) -> Model:
     """
     if not binary_layers(model):
         raise IncompatibleError("The model has no binary layer to pack. Make some with binarize, and train.")
-    made = copy.deepcopy(model).eval()
+    made = copy.deepcopy(model).cpu().eval()
     for name, layer in binary_layers(made).items():
         layer.rule.finish()
         with torch.no_grad():
