@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+_CALLS = 5  # of a network in its turn
+
+
 class Score(NamedTuple):
     """What a method is worth by a track.
 
@@ -298,7 +301,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def in_turns(models: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str, float]:
-    """The median seconds of each, on one thread, in turns."""
+    """The median seconds of a call of each, on one thread, in turns of several calls."""
     extension = native.module()
     threads, own = torch.get_num_threads(), None if extension is None else extension.threads()
     taken: dict[str, list[float]] = {method: [] for method in models}
@@ -307,13 +310,14 @@ def in_turns(models: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[st
         if extension is not None:
             extension.set_threads(1)
         with torch.inference_mode():
-            for model in models.values():
-                model(x)
             for _ in range(rounds):
                 for method, model in models.items():
-                    start = time.perf_counter()
+                    # A network in use finds its own weights in the cache, not those of its rival.
                     model(x)
-                    taken[method].append(time.perf_counter() - start)
+                    start = time.perf_counter()
+                    for _ in range(_CALLS):
+                        model(x)
+                    taken[method].append((time.perf_counter() - start) / _CALLS)
     finally:
         torch.set_num_threads(threads)
         if extension is not None:
