@@ -15,6 +15,7 @@ void bind_adapter(nanobind::module_& m);
 void bind_packed(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
 void bind_grid(nanobind::module_& m);
+void bind_bits(nanobind::module_& m);
 void bind_stack(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);

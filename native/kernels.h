@@ -161,6 +161,10 @@ struct Kernels {
     void (*made_tile)(const float* tile, int64_t columns, const int8_t* codes, const RowBlock* blocks, int rows, float* out);
     // The same with `rows` (up to 8) activations in fp32, ldx apart.
     void (*made_exact)(const float* tile, int64_t columns, const float* x, int64_t ldx, int rows, float* out);
+    // How many bits of `words` words of x differ from those of each of 16 rows, [word][16]: out[16].
+    void (*differing_bits)(const uint64_t* rows, const uint64_t* x, int64_t words, int32_t* out);
+    // Bit i is set where x[i] + shift[i] is below 0 or NaN, for up to 64 numbers; a null shift is 0.
+    uint64_t (*negative_bits)(const float* x, const float* shift, int count);
     // y[r] = x . w[r] for output rows [begin, end) of a dense row-major matrix; y has row stride ldy.
     void (*dense_rows)(const float* x, int64_t ldx, int64_t rows, const void* weight, int64_t weight_stride,
                        Number number, int64_t columns, int64_t begin, int64_t end, float* y, int64_t ldy);

@@ -5,12 +5,40 @@
 
 #include <cstdint>
 
+#include "count_bits.h"
 #include "kernels.h"
 
 namespace plait {
 namespace {
 
-struct Avx2 {
+// Four words, for `CountBits`.
+struct Words256 {
+    using Vector = __m256i;
+    static constexpr int kWords = 4;
+
+    static Vector zero() { return _mm256_setzero_si256(); }
+    static Vector differing(const uint64_t* rows, uint64_t x) {
+        return _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows)), _mm256_set1_epi64x(int64_t(x)));
+    }
+    static Vector odd(Vector a, Vector b, Vector c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+    static Vector majority(Vector a, Vector b, Vector c) {
+        return _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(_mm256_xor_si256(a, b), c));
+    }
+    static Vector bits_of_bytes(Vector x) {
+        const __m256i low = _mm256_set1_epi8(15);
+        const __m256i counts = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,
+                                                0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+        const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(x, 4), low);
+        return _mm256_add_epi8(_mm256_shuffle_epi8(counts, _mm256_and_si256(x, low)), _mm256_shuffle_epi8(counts, upper));
+    }
+    static Vector add_bytes(Vector a, Vector b) { return _mm256_add_epi8(a, b); }
+    static Vector sum_bytes(Vector x) { return _mm256_sad_epu8(x, _mm256_setzero_si256()); }
+    static Vector add(Vector a, Vector b) { return _mm256_add_epi64(a, b); }
+    static Vector twice(Vector x) { return _mm256_slli_epi64(x, 1); }
+    static void store(int64_t* p, Vector x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+};
+
+struct Avx2 : CountBits<Words256> {
     static constexpr int kWideLanes = 8;
     static constexpr int kPairRows = 4;   // rows of a chunk from which on activations are kept as pairs
     static constexpr int kQueryRows = 3;  // of attention that meet a key at once, and of a dense product
@@ -295,6 +323,23 @@ struct Avx2 {
         }
     }
 #endif
+
+    // Bit i is set where x[i] + shift[i] is below 0 or NaN, for up to 64 numbers; a null shift is 0.
+    static uint64_t negative_bits(const float* x, const float* shift, int count) {
+        uint64_t word = 0;
+        int i = 0;
+        for (; i + 8 <= count; i += 8) {
+            __m256 v = _mm256_loadu_ps(x + i);
+            if (shift != nullptr) v = _mm256_add_ps(v, _mm256_loadu_ps(shift + i));
+            const int mask = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NGE_UQ));
+            word |= uint64_t(uint32_t(mask)) << i;
+        }
+        for (; i < count; ++i) {
+            const float v = shift != nullptr ? x[i] + shift[i] : x[i];
+            word |= uint64_t(!(v >= 0.0f)) << i;
+        }
+        return word;
+    }
 };
 
 }  // namespace

@@ -5,12 +5,37 @@
 
 #include <cstdint>
 
+#include "count_bits.h"
 #include "kernels.h"
 
 namespace plait {
 namespace {
 
-struct Avx512 {
+// Eight words, for `CountBits`.
+struct Words512 {
+    using Vector = __m512i;
+    static constexpr int kWords = 8;
+
+    static Vector zero() { return _mm512_setzero_si512(); }
+    static Vector differing(const uint64_t* rows, uint64_t x) {
+        return _mm512_xor_si512(_mm512_loadu_si512(rows), _mm512_set1_epi64(int64_t(x)));
+    }
+    static Vector odd(Vector a, Vector b, Vector c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+    static Vector majority(Vector a, Vector b, Vector c) { return _mm512_ternarylogic_epi64(a, b, c, 0xe8); }
+    static Vector bits_of_bytes(Vector x) {
+        const __m512i low = _mm512_set1_epi8(15);
+        const __m512i counts = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+        const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(x, 4), low);
+        return _mm512_add_epi8(_mm512_shuffle_epi8(counts, _mm512_and_si512(x, low)), _mm512_shuffle_epi8(counts, upper));
+    }
+    static Vector add_bytes(Vector a, Vector b) { return _mm512_add_epi8(a, b); }
+    static Vector sum_bytes(Vector x) { return _mm512_sad_epu8(x, _mm512_setzero_si512()); }
+    static Vector add(Vector a, Vector b) { return _mm512_add_epi64(a, b); }
+    static Vector twice(Vector x) { return _mm512_slli_epi64(x, 1); }
+    static void store(int64_t* p, Vector x) { _mm512_storeu_si512(p, x); }
+};
+
+struct Avx512 : CountBits<Words512> {
     static constexpr int kWideLanes = 16;
     // Products of bytes cost no more than those of pairs, and need no codes to be widened: never.
     static constexpr int kPairRows = kRowChunk + 1;
@@ -184,6 +209,19 @@ struct Avx512 {
             odd = _mm512_dpbusd_epi32(odd, codes.at[g + 1], four(x + 4 * g + 4));
         }
         return _mm512_add_epi32(even, odd);
+    }
+
+    // Bit i is set where x[i] + shift[i] is below 0 or NaN, for up to 64 numbers; a null shift is 0.
+    static uint64_t negative_bits(const float* x, const float* shift, int count) {
+        uint64_t word = 0;
+        for (int i = 0; i < count; i += 16) {
+            const __mmask16 there = __mmask16((1u << (count - i < 16 ? count - i : 16)) - 1);
+            __m512 v = _mm512_maskz_loadu_ps(there, x + i);
+            if (shift != nullptr) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(there, shift + i));
+            const __mmask16 mask = _mm512_mask_cmp_ps_mask(there, v, _mm512_setzero_ps(), _CMP_NGE_UQ);
+            word |= uint64_t(mask) << i;
+        }
+        return word;
     }
 };
 

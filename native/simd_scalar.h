@@ -210,6 +210,30 @@ struct Scalar {
         }
         return total;
     }
+
+    // How many bits of `words` words of x differ from those of each of 16 rows, [word][16]: out[16].
+    static void differing_bits(const uint64_t* rows, const uint64_t* x, int64_t words, int32_t* out) {
+        int64_t sums[kTile] = {};
+        for (int64_t w = 0; w < words; ++w)
+            for (int r = 0; r < kTile; ++r) {
+                uint64_t bits = rows[w * kTile + r] ^ x[w];
+                bits -= bits >> 1 & 0x5555555555555555u;
+                bits = (bits & 0x3333333333333333u) + (bits >> 2 & 0x3333333333333333u);
+                bits = (bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+                sums[r] += int64_t(bits * 0x0101010101010101u >> 56);
+            }
+        for (int r = 0; r < kTile; ++r) out[r] = int32_t(sums[r]);
+    }
+
+    // Bit i is set where x[i] + shift[i] is below 0 or NaN, for up to 64 numbers; a null shift is 0.
+    static uint64_t negative_bits(const float* x, const float* shift, int count) {
+        uint64_t word = 0;
+        for (int i = 0; i < count; ++i) {
+            const float v = shift != nullptr ? x[i] + shift[i] : x[i];
+            word |= uint64_t(!(v >= 0.0f)) << i;
+        }
+        return word;
+    }
 };
 
 }  // namespace

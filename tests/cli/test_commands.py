@@ -101,6 +101,9 @@ def test_help_lists_every_command(plait: Callable[..., Result]) -> None:
         ),
         (["watermark", "detect", "/no/such/file", "--key-file", "/no/such/key"], "could not be read"),
         (["bench", "decode", "--draft", "nonsense"], "Unknown speculator 'nonsense'"),
+        (["bench", "bibench", "--method", "recuu"], "Did you mean 'recu'"),
+        (["bench", "bibench", "--track", "speed"], "Unknown track 'speed'"),
+        (["bench", "bibench", "--plot", "radar.txt"], "Got 'radar.txt'"),
         (["pac", "complete", "/no/such/file", "--sets", "/no/such/sets"], "could not be read"),
         (["pac", "calibrate", "/no/such/file", "--output", "/tmp/x"], "could not be read"),
     ],
@@ -135,6 +138,7 @@ def test_models_and_methods_list_as_text_and_json(plait: Callable[..., Result]) 
         ("weights", "q4_0"),
         ("drafts", "prompt-lookup"),
         ("mixers", "attention"),
+        ("binary", "react"),
     } <= listed
     assert all(row["summary"] for row in methods)
     assert "prompt-lookup" in plait("methods", "drafts").stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +17,6 @@ app = typer.Typer(
 )
 
 
-# Typer gives a group of one command no name of its own without this.
 @app.callback()
 def bench() -> None:
     """Measure what a choice brings on this machine.
@@ -25,7 +25,7 @@ def bench() -> None:
 
       plait bench decode --draft prompt-lookup
 
-      plait bench decode --json
+      plait bench bibench --quick
     """
 
 
@@ -88,3 +88,60 @@ def decode(
     if changed := [row for row in found.rows if row.identical < 1]:
         say(f"error: {changed[0].draft} changed an answer of {changed[0].task}")
         raise typer.Exit(1)
+
+
+@app.command()
+def bibench(
+    tracks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--track",
+            help="task, architecture, robustness, training, complexity or hardware; several, all when left out.",
+        ),
+    ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", "-m", help="A method of one bit, as a spec string; several, all when left out."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick/--full", help="A quarter of an hour with one seed, or a night with three."),
+    ] = True,
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", help="Folder to keep trained cells in; a stopped run goes on there."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the radar into this .svg, .png or .pdf.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Compare methods that train networks whose weights and inputs have one bit, by the six tracks of BiBench.
+
+    Each overall metric is relative to the same networks in full precision; more is better.
+
+    [bold]Examples[/bold]
+
+      plait bench bibench --quick --plot radar.svg
+
+      plait bench bibench --track task --track training -m react -m xnor --json
+
+      plait bench bibench --full --work bibench-cells
+    """
+    from plait.claims.bibench.cells import FULL, QUICK, Grid
+    from plait.claims.bibench.report import check_radar, draw_radar, measure
+    from plait.claims.measure import follow
+
+    if plot is not None:
+        check_radar(plot)
+    grid = Grid(QUICK if quick else FULL, methods or (), work)
+    report = follow(measure(grid, [] if tracks == ["all"] else tracks or []), say)
+    if plot is not None:
+        draw_radar(report, plot)
+    if json_output:
+        print_json(report.to_json())
+        return
+    for line in report.lines():
+        typer.echo(line)

@@ -17,7 +17,8 @@ __all__ = ["methods"]
 
 def methods(
     axis: Annotated[
-        str | None, typer.Argument(help="codecs, policies, weights, drafts, mixers, objectives or adapters.")
+        str | None,
+        typer.Argument(help="codecs, policies, weights, drafts, mixers, objectives, adapters or binary."),
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -35,6 +36,7 @@ def methods(
     from plait.train import OBJECTIVES
     from plait.weights import FORMATS
     from plait.weights.adapters import ADAPTERS
+    from plait.weights.binary import BINARIZERS
 
     axes = {
         "codecs": CODECS,
@@ -44,6 +46,7 @@ def methods(
         "mixers": MIXERS,
         "objectives": OBJECTIVES,
         "adapters": ADAPTERS,
+        "binary": BINARIZERS,
     }
     if axis is not None and axis not in axes:
         raise UnknownNameError(f"Unknown axis {axis!r}.{suggestion(axis, axes)} Known: {', '.join(axes)}.")

@@ -11,6 +11,15 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from plait.ops import attention, native, partial, reference, rope
+from plait.ops.bits import (
+    WORD,
+    WORD_TILE,
+    binary_linear,
+    binary_product,
+    bits_of_words,
+    sign_words,
+    words_of_bits,
+)
 from plait.ops.grid import GridMatrix, has_native_grids
 from plait.ops.masks import Causal, Everything, Far, Mask, SomeQueries, Tree, View
 from plait.ops.native import PackedMatrix, has_packed_form
@@ -20,6 +29,8 @@ from plait.ops.rope import Angles, Rope
 from plait.ops.stack import StackMatrix, has_native_stacks
 
 __all__ = [
+    "WORD",
+    "WORD_TILE",
     "Angles",
     "Causal",
     "Everything",
@@ -33,6 +44,9 @@ __all__ = [
     "StackMatrix",
     "Tree",
     "View",
+    "binary_linear",
+    "binary_product",
+    "bits_of_words",
     "empty_partial",
     "has_native_grids",
     "has_native_stacks",
@@ -44,6 +58,8 @@ __all__ = [
     "partial_attention",
     "rms_norm",
     "rotate",
+    "sign_words",
+    "words_of_bits",
 ]
 
 P = ParamSpec("P")
