@@ -40,12 +40,14 @@ class Task:
         prompts: token ids.
         tokens: new tokens of every prompt.
         shared: first tokens that all prompts have in common.
+        varies: whether the first token is another one in every round, so that nobody's cache knows the prompt.
     """
 
     name: str
     prompts: list[list[int]]
     tokens: int
     shared: int = 0
+    varies: bool = False
 
     @property
     def context(self) -> int:
@@ -53,9 +55,12 @@ class Task:
         own = sum(len(prompt) - self.shared + self.tokens for prompt in self.prompts)
         return self.shared + own + 8
 
-    def message(self) -> str:
-        """The task as a line of the protocol."""
-        return json.dumps({"prompts": self.prompts, "tokens": self.tokens, "shared": self.shared})
+    def message(self, number: int = 0) -> str:
+        """The task as a line of the protocol, in round `number`."""
+        prompts = self.prompts
+        if self.varies and number:
+            prompts = [[1000 + number, *prompt[1:]] for prompt in prompts]
+        return json.dumps({"prompts": prompts, "tokens": self.tokens, "shared": self.shared})
 
 
 Measure = Callable[[Task, dict[str, Any]], dict[str, float]]
@@ -196,7 +201,7 @@ def run(name: str, tasks: Sequence[Task], measure: Measure, options: argparse.Na
                 for side in sides[:: 1 if number % 2 else -1]:
                     if results.is_wrong(task.name, side.name):
                         continue
-                    found = measure(task, side.ask(task.message()))
+                    found = measure(task, side.ask(task.message(number + 1)))
                     for quantity, value in found.items():
                         key = f"{task.name}|{quantity}|{side.name}"
                         results.samples.setdefault(key, []).append(value)

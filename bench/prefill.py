@@ -1,4 +1,4 @@
-"""How fast is a prompt read, until its first token?
+"""How fast is a prompt read, until its first token? Its own first token is another one in every round.
 
 python bench/prefill.py
 python bench/prefill.py --lengths 441 --rounds 1 --sides plait,openvino
@@ -22,7 +22,9 @@ def main() -> int:
     parser.add_argument("--lengths", default="441,4000", help="tokens of the prompts")
     options = parser.parse_args()
     lengths = [int(length) for length in options.lengths.split(",")]
-    tasks = [contest.Task(f"{len(prompt)} tokens", [prompt], 1) for prompt in texts.prompts(lengths)]
+    tasks = [
+        contest.Task(f"{len(prompt)} tokens", [prompt], 1, varies=True) for prompt in texts.prompts(lengths)
+    ]
     return contest.run(f"prefill-{options.lengths}", tasks, speeds, options)
 
 
