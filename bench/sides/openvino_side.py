@@ -1,6 +1,7 @@
 """The side of OpenVINO GenAI, which reads the GGUF file itself; see `protocol.py`.
 
-Its defaults for a processor. Several prompts go through its continuous batching with prefix caching.
+Its defaults for a processor. Several prompts go through its continuous batching with prefix caching. Speculation
+`lookup` is its prompt look-up, `draft` its speculative decoding with a draft model, both as its samples set them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import openvino as ov
 import openvino_genai as genai
 from protocol import Clock, serve, settings
 
+# Guesses of a step, and the longest run of tokens that is looked up, as in the library's samples.
+GUESSES, LONGEST = 5, 3
+
 
 def main() -> None:
     given = settings()
@@ -20,7 +24,12 @@ def main() -> None:
 
     def single() -> Any:
         if "single" not in loaded:
-            loaded["single"] = genai.LLMPipeline(given["model"], "CPU", **options)
+            guessing: dict[str, Any] = {}
+            if given["speculation"] == "lookup":
+                guessing["prompt_lookup"] = True
+            elif given["speculation"] == "draft":
+                guessing["draft_model"] = genai.draft_model(given["draft_model"], "CPU", **options)
+            loaded["single"] = genai.LLMPipeline(given["model"], "CPU", **options, **guessing)
         return loaded["single"]
 
     def batched() -> Any:
@@ -35,6 +44,10 @@ def main() -> None:
         config = genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, False
         config.apply_chat_template = False
+        if given["speculation"]:
+            config.num_assistant_tokens = GUESSES
+        if given["speculation"] == "lookup":
+            config.max_ngram_size = LONGEST
         if len(prompts) == 1:
             return alone(single(), config, prompts[0])
         return together(batched(), config, prompts)
@@ -47,15 +60,16 @@ def main() -> None:
 
 
 class Watch(genai.StreamerBase):  # type: ignore[misc]
-    """Marks the time of every token."""
+    """Marks the time of every step, which may bring several tokens."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
         self.clock = clock
+        self.tokens = 0
 
     def write(self, token: Any) -> Any:
-        for _ in token if isinstance(token, (list, tuple)) else [token]:
-            self.clock.step(1)
+        self.tokens += len(token) if isinstance(token, (list, tuple)) else 1
+        self.clock.step(1, self.tokens)
         return genai.StreamingStatus.RUNNING
 
     def end(self) -> None:
