@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_laws import PROMPT, chi_square, joint_law, random_table, tree_logits
 
+from plait.claims.toy_laws import PROMPT, TableReader, chi_square, joint_law, random_table, tree_logits
 from plait.decode import History, Sampler, Sampling
 from plait.decode.speculate import (
     RSDS,
@@ -213,12 +213,10 @@ class Drawing(Speculator):
     ("config", "least"), [(Chain(tokens=3), 0.2), (RSDS(width=3, depth=2), 0.05)], ids=["chain", "rsd-s"]
 )
 def test_trimming_drawn_trees_by_their_places_keeps_the_law(config: DraftModelConfig, least: float) -> None:
-    from test_draft_models import TableReader
-
     found = []
-    speculator = Drawing(config, TableReader())
     budget = DraftBudget(clock=Clock())
     for seed in range(700):
+        speculator = Drawing(config, TableReader(DRAFT))
         sampler = Sampler(Sampling(seed=seed), SIZE)
         tokens, history = list(PROMPT), History(PROMPT)
         account = Account(budget)
@@ -255,9 +253,7 @@ def test_a_number_bounds_the_guesses_and_off_takes_all() -> None:
 
 
 def test_a_seed_that_was_given_keeps_drawn_trees_whole() -> None:
-    from test_draft_models import TableReader
-
-    speculator = Chain(tokens=3).guess_with(TableReader())
+    speculator = Chain(tokens=3).guess_with(TableReader(DRAFT))
     assert not speculator.may_trim(Sampler(Sampling(seed=3), SIZE))
     assert speculator.may_trim(Sampler(Sampling(), SIZE))
     assert speculator.may_trim(Sampler(Sampling(temperature=0.0, seed=3), SIZE))
