@@ -172,7 +172,8 @@ def draft_gguf(draft: Path) -> str:
             f"error: {draft} holds no model.safetensors; make a draft with `plait train draft --out {draft}`"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    found = FOLDER.parent / f"draft-{digest}.gguf"
+    # In a folder of its own, into which OpenVINO writes the form that it reads draft models in.
+    found = FOLDER.parent / f"draft-{digest}" / "draft.gguf"
     if found.exists():
         return str(found)
     config, tensors = json.loads((draft / "config.json").read_text()), load_file(path)
@@ -180,7 +181,7 @@ def draft_gguf(draft: Path) -> str:
     words = len(reader.fields["tokenizer.ggml.tokens"].data)
     if config["model_type"] != "llama" or config["vocab_size"] != words:
         raise SystemExit(f"error: {draft} is no Llama with the {words} words of {MODEL}")
-    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    found.parent.mkdir(parents=True, exist_ok=True)
     partial = found.with_suffix(".partial")
     writer = library.GGUFWriter(partial, "llama")
     own = {

@@ -6,6 +6,7 @@ Its defaults for a processor. Several prompts go through its continuous batching
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def main() -> None:
             if given["speculation"] == "lookup":
                 guessing["prompt_lookup"] = True
             elif given["speculation"] == "draft":
-                guessing["draft_model"] = genai.draft_model(given["draft_model"], "CPU", **options)
+                guessing["draft_model"] = genai.draft_model(converted(given["draft_model"]), "CPU", **options)
             loaded["single"] = genai.LLMPipeline(given["model"], "CPU", **options, **guessing)
         return loaded["single"]
 
@@ -57,6 +58,14 @@ def main() -> None:
     else:
         batched()
     serve(f"OpenVINO GenAI {genai.__version__}", answer)
+
+
+def converted(path: str) -> str:
+    """The folder of a GGUF file, with the model in the form that draft models are read in; made once."""
+    folder = Path(path).parent
+    if not (folder / "openvino_model.xml").exists():
+        genai.LLMPipeline(path, "CPU", enable_save_ov_model=True)
+    return str(folder)
 
 
 class Watch(genai.StreamerBase):  # type: ignore[misc]
