@@ -234,6 +234,37 @@ def test_trimming_drawn_trees_by_their_places_keeps_the_law(config: DraftModelCo
     assert chi_square(found, joint_law(TARGET, Sampling(), 2)) > 1e-4
 
 
+class Learning(Fixed):
+    """Takes as long to learn from a pass as the pass itself."""
+
+    def observe(self, *args: Any) -> None:
+        assert self.clock is not None
+        self.clock.now += 1.0
+
+    def pass_over(self, *args: Any) -> None:
+        pass
+
+
+def test_what_learning_costs_counts_and_is_not_done_while_guessing_rests() -> None:
+    clock = Clock()
+    budget = DraftBudget(clock=clock)
+    account, tokens = Account(budget), list(PROMPT)
+    # Guesses cost nothing and are right half of the time; only to learn from them is dear.
+    speculator = Learning(Tree([0, 1], [-1, 0]), clock)
+    for number in range(400):
+        proposal = account.propose(speculator, context_of(tokens))
+        (tree,) = budget.choose([proposal], 1, linear(0.0))
+        path = [0, 1][: 1 + (len(tree) > 1 and number % 2)]
+        following = [1] * len(path)
+        clock.now += 1
+        tokens += following
+        account.observe(speculator, tokens, tree, path, torch.zeros(tree.num_scored, SIZE))
+        budget.settle(account, tree, path, following, Step(tree.num_scored, 1))
+    assert account.is_resting
+    assert 2 <= speculator.calls < 12
+    assert clock.now < 1.03 * 400
+
+
 def test_a_number_bounds_the_guesses_and_off_takes_all() -> None:
     tree = Tree([1, 2, 3, 0], [-1, 0, 1, 2])
     for mode in ("off", 96):

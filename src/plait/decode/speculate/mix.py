@@ -112,6 +112,10 @@ class Union(Speculator):
             rows = [row_of[nodes[mine]] for mine in view.scored]
             part.observe(tokens, view, [place_of[node] for node in path], logits[rows])
 
+    def pass_over(self, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor) -> None:
+        for part in self.parts:
+            part.pass_over(tokens, tree, path, logits)
+
     def may_trim(self, sampler: Sampler) -> bool:
         return all(part.may_trim(sampler) for part in self.parts)
 
