@@ -146,6 +146,25 @@ def test_times_are_measured_once_as_far_as_needed_and_follow_what_happens() -> N
     assert (np.diff(times(np.arange(1, 200))) >= 0).all()
 
 
+def test_passes_are_timed_beforehand_once_and_only_where_time_decides() -> None:
+    asked: list[int] = []
+
+    def seconds(rows: int) -> float:
+        asked.append(rows)
+        return 1.0
+
+    times = PassTimes()
+    for mode in ("off", 4):
+        DraftBudget(mode, times=times).prepare(seconds)
+    assert not asked
+    budget = DraftBudget(times=times, clock=Clock())
+    budget.prepare(seconds)
+    assert set(asked) == {1, 2, 4, 8}
+    count = len(asked)
+    budget.choose([Proposal(Tree([1, 2], [-1, 0]), Account(budget), True)], 1, seconds)
+    assert len(asked) == count
+
+
 def run(
     speculator: Speculator,
     truth: Callable[[int], int],

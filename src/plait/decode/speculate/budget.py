@@ -325,6 +325,11 @@ class DraftBudget:
         self.rest = 0
         self._measuring = 0.0
 
+    def prepare(self, seconds_of: Callable[[int], float]) -> None:
+        """Time passes of a few rows now, once, so that no request waits for that."""
+        if self.mode == "auto":
+            self.times.measure(1 + _FIRST, seconds_of)
+
     def choose(
         self, proposals: Sequence[Proposal], rows: int, seconds_of: Callable[[int], float]
     ) -> list[Tree]:
