@@ -32,7 +32,10 @@ def main() -> None:
             single = Llama(**options)
             alone = partial(plain, single)
         case "python-lookup":
-            single = Llama(**options, draft_model=LlamaPromptLookupDecoding())
+            lookup_decoding = LlamaPromptLookupDecoding()
+            # It guesses on behind the last token that is asked for, and keeps the logits of every row.
+            options["n_ctx"] += lookup_decoding.num_pred_tokens
+            single = Llama(**options, logits_all=True, draft_model=lookup_decoding)
             alone = partial(streamed, single)
         case "lookup":
             model = Model(given["model"], threads, given["context"])
