@@ -35,6 +35,7 @@ class Peer:
         packages: what is installed from the package registry; none where Plait's own test environment has it.
         without: packages to be removed again: what the registry has of them is for CUDA, and no text needs them.
         weights: what it reads: `gguf`, the file itself, or `folder`, the same weights dequantised.
+        compiled: whether it is compiled here, for this processor.
         speculations: the ways it speculates that its side knows, by name.
     """
 
