@@ -4,6 +4,8 @@ Every side first answers each task once, and every token that it gave is judged 
 that chooses a token far below the best one computes something else, and its speed is not reported. Then sides take
 turns, in an order that changes. Each call adds rounds to a file of results, so that a long contest can be run in
 short pieces; medians are over all of them. Another setting, machine or version starts a new file.
+
+A side is a program, or a program and how it speculates: `llama.cpp`, `llama.cpp+lookup`, `plait+token-recycling`.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Task:
         tokens: new tokens of every prompt.
         shared: first tokens that all prompts have in common.
         varies: whether the first token is another one in every round, so that nobody's cache knows the prompt.
+        apart: whether prompts are continued one after the other, and not at once.
     """
 
     name: str
@@ -48,10 +51,13 @@ class Task:
     tokens: int
     shared: int = 0
     varies: bool = False
+    apart: bool = False
 
     @property
     def context(self) -> int:
         """Tokens of keys and values that all prompts need together."""
+        if self.apart:
+            return max(map(len, self.prompts)) + self.tokens + 8
         own = sum(len(prompt) - self.shared + self.tokens for prompt in self.prompts)
         return self.shared + own + 8
 
@@ -60,7 +66,8 @@ class Task:
         prompts = self.prompts
         if self.varies and number:
             prompts = [[1000 + number, *prompt[1:]] for prompt in prompts]
-        return json.dumps({"prompts": prompts, "tokens": self.tokens, "shared": self.shared})
+        task = {"prompts": prompts, "tokens": self.tokens, "shared": self.shared}
+        return json.dumps(task | ({"apart": True} if self.apart else {}))
 
 
 Measure = Callable[[Task, dict[str, Any]], dict[str, float]]
@@ -71,17 +78,21 @@ class Side:
 
     def __init__(self, name: str, tasks: Sequence[Task], threads: int, options: dict[str, Any]) -> None:
         self.name = name
-        peer = PEERS.get(name)
+        program, _, speculation = name.partition("+")
+        peer = PEERS.get(program)
         settings = {
             "threads": threads,
             "context": max(task.context for task in tasks),
-            "prompts": max(len(task.prompts) for task in tasks),
+            "prompts": max(1 if task.apart else len(task.prompts) for task in tasks),
+            "speculation": speculation or None,
+            "draft_model": None,
+            "draft_folder": None,
             "model": peers.gguf(),
             "folder": peers.folder() if peer and peer.weights == "folder" else None,
             **options,
         }
         environment = {**os.environ, "PLAIT_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-        if name == "plait-torch":
+        if program == "plait-torch":
             environment["PLAIT_NATIVE"] = "0"
         python, script = (sys.executable, "plait_side.py") if peer is None else (peer.python, peer.script)
         self.errors = RESULTS / f"{name}.log"
@@ -164,18 +175,29 @@ def parser(about: str | None, sides: str) -> argparse.ArgumentParser:
     return made
 
 
-def run(name: str, tasks: Sequence[Task], measure: Measure, options: argparse.Namespace) -> int:
+def run(
+    name: str,
+    tasks: Sequence[Task],
+    measure: Measure,
+    options: argparse.Namespace,
+    *,
+    who: Sequence[str] | None = None,
+    more: dict[str, Any] | None = None,
+) -> int:
     """Check every side, run the rounds, write the results, and print them.
 
     Args:
         name: of the results' file.
         measure: the quantities of one answer.
+        who: the sides that take part; those of the options when left out. Plait is compared from the first of its own.
+        more: settings of all sides, beside Plait's choices.
     """
     from plait.claims.machine import Machine
 
-    names = present(options.sides)
+    names = present(options.sides.split(",") if who is None else who)
     RESULTS.mkdir(parents=True, exist_ok=True)
     chosen = {"memory": options.memory, "weights": options.weights, "draft": options.draft}
+    chosen |= more or {}
     setting = {
         "machine": str(Machine.this()), "threads": options.threads, "plait": chosen,
         "tasks": [[task.name, [len(p) for p in task.prompts], task.tokens, task.shared] for task in tasks],
@@ -191,7 +213,7 @@ def run(name: str, tasks: Sequence[Task], measure: Measure, options: argparse.Na
             reference = (
                 at_hand[0]
                 if at_hand
-                else stack.enter_context(Side("transformers", tasks, options.threads, {}))
+                else stack.enter_context(Side("transformers", tasks, options.threads, chosen))
             )
             judge(reference, first, tasks, results)
         results.write(path)
@@ -210,12 +232,16 @@ def run(name: str, tasks: Sequence[Task], measure: Measure, options: argparse.Na
     return 1 if any(gap > FARTHEST for gap in results.gaps.values()) else 0
 
 
-def present(sides: str) -> list[str]:
-    """The sides of a list by commas that can take part; the others are named on standard error."""
-    names = sides.split(",")
-    if unknown := set(names) - {"plait", "plait-torch", *PEERS}:
+def present(names: Sequence[str]) -> list[str]:
+    """The sides that can take part; the others are named on standard error."""
+    programs = {side: side.partition("+")[0] for side in names}
+    if unknown := set(programs.values()) - {"plait", "plait-torch", *PEERS}:
         raise SystemExit(f"error: unknown sides {unknown}; known: plait, plait-torch, {', '.join(PEERS)}")
-    missing = [side for side in names if side in PEERS and not PEERS[side].is_installed]
+    for side, program in programs.items():
+        known = PEERS[program].speculations if program in PEERS else ()
+        if program in PEERS and "+" in side and side.partition("+")[2] not in known:
+            raise SystemExit(f"error: {program} has no speculation of that name; known: {', '.join(known)}")
+    missing = [side for side, name in programs.items() if name in PEERS and not PEERS[name].is_installed]
     for side in missing:
         print(
             f"{side} takes no part: it is not installed; see `python bench/peers.py install`", file=sys.stderr
@@ -280,8 +306,11 @@ def table(results: Results) -> str:
     """Medians, the ratio of Plait to each peer, and what the outputs are like."""
     medians = results.medians()
     lines = [results.setting["machine"], "; ".join(f"{k}: {v}" for k, v in results.versions.items()), ""]
-    own = "plait" if "plait" in results.versions else "plait-torch"
-    lines.append(f"{'task':22}{'quantity':22}{'side':14}{'median':>10}{'low':>10}{'high':>10}  Plait's ratio")
+    own = next((side for side in results.versions if side.startswith("plait")), "plait")
+    width = max(14, *(len(side) + 1 for side in results.versions))
+    lines.append(
+        f"{'task':22}{'quantity':22}{'side':{width}}{'median':>10}{'low':>10}{'high':>10}  {own}'s ratio"
+    )
     for key, value in sorted(medians.items()):
         task, quantity, side = key.split("|")
         values = results.samples[key]
@@ -289,7 +318,7 @@ def table(results: Results) -> str:
         better = (lambda a, b: b / a) if quantity.endswith(("seconds", "MB")) else (lambda a, b: a / b)
         ratio = "" if ours is None or side == own or not value else f"{better(ours, value):.2f}"
         lines.append(
-            f"{task:22}{quantity:22}{side:14}{value:10.2f}{min(values):10.2f}{max(values):10.2f}  {ratio:>7}"
+            f"{task:22}{quantity:22}{side:{width}}{value:10.2f}{min(values):10.2f}{max(values):10.2f}  {ratio:>7}"
         )
     lines.append(f"\n{max(map(len, results.samples.values()), default=0)} rounds. Outputs, judged by fp32:")
     for key, gap in sorted(results.gaps.items()):

@@ -22,7 +22,7 @@ def main() -> int:
     task = contest.Task("20 tokens", texts.prompts([20]), 1)
     contest.RESULTS.mkdir(parents=True, exist_ok=True)
     choice = {"memory": options.memory, "weights": options.weights, "draft": options.draft}
-    names = contest.present(options.sides)
+    names = contest.present(options.sides.split(","))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(options.rounds + 1):
         for name in names[:: 1 if number % 2 else -1]:

@@ -31,7 +31,7 @@ def main() -> int:
     for _ in range(options.rounds):
         found = subprocess.run([sys.executable, "-c", BASELINE], capture_output=True, text=True, check=True)
         peaks.setdefault("baseline", []).append(int(found.stdout) / 1e6)
-        for name in contest.present(options.sides):
+        for name in contest.present(options.sides.split(",")):
             with contest.Side(name, [task], options.threads, choice) as side:
                 peaks.setdefault(name, []).append(side.ask(task.message())["peak"] / 1e6)
     return contest.report(

@@ -10,6 +10,8 @@ A peer that cannot be installed is named with the reason, and the contests go on
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -34,6 +36,7 @@ class Peer:
         without: packages to be removed again: what the registry has of them is for CUDA, and no text needs them.
         weights: what it reads: `gguf`, the file itself, or `folder`, the same weights dequantised.
         compiled: whether it is compiled here, for this processor.
+        speculations: the ways it speculates that its side knows, by name.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Peer:
     without: tuple[str, ...] = ()
     weights: str = "gguf"
     compiled: bool = False
+    speculations: tuple[str, ...] = ()
 
     @property
     def python(self) -> Path:
@@ -103,9 +107,20 @@ def without_matrix_tiles() -> dict[str, str]:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("llama.cpp", "llama_cpp_side.py", ("llama-cpp-python[server]==0.3.36",), compiled=True),
-        Peer("openvino", "openvino_side.py", ("openvino-genai==2026.4.1.0",)),
-        Peer("transformers", "transformers_side.py", weights="folder"),
+        Peer(
+            "llama.cpp",
+            "llama_cpp_side.py",
+            ("llama-cpp-python[server]==0.3.36",),
+            compiled=True,
+            speculations=("lookup", "draft", "python-lookup"),
+        ),
+        Peer(
+            "openvino",
+            "openvino_side.py",
+            ("openvino-genai==2026.4.1.0",),
+            speculations=("lookup", "draft"),
+        ),
+        Peer("transformers", "transformers_side.py", weights="folder", speculations=("lookup", "draft")),
         # Its wheel is for processors only, and wants a torch that is, too.
         Peer(
             "vllm",
@@ -140,6 +155,68 @@ def folder() -> str:
         del model.config.quantization_config
         model.save_pretrained(FOLDER)
     return str(FOLDER)
+
+
+def draft_gguf(draft: Path) -> str:
+    """A draft model, a folder of `plait train draft`, as a GGUF file in Q8_0 with the text side of the model; made once.
+
+    Raises:
+        SystemExit: the folder holds no Llama of the model's vocabulary.
+    """
+    import gguf as library
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    path = draft / "model.safetensors"
+    if not path.exists():
+        raise SystemExit(
+            f"error: {draft} holds no model.safetensors; make a draft with `plait train draft --out {draft}`"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    # In a folder of its own, into which OpenVINO writes the form that it reads draft models in.
+    found = FOLDER.parent / f"draft-{digest}" / "draft.gguf"
+    if found.exists():
+        return str(found)
+    config, tensors = json.loads((draft / "config.json").read_text()), load_file(path)
+    reader = library.GGUFReader(gguf())
+    words = len(reader.fields["tokenizer.ggml.tokens"].data)
+    if config["model_type"] != "llama" or config["vocab_size"] != words:
+        raise SystemExit(f"error: {draft} is no Llama with the {words} words of {MODEL}")
+    found.parent.mkdir(parents=True, exist_ok=True)
+    partial = found.with_suffix(".partial")
+    writer = library.GGUFWriter(partial, "llama")
+    own = {
+        "llama.block_count": config["num_hidden_layers"],
+        "llama.context_length": config["max_position_embeddings"],
+        "llama.embedding_length": config["hidden_size"],
+        "llama.feed_forward_length": config["intermediate_size"],
+        "llama.attention.head_count": config["num_attention_heads"],
+        "llama.attention.head_count_kv": config["num_key_value_heads"],
+        "llama.rope.freq_base": config["rope_theta"],
+        "llama.rope.dimension_count": config["head_dim"],
+        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "general.file_type": int(library.LlamaFileType.MOSTLY_Q8_0),
+    }
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind, *items = field.types
+            writer.add_key_value(name, own.get(name, field.contents()), kind, items[0] if items else None)
+    names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, tensor in tensors.items():
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        if heads is not None:
+            # The file has the two halves of each rotary pair side by side.
+            count = config[heads]
+            tensor = tensor.reshape(count, 2, -1, tensor.shape[1]).swapaxes(1, 2).reshape(tensor.shape)
+        kind = library.GGMLQuantizationType.F32 if tensor.ndim == 1 else library.GGMLQuantizationType.Q8_0
+        stored = library.quants.quantize(np.ascontiguousarray(tensor, dtype=np.float32), kind)
+        writer.add_tensor(names.get_name(name, (".weight",)), stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.replace(found)
+    return str(found)
 
 
 def main() -> int:

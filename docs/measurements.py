@@ -18,10 +18,13 @@ from torch import Tensor
 
 import plait
 from plait.claims import follow
+from plait.claims.marking import strengths
 from plait.claims.memories import fidelity, fp16_bytes
+from plait.claims.prose import HELD_OUT_SUBJECTS, manual_passages, model_passages
 from plait.engine import LanguageModel
 from plait.files import write_text
 from plait.memory import Memory, MemoryPlan, Rows
+from plait.prose import ThesaurusCandidates, english_lexicon
 from plait.weights import Embedding, Linear
 
 METHODS = Path(__file__).parent / "methods"
@@ -210,6 +213,29 @@ def drafts(lm: LanguageModel) -> None:
     )
 
 
+def marks(lm: LanguageModel) -> None:
+    """How strong a watermark is by what a replacement may cost, on the passages that are for calibrating alone."""
+    keys = [bytes([number]) * 32 for number in range(5)]
+    texts = [
+        *model_passages(lm, HELD_OUT_SUBJECTS, held_out=True),
+        *manual_passages(lm, HELD_OUT_SUBJECTS, held_out=True),
+    ]
+    lexicon = english_lexicon()
+    found = follow(strengths(texts, keys, lexicon, ThesaurusCandidates(lm, lexicon)), lambda line: None)
+    rows = [
+        (
+            f"{one.limit:g}",
+            f"{one.replaced:.1%}",
+            f"{one.nats:.1f}",
+            f"{one.z:.1f}",
+            f"{one.detected:.0%}",
+        )
+        for one in found
+    ]
+    heading = ("`max_nats`", "words replaced", "nats of a replacement", "median z", "found, 1 % false alarms")
+    table("watermark", "watermark", heading, rows)
+
+
 def main() -> None:
     """Write every table."""
     lm = plait.load("smollm2")
@@ -219,6 +245,7 @@ def main() -> None:
     policies(lm, ids)
     coded(lm, ids)
     weights(ids)
+    marks(lm)
 
 
 if __name__ == "__main__":

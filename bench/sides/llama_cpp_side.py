@@ -1,33 +1,53 @@
 """The side of llama.cpp through llama-cpp-python, with its usual settings for a processor; see `protocol.py`.
 
 16-bit keys and values, batches of 512. Prompts with a common beginning are decoded in one batch: the beginning is
-read once and copied between sequences, as its own example of batched decoding does.
+read once and copied between sequences, as its own example of batched decoding does. Speculation `lookup` and `draft`
+check guesses of the prompt, or of a draft model, through the C interface; `python-lookup` is that of `Llama.generate`.
 """
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import llama_cpp
-import numpy as np
 from llama_cpp import Llama
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from llama_cpp_speculation import BATCH, Model, guessed, lookup, second_model
 from protocol import Clock, serve, settings
-
-BATCH = 512
 
 
 def main() -> None:
     given = settings()
     threads = given["threads"]
-    single = Llama(
-        given["model"], n_ctx=given["context"], n_threads=threads, n_threads_batch=threads, n_batch=BATCH, verbose=False
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "model_path": given["model"], "n_ctx": given["context"], "n_threads": threads, "n_threads_batch": threads,
+        "n_batch": BATCH, "verbose": False,
+    }  # fmt: skip
     batches: dict[int, Batched] = {}
+    alone: Callable[[list[int], int], dict[str, Any]]
+    match given["speculation"]:
+        case None:
+            single = Llama(**options)
+            alone = partial(plain, single)
+        case "python-lookup":
+            lookup_decoding = LlamaPromptLookupDecoding()
+            # It guesses on behind the last token that is asked for, and keeps the logits of every row.
+            options["n_ctx"] += lookup_decoding.num_pred_tokens
+            single = Llama(**options, logits_all=True, draft_model=lookup_decoding)
+            alone = partial(streamed, single)
+        case "lookup":
+            model = Model(given["model"], threads, given["context"])
+            alone = partial(guessed, model, lookup())
+        case _:
+            model = Model(given["model"], threads, given["context"])
+            draft = Model(given["draft_model"], threads, given["context"])
+            alone = partial(guessed, model, second_model(draft))
 
     def answer(prompts: list[list[int]], tokens: int, shared: int = 0) -> dict[str, Any]:
         if len(prompts) == 1:
-            return alone(single, prompts[0], tokens)
+            return alone(prompts[0], tokens)
         if len(prompts) not in batches:
             batches[len(prompts)] = Batched(given["model"], threads, given["context"], len(prompts))
         return batches[len(prompts)].continued(prompts, tokens, shared)
@@ -35,7 +55,7 @@ def main() -> None:
     serve(f"llama-cpp-python {llama_cpp.__version__}", answer)
 
 
-def alone(llama: Llama, prompt: list[int], tokens: int) -> dict[str, Any]:
+def plain(llama: Llama, prompt: list[int], tokens: int) -> dict[str, Any]:
     llama.reset()
     clock = Clock(1)
     llama.eval(prompt)
@@ -48,31 +68,33 @@ def alone(llama: Llama, prompt: list[int], tokens: int) -> dict[str, Any]:
     return clock.answer([chosen])
 
 
+def streamed(llama: Llama, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """By the generator of llama-cpp-python, which yields the tokens of a check one by one."""
+    llama.reset()
+    clock = Clock(1)
+    chosen = []
+    for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
+        chosen.append(token)
+        clock.step(1, len(chosen))
+        if len(chosen) == tokens:
+            break
+    return clock.answer([chosen])
+
+
 class Batched:
-    """Many sequences in one context of llama.cpp, through its C interface."""
+    """Many sequences in one context of llama.cpp."""
 
     def __init__(self, model: str, threads: int, context: int, sequences: int) -> None:
-        self.model = llama_cpp.llama_model_load_from_file(
-            model.encode(), llama_cpp.llama_model_default_params()
-        )
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = context, BATCH, BATCH
-        options.n_threads = options.n_threads_batch = threads
-        options.n_seq_max = sequences
-        # One store for all sequences, so that a copy of a beginning shares its cells.
-        options.kv_unified = True
-        self.context = llama_cpp.llama_init_from_model(self.model, options)
-        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
-        self.batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        self.model = Model(model, threads, context, sequences)
 
     def continued(self, prompts: list[list[int]], tokens: int, shared: int) -> dict[str, Any]:
-        memory = llama_cpp.llama_get_memory(self.context)
+        memory = self.model.memory
         llama_cpp.llama_memory_clear(memory, True)
         clock = Clock(len(prompts))
         beginning = prompts[0][:shared]
         for start in range(0, shared, BATCH):
             piece = beginning[start : start + BATCH]
-            self._decode([(token, start + i, 0, False) for i, token in enumerate(piece)])
+            self.model.decode([(token, start + i, 0, False) for i, token in enumerate(piece)])
         for number in range(1, len(prompts) if shared else 0):
             llama_cpp.llama_memory_seq_cp(memory, 0, number, -1, -1)
         chosen: list[list[int]] = [[] for _ in prompts]
@@ -93,24 +115,10 @@ class Batched:
         return clock.answer(chosen)
 
     def _choose(self, rows: list[tuple[int, int, int, bool]], chosen: list[list[int]]) -> None:
-        self._decode(rows)
+        self.model.decode(rows)
         for index, (_, _, number, wanted) in enumerate(rows):
             if wanted:
-                logits = llama_cpp.llama_get_logits_ith(self.context, index)
-                row = np.ctypeslib.as_array(
-                    ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (self.vocabulary,)
-                )
-                chosen[number].append(int(row.argmax()))
-
-    def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
-        batch = self.batch
-        batch.n_tokens = len(rows)
-        for index, (token, position, number, wanted) in enumerate(rows):
-            batch.token[index], batch.pos[index] = token, position
-            batch.n_seq_id[index], batch.seq_id[index][0] = 1, number
-            batch.logits[index] = wanted
-        if llama_cpp.llama_decode(self.context, batch):
-            raise SystemExit("llama.cpp could not decode the batch")
+                chosen[number].append(int(self.model.logits(index).argmax()))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """The side of OpenVINO GenAI, which reads the GGUF file itself; see `protocol.py`.
 
-Its defaults for a processor. Several prompts go through its continuous batching with prefix caching.
+Its defaults for a processor. Several prompts go through its continuous batching with prefix caching. Speculation
+`lookup` is its prompt look-up, `draft` its speculative decoding with a draft model, both as its samples set them.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
 from protocol import Clock, serve, settings
+
+# Guesses of a step, and the longest run of tokens that is looked up, as in the library's samples.
+GUESSES, LONGEST = 5, 3
 
 
 def main() -> None:
@@ -20,7 +25,12 @@ def main() -> None:
 
     def single() -> Any:
         if "single" not in loaded:
-            loaded["single"] = genai.LLMPipeline(given["model"], "CPU", **options)
+            guessing: dict[str, Any] = {}
+            if given["speculation"] == "lookup":
+                guessing["prompt_lookup"] = True
+            elif given["speculation"] == "draft":
+                guessing["draft_model"] = genai.draft_model(converted(given["draft_model"]), "CPU", **options)
+            loaded["single"] = genai.LLMPipeline(given["model"], "CPU", **options, **guessing)
         return loaded["single"]
 
     def batched() -> Any:
@@ -35,6 +45,10 @@ def main() -> None:
         config = genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = tokens, True, False
         config.apply_chat_template = False
+        if given["speculation"]:
+            config.num_assistant_tokens = GUESSES
+        if given["speculation"] == "lookup":
+            config.max_ngram_size = LONGEST
         if len(prompts) == 1:
             return alone(single(), config, prompts[0])
         return together(batched(), config, prompts)
@@ -46,16 +60,25 @@ def main() -> None:
     serve(f"OpenVINO GenAI {genai.__version__}", answer)
 
 
+def converted(path: str) -> str:
+    """The folder of a GGUF file, with the model in the form that draft models are read in; made once."""
+    folder = Path(path).parent
+    if not (folder / "openvino_model.xml").exists():
+        genai.LLMPipeline(path, "CPU", enable_save_ov_model=True)
+    return str(folder)
+
+
 class Watch(genai.StreamerBase):  # type: ignore[misc]
-    """Marks the time of every token."""
+    """Marks the time of every step, which may bring several tokens."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
         self.clock = clock
+        self.tokens = 0
 
     def write(self, token: Any) -> Any:
-        for _ in token if isinstance(token, (list, tuple)) else [token]:
-            self.clock.step(1)
+        self.tokens += len(token) if isinstance(token, (list, tuple)) else 1
+        self.clock.step(1, self.tokens)
         return genai.StreamingStatus.RUNNING
 
     def end(self) -> None:

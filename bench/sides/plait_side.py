@@ -8,12 +8,20 @@ import torch
 from protocol import Clock, serve, settings
 
 import plait
+from plait.decode.speculate import SPECULATORS
 
 
 def main() -> None:
     given = settings()
     torch.set_num_threads(given["threads"])
-    lm = plait.load(given["model"], memory=given["memory"], draft=given["draft"], weights=given["weights"])
+    draft = given["speculation"] or given["draft"]
+    lm = plait.load(
+        given["model"],
+        memory=given["memory"],
+        draft=draft,
+        draft_model=given["draft_model"] if SPECULATORS.parse(draft).wants_draft_model else None,
+        weights=given["weights"],
+    )
 
     def answer(prompts: list[list[int]], tokens: int, **_: Any) -> dict[str, Any]:
         engine = lm.new_engine()
@@ -23,7 +31,8 @@ def main() -> None:
         ]
         while not engine.is_idle:
             engine.step()
-            clock.step(sum(bool(sequence.choices) for sequence in sequences))
+            counts = [len(sequence.choices) for sequence in sequences]
+            clock.step(sum(map(bool, counts)), sum(counts))
         return clock.answer([[choice.token for choice in sequence.choices] for sequence in sequences])
 
     serve(f"Plait {plait.__version__}", answer)

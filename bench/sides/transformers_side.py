@@ -1,7 +1,7 @@
 """The side of Hugging Face Transformers, with the weights of a folder in fp32; see `protocol.py`.
 
-Tuned as its users would: fused attention, padding on the left, no gradients, a cache. It is the reference too:
-a task with `continuations` is answered with how far, in nats, each of their tokens is below the best one.
+Tuned as its users would: fused attention, padding on the left, no gradients, a cache. Speculation `lookup` is its
+`prompt_lookup_num_tokens`, `draft` its assisted generation with a draft model. It is the reference too: a task with `continuations` is answered with how far, in nats, each of their tokens is below the best one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import transformers
 from protocol import Clock, serve, settings
+
+# Guesses of a prompt look-up, as in the library's guide to it.
+GUESSES = 10
 
 
 def main() -> None:
@@ -25,25 +28,65 @@ def main() -> None:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 
+    guessing: dict[str, Any] = {}
+    if given.get("speculation") == "lookup":
+        guessing["prompt_lookup_num_tokens"] = GUESSES
+    elif given.get("speculation") == "draft":
+        assistant: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            given["draft_folder"], dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        # Its settings are the ones that guessing is made with; the rest are those of the library.
+        assistant.generation_config.eos_token_id = None
+        guessing["assistant_model"] = assistant
+
     def answer(
         prompts: list[list[int]], tokens: int = 0, continuations: Sequence[list[int]] = (), **_: Any
     ) -> dict[str, Any]:
         if continuations:
             return {"gaps": [gaps(model, p, c) for p, c in zip(prompts, continuations, strict=True)]}
-        return generated(model, prompts, tokens)
+        return generated(model, prompts, tokens, guessing)
 
     serve(f"Transformers {transformers.__version__}, torch {torch.__version__}", answer)
 
 
-def generated(model: Any, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
+class Watch(transformers.StoppingCriteria):  # type: ignore[misc]
+    """Marks the time of every token of a batch."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
+        self.clock.step(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Stream(transformers.generation.BaseStreamer):  # type: ignore[misc]
+    """Marks the time of every step of one sequence. A criterion would be asked about guesses, too."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        # The first call brings the prompt.
+        self.tokens: int | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.tokens is None:
+            self.tokens = 0
+            return
+        self.tokens += value.numel()
+        self.clock.step(1, self.tokens)
+
+    def end(self) -> None:
+        pass
+
+
+def generated(model: Any, prompts: list[list[int]], tokens: int, guessing: dict[str, Any]) -> dict[str, Any]:
     longest = max(map(len, prompts))
     clock = Clock(len(prompts))
-
-    class Watch(transformers.StoppingCriteria):  # type: ignore[misc]
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
-            clock.step(len(prompts))
-            return torch.zeros(len(prompts), dtype=torch.bool)
-
+    watching: dict[str, Any] = (
+        {"streamer": Stream(clock), **guessing}
+        if len(prompts) == 1
+        else {"stopping_criteria": transformers.StoppingCriteriaList([Watch(clock)])}
+    )
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
@@ -52,7 +95,7 @@ def generated(model: Any, prompts: list[list[int]], tokens: int) -> dict[str, An
             attention_mask=mask,
             do_sample=False,
             max_new_tokens=tokens,
-            stopping_criteria=transformers.StoppingCriteriaList([Watch()]),
+            **watching,
         )
     return clock.answer(found[:, longest:].tolist())
 

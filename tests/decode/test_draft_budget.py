@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_laws import PROMPT, chi_square, joint_law, random_table, tree_logits
 
+from plait.claims.toy_laws import PROMPT, TableReader, chi_square, joint_law, random_table, tree_logits
 from plait.decode import History, Sampler, Sampling
 from plait.decode.speculate import (
     RSDS,
@@ -146,6 +146,25 @@ def test_times_are_measured_once_as_far_as_needed_and_follow_what_happens() -> N
     assert (np.diff(times(np.arange(1, 200))) >= 0).all()
 
 
+def test_passes_are_timed_beforehand_once_and_only_where_time_decides() -> None:
+    asked: list[int] = []
+
+    def seconds(rows: int) -> float:
+        asked.append(rows)
+        return 1.0
+
+    times = PassTimes()
+    for mode in ("off", 4):
+        DraftBudget(mode, times=times).prepare(seconds)
+    assert not asked
+    budget = DraftBudget(times=times, clock=Clock())
+    budget.prepare(seconds)
+    assert set(asked) == {1, 2, 4, 8}
+    count = len(asked)
+    budget.choose([Proposal(Tree([1, 2], [-1, 0]), Account(budget), True)], 1, seconds)
+    assert len(asked) == count
+
+
 def run(
     speculator: Speculator,
     truth: Callable[[int], int],
@@ -213,12 +232,10 @@ class Drawing(Speculator):
     ("config", "least"), [(Chain(tokens=3), 0.2), (RSDS(width=3, depth=2), 0.05)], ids=["chain", "rsd-s"]
 )
 def test_trimming_drawn_trees_by_their_places_keeps_the_law(config: DraftModelConfig, least: float) -> None:
-    from test_draft_models import TableReader
-
     found = []
-    speculator = Drawing(config, TableReader())
     budget = DraftBudget(clock=Clock())
     for seed in range(700):
+        speculator = Drawing(config, TableReader(DRAFT))
         sampler = Sampler(Sampling(seed=seed), SIZE)
         tokens, history = list(PROMPT), History(PROMPT)
         account = Account(budget)
@@ -234,6 +251,37 @@ def test_trimming_drawn_trees_by_their_places_keeps_the_law(config: DraftModelCo
                 history.append(choice.token)
         found.append(tuple(tokens[2:4]))
     assert chi_square(found, joint_law(TARGET, Sampling(), 2)) > 1e-4
+
+
+class Learning(Fixed):
+    """Takes as long to learn from a pass as the pass itself."""
+
+    def observe(self, *args: Any) -> None:
+        assert self.clock is not None
+        self.clock.now += 1.0
+
+    def pass_over(self, *args: Any) -> None:
+        pass
+
+
+def test_what_learning_costs_counts_and_is_not_done_while_guessing_rests() -> None:
+    clock = Clock()
+    budget = DraftBudget(clock=clock)
+    account, tokens = Account(budget), list(PROMPT)
+    # Guesses cost nothing and are right half of the time; only to learn from them is dear.
+    speculator = Learning(Tree([0, 1], [-1, 0]), clock)
+    for number in range(400):
+        proposal = account.propose(speculator, context_of(tokens))
+        (tree,) = budget.choose([proposal], 1, linear(0.0))
+        path = [0, 1][: 1 + (len(tree) > 1 and number % 2)]
+        following = [1] * len(path)
+        clock.now += 1
+        tokens += following
+        account.observe(speculator, tokens, tree, path, torch.zeros(tree.num_scored, SIZE))
+        budget.settle(account, tree, path, following, Step(tree.num_scored, 1))
+    assert account.is_resting
+    assert 2 <= speculator.calls < 12
+    assert clock.now < 1.03 * 400
 
 
 def test_a_number_bounds_the_guesses_and_off_takes_all() -> None:
@@ -255,9 +303,7 @@ def test_a_number_bounds_the_guesses_and_off_takes_all() -> None:
 
 
 def test_a_seed_that_was_given_keeps_drawn_trees_whole() -> None:
-    from test_draft_models import TableReader
-
-    speculator = Chain(tokens=3).guess_with(TableReader())
+    speculator = Chain(tokens=3).guess_with(TableReader(DRAFT))
     assert not speculator.may_trim(Sampler(Sampling(seed=3), SIZE))
     assert speculator.may_trim(Sampler(Sampling(), SIZE))
     assert speculator.may_trim(Sampler(Sampling(temperature=0.0, seed=3), SIZE))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from toy_laws import PROMPT, chi_square, continuation, joint_law, logits_at, random_table, tree_logits
 
+from plait.claims.toy_laws import (
+    PROMPT,
+    TableReader,
+    chi_square,
+    continuation,
+    joint_law,
+    logits_at,
+    random_table,
+)
 from plait.decode import History, Sampler, Sampling
 from plait.decode.speculate import RSDC, RSDS, SPECULATORS, Chain, Context, Tree
 from plait.decode.speculate import rsd_s as rsd_s_module
@@ -33,29 +39,12 @@ TARGET = random_table(SIZE, 1)
 DRAFT = random_table(SIZE, 2)
 
 
-class TableReader(Reader):
-    """A table in place of a draft model."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-
-    def start(self, tokens: Sequence[int]) -> Tensor:
-        self.tokens = list(tokens)
-        return logits_at(DRAFT, tokens)[None]
-
-    def score(self, tree: Tree, nodes: Sequence[int]) -> Tensor:
-        return tree_logits(DRAFT, self.tokens, tree)[list(nodes)]
-
-    def keep(self, path: Sequence[int]) -> None:
-        pass
-
-
 def outcomes(config: DraftModelConfig, sampling: dict[str, Any], budget: int = 50) -> list[tuple[int, ...]]:
     found = []
     for seed in range(SAMPLES):
         sampler = Sampler(Sampling(**sampling, seed=seed), SIZE)
         found.append(
-            continuation(TARGET, sampler, config.guess_with(TableReader()).propose, LENGTH, budget)[0]
+            continuation(TARGET, sampler, config.guess_with(TableReader(DRAFT)).propose, LENGTH, budget)[0]
         )
     return found
 
@@ -104,7 +93,7 @@ def shape_of(tree: Tree) -> list[int]:
 def proposed(config: DraftModelConfig, *, temperature: float = 1.0, budget: int = 50, seed: int = 0) -> Tree:
     sampler = Sampler(Sampling(temperature=temperature, seed=seed), SIZE)
     context = Context(PROMPT, budget, 1000, sampler, History(PROMPT))
-    tree = config.guess_with(TableReader()).propose(context)
+    tree = config.guess_with(TableReader(DRAFT)).propose(context)
     tree.check(context, SIZE)
     return tree
 

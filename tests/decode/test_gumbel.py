@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 import pytest
-from toy_laws import chi_square
 
+from plait.claims.toy_laws import chi_square
 from plait.decode.gumbel import conditioned_on_maximum, top
 
 RARE = 1e-4

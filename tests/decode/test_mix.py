@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_draft_models import TableReader
-from toy_laws import PROMPT, chi_square, continuation, joint_law, random_table
 
+from plait.claims.toy_laws import PROMPT, TableReader, chi_square, continuation, joint_law, random_table
 from plait.decode import History, Sampler, Sampling
 from plait.decode.speculate import RSDC, SPECULATORS, Context, Speculator, Tree
-from plait.decode.speculate.mix import _Union, merged
+from plait.decode.speculate.mix import Union, merged
 from plait.errors import ConfigError, IncompatibleError
 
 SIZE = 4
-TARGET = random_table(SIZE, 1)
+TARGET, DRAFT = random_table(SIZE, 1), random_table(SIZE, 2)
 
 
 def paths_of(tree: Tree) -> list[tuple[int, ...]]:
@@ -66,7 +65,7 @@ def test_the_union_says_what_its_parts_say_once(seed: int) -> None:
 
 def test_every_part_sees_its_own_nodes_first_and_what_others_added() -> None:
     parts = [Guess(1), Guess(2)]
-    mix = _Union(parts)
+    mix = Union(parts)
     context = Context([0, 1], 30, 100, Sampler(Sampling(), SIZE), History([0, 1]))
     tree = mix.propose(context)
     logits = torch.arange(len(tree) * SIZE, dtype=torch.float32).reshape(len(tree), SIZE)
@@ -91,7 +90,7 @@ def test_every_part_sees_its_own_nodes_first_and_what_others_added() -> None:
 def test_drawn_and_other_guesses_together_keep_the_law(sampling: dict[str, Any]) -> None:
     found = []
     for seed in range(700):
-        mix = _Union([Guess(seed, 4), RSDC(branch=(2, 1)).guess_with(TableReader())])
+        mix = Union([Guess(seed, 4), RSDC(branch=(2, 1)).guess_with(TableReader(DRAFT))])
         found.append(continuation(TARGET, Sampler(Sampling(**sampling, seed=seed), SIZE), mix.propose, 2)[0])
     assert chi_square(found, joint_law(TARGET, Sampling(**sampling), 2)) > 1e-4
 
@@ -128,7 +127,7 @@ def test_the_spec_names_the_parts_and_refuses_what_cannot_be_mixed() -> None:
 def test_greedy_tokens_stay_as_they_are() -> None:
     sampler = Sampler(Sampling(temperature=0.0), SIZE)
     plain = continuation(TARGET, sampler, lambda context: Tree.root(context.tokens[-1]), 30)[0]
-    mix = _Union([Guess(3), RSDC(branch=(2, 1)).guess_with(TableReader())])
+    mix = Union([Guess(3), RSDC(branch=(2, 1)).guess_with(TableReader(DRAFT))])
     tokens, checks = continuation(TARGET, sampler, mix.propose, 30)
     assert (tokens, checks < 30) == (plain, True)
     assert PROMPT == (0, 1)

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_draft_models import TableReader
-from toy_laws import PROMPT, chi_square, joint_law, logits_at, random_table, tree_logits
 
+from plait.claims.toy_laws import (
+    PROMPT,
+    TableReader,
+    chi_square,
+    joint_law,
+    logits_at,
+    random_table,
+    tree_logits,
+)
 from plait.decode import History, Sampler, Sampling
 from plait.decode.speculate import PEARL, Context, Tree, verify
 from plait.errors import ConfigError
 
 SIZE = 4
 TARGET, DRAFT = random_table(SIZE, 1), random_table(SIZE, 2)
-
-
-class Table(TableReader):
-    """A table in place of a draft model, which counts what it remembers."""
-
-    def __init__(self, table: torch.Tensor = DRAFT) -> None:
-        super().__init__()
-        self.table = table
-
-    def start(self, tokens: Sequence[int]) -> torch.Tensor:
-        # What was read before must be the beginning of the text, or else it should have been forgotten.
-        assert self.tokens == list(tokens[: len(self.tokens)])
-        self.tokens = list(tokens)
-        return logits_at(self.table, tokens)[None]
-
-    def go_back(self, length: int) -> None:
-        self.tokens = self.tokens[:length]
 
 
 def steps(
@@ -48,7 +38,7 @@ def steps(
 ) -> tuple[tuple[int, ...], list[tuple[int, int, int]]]:
     """`length` tokens; and for each pass: nodes scored, nodes drafted beside it, and tokens that came out."""
     sampler, history, tokens = Sampler(sampling, SIZE), History(PROMPT), list(PROMPT)
-    speculator = PEARL(gamma=gamma, layers=1).guess_with(Table(draft))
+    speculator = PEARL(gamma=gamma, layers=1).guess_with(TableReader(draft))
     found = []
     while len(tokens) < len(PROMPT) + length:
         context = Context(list(tokens), len(PROMPT) + length - len(tokens) - 1, 10**6, sampler, history)

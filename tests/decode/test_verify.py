@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toy_laws import PROMPT, Propose, chi_square, continuation, joint_law, logits_at, random_table
 
+from plait.claims.toy_laws import (
+    PROMPT,
+    Propose,
+    chi_square,
+    continuation,
+    joint_law,
+    logits_at,
+    random_table,
+)
 from plait.decode import History, Sampler, Sampling, Streams
 from plait.decode.speculate import Context, Tree, verify
 from plait.errors import ConfigError

@@ -96,7 +96,7 @@ def test_rows_that_are_dear_are_not_spent_and_cheap_ones_are(make_small: Make) -
 
 
 def test_the_draft_works_while_the_model_does(make_small: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = make_small(draft="pearl:layers=1,gamma=1")
+    lm = make_small(draft="pearl:layers=1,gamma=1,budget=off")
     meeting = threading.Barrier(2, timeout=30)
     answer, start = lm.model.answer, Reader.start
     engine = lm.new_engine()
@@ -140,3 +140,35 @@ def test_a_draft_that_fails_ends_its_own_sequence_only(
         pass
     plain = answers(make_small(), asked)
     assert [list(sequence.result().tokens) for sequence in sequences[1:]] == plain[1:]
+
+
+@pytest.mark.parametrize(("seconds", "rests"), [(3.0, True), (0.0, False)])
+def test_a_draft_beside_the_model_rests_where_steps_become_longer(
+    make_small: Make, seconds: float, rests: bool
+) -> None:
+    now = [0.0]
+    lm = make_small(draft="pearl:layers=1,gamma=1")
+    budget = lm.draft_budget = DraftBudget("auto", clock=lambda: now[0])
+    budget.times.measure(1, lambda count: 1.0)
+    starts = 0
+    answer, start = lm.model.answer, Reader.start
+
+    def timed_answer(*args: Any, **options: Any) -> Any:
+        now[0] += 1.0
+        return answer(*args, **options)
+
+    def counted_start(reader: Reader, tokens: Any) -> Any:
+        nonlocal starts
+        starts += 1
+        now[0] += seconds
+        return start(reader, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm.model, "answer", timed_answer)
+        patch.setattr(Reader, "start", counted_start)
+        engine = lm.new_engine()
+        engine.submit(requests(Sampling(temperature=0.0), 30)[0])
+        for _ in engine.run():
+            pass
+    assert (starts < 8) == rests
+    assert (budget.rest > 0) == rests

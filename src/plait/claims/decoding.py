@@ -133,6 +133,7 @@ def measure_decoding(
         )
     greedy = Sampling(temperature=0.0)
     plain = with_draft(lm, "none")
+    plain.time_passes()
     found: list[TaskRow] = []
     curve: dict[int, float] = {}
     for task in tasks:

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from plait.engine import LanguageModel
     from plait.text.words import Lexicon
 
-__all__ = ["delete_words", "manual_passages", "model_passages", "shuffle_sentences", "substitute_words"]
+__all__ = [
+    "HELD_OUT_SUBJECTS",
+    "delete_words",
+    "manual_passages",
+    "model_passages",
+    "shuffle_sentences",
+    "substitute_words",
+]
 
 _SUBJECTS = (
     "how glass is blown",
@@ -39,9 +46,20 @@ _SUBJECTS = (
 )
 
 
-def model_passages(lm: LanguageModel, count: int, *, tokens: int = 200, seed: int = 0) -> list[str]:
-    """Answers of a chat model about everyday subjects, each of `tokens` tokens at temperature 0.8."""
-    ids = [lm.encode_chat(f"Write about {subject}.") for subject in _SUBJECTS[:count]]
+HELD_OUT_SUBJECTS = 5
+"""So many subjects, the last ones, are for calibrating alone."""
+
+
+def model_passages(
+    lm: LanguageModel, count: int, *, tokens: int = 200, seed: int = 0, held_out: bool = False
+) -> list[str]:
+    """Answers of a chat model about everyday subjects, each of `tokens` tokens at temperature 0.8.
+
+    Args:
+        held_out: about the subjects that are for calibrating, and not about the others.
+    """
+    subjects = _SUBJECTS[-HELD_OUT_SUBJECTS:] if held_out else _SUBJECTS[:-HELD_OUT_SUBJECTS]
+    ids = [lm.encode_chat(f"Write about {subject}.") for subject in subjects[:count]]
     if len(ids) < count:
         raise MeasurementError(f"There are {len(ids)} subjects; {count} passages are wanted.")
     engine = lm.new_engine()
@@ -56,9 +74,18 @@ def model_passages(lm: LanguageModel, count: int, *, tokens: int = 200, seed: in
     return [sequence.result().text for sequence in running]
 
 
-def manual_passages(lm: LanguageModel, count: int, *, tokens: int = 200) -> list[str]:
-    """Passages of the prose of Python's manual, of `tokens` tokens, spread over its chapters."""
-    paragraphs = [paragraph for text in chapters().values() for paragraph in text.split("\n\n")]
+def manual_passages(
+    lm: LanguageModel, count: int, *, tokens: int = 200, held_out: bool | None = None
+) -> list[str]:
+    """Passages of the prose of Python's manual, of `tokens` tokens, spread over its chapters.
+
+    Args:
+        held_out: of every second chapter, which are for calibrating; or of the others; of all when left out.
+    """
+    texts = list(chapters().values())
+    if held_out is not None:
+        texts = texts[1 if held_out else 0 :: 2]
+    paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
     prose = [
         re.sub(r"\s+", " ", one).strip()
         for one in paragraphs

@@ -223,8 +223,12 @@ class Engine:
         for feed in feeds:
             if feed.sequence.request.trace:
                 self._tracer.watch(feed.past)
-        with self._drafting.beside(self._working_ahead(feeds)) as drafts:
-            computed = self._compute(feeds)
+        working = self._working_ahead(feeds)
+        start = self.draft_budget.clock()
+        with self._drafting.beside(working) as drafts:
+            computed = self._compute(feeds, is_alone=not working)
+        if working:
+            step = step._replace(seconds=self.draft_budget.clock() - start)
         with one_torch_thread(self.model):
             for feed, logits in computed:
                 self._finish(feed, logits, drafts, step, pieces)
@@ -345,7 +349,7 @@ class Engine:
         return {
             feed.sequence: (self._guessers[feed.sequence].speculator, feed.tree)
             for feed in feeds
-            if feed.tree is not None and self._guessers[feed.sequence].speculator.works_ahead
+            if feed.tree is not None and self._guessers[feed.sequence].account.is_beside
         }
 
     def _begin(self, sequence: RunningSequence) -> bool:
@@ -446,17 +450,17 @@ class Engine:
             self._scheduler.set_aside(sequence)
         self._counts = self._counts.after_preemption()
 
-    def _compute(self, feeds: list[Feed]) -> list[tuple[Feed, Tensor | Exception]]:
+    def _compute(self, feeds: list[Feed], *, is_alone: bool = True) -> list[tuple[Feed, Tensor | Exception]]:
         """Logits of every feed; where a forward pass fails, it is made again for each sequence alone."""
         if not feeds:
             return []
         try:
             with restored_on_failure([feed.past for feed in feeds]):
-                logits = forward(self.model, feeds, self.draft_budget)
+                logits = forward(self.model, feeds, self.draft_budget, is_alone=is_alone)
         except Exception as error:  # noqa: BLE001 - one bad sequence must not stop the others
             if len(feeds) == 1:
                 return [(feeds[0], error)]
-            return [result for feed in feeds for result in self._compute([feed])]
+            return [result for feed in feeds for result in self._compute([feed], is_alone=is_alone)]
         except BaseException:
             for feed in feeds:
                 self._account(feed.sequence)
@@ -480,7 +484,7 @@ class Engine:
         kept = [*range(prompt_rows), *(row_of[node] for node in path)]
         past.commit(None if len(kept) == len(feed.tokens) else kept)
         speculator, account = self._guessers[sequence]
-        speculator.observe(sequence.tokens, feed.tree, path, logits)
+        account.observe(speculator, sequence.tokens, feed.tree, path, logits)
         self.draft_budget.settle(account, feed.tree, path, sequence.tokens[-len(path) :], step)
         self._counts = self._counts.after_draft(feed.tree.num_scored - 1, len(path) - 1)
         if sequence.request.trace:

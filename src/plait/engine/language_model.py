@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
 
+import torch
+
 from plait.decode import Constraint, Sampling
 from plait.decode.bytes import Marginal
 from plait.decode.ngrams import NgramCounts
@@ -14,6 +16,7 @@ from plait.decode.speculate import DraftBudget, PassTimes, SpeculatorConfig
 from plait.engine.adapters import Adapters
 from plait.engine.byte_model import ByteLM, Settled
 from plait.engine.engine import Engine
+from plait.engine.passes import Timer, one_torch_thread
 from plait.engine.prefill import ROWS_PER_PASS, read_packed
 from plait.engine.request import Generation, Piece, Request
 from plait.engine.scoring import Score, score_windows, windows_of
@@ -115,6 +118,16 @@ class LanguageModel:
         self._new_speculator = draft.for_model(self.model, self.draft_model)
         self.draft_budget = DraftBudget(draft.budget, times=self._pass_times)
         self._draft = draft
+
+    @torch.inference_mode()
+    def time_passes(self) -> None:
+        """Time forward passes of a few rows, once, so that no request with a draft has to.
+
+        Raises:
+            IncompatibleError: the model has layers that take no drafts.
+        """
+        with one_torch_thread(self.model):
+            self.draft_budget.prepare(Timer(self.model, self.draft_budget.clock))
 
     def __repr__(self) -> str:
         return f"<LanguageModel {self.name}: memory={str(self.plan)!r}, draft={str(self.draft)!r}>"

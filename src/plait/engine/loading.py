@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Literal
 
-from plait.decode.speculate import SPECULATORS
+from plait.decode.speculate import SPECULATORS, Nothing
 from plait.engine.language_model import LanguageModel
 from plait.errors import ConfigError, IncompatibleError
 from plait.files import write_text
@@ -90,6 +90,10 @@ def load(
     )
     if adapter is not None:
         lm.adapters.add(adapter, use=True)
+    if not isinstance(speculator, Nothing):
+        # A model that takes no drafts says so to the first request.
+        with contextlib.suppress(IncompatibleError):
+            lm.time_passes()
     return lm
 
 

@@ -16,13 +16,15 @@ from plait.nn import Transformer
 __all__ = ["Timer", "forward", "one_torch_thread", "restored_on_failure"]
 
 # Tokens before the rows whose pass is timed; how much longer it takes behind more is learnt as it happens.
-_SHORT_PAST = 64
+_SHORT_PAST = 16
 
 
-def forward(model: Transformer, feeds: Sequence[Feed], budget: DraftBudget) -> Tensor:
+def forward(
+    model: Transformer, feeds: Sequence[Feed], budget: DraftBudget, *, is_alone: bool = True
+) -> Tensor:
     """Logits of the rows at which something is chosen: every scored node of every tree.
 
-    A pass without pieces of prompts tells the budget how long it took.
+    A pass without pieces of prompts tells the budget how long it took, if no draft works beside it.
     """
     segments: list[tuple[int, int, Mask]] = []
     wanted: list[int] = []
@@ -37,7 +39,7 @@ def forward(model: Transformer, feeds: Sequence[Feed], budget: DraftBudget) -> T
     pasts = [feed.past for feed in feeds]
     begin = budget.clock()
     logits = model.answer(tokens, Rows(segments), pasts, wanted=torch.tensor(wanted, dtype=torch.int64))
-    if len(wanted) == start:
+    if len(wanted) == start and is_alone:
         budget.times.observe(start, budget.clock() - begin)
     return logits
 

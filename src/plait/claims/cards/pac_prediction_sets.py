@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
 
 __all__ = ["CLAIM"]
 
 _PROMISES = {"tenth": 0.1, "fifth": 0.2}
 _DELTA = 0.05
+# Share of splits whose judged examples may miss the promise. That of all inputs is at most delta; a split of 800 has
+# errors of its own (where 160 of all 800 are missed, 0.065 of the splits look as if it were broken).
+_BROKEN = 0.08
+
+
+def _naive_index(covered: Sequence[Sequence[bool]], epsilon: float) -> int | None:
+    """The smallest threshold with an error of epsilon in calibration, which gives no confidence."""
+    shares = [sum(column) / len(covered) for column in zip(*covered, strict=True)]
+    return next((index for index, share in enumerate(shares) if share >= 1 - epsilon), None)
 
 
 def _measure(run: Run) -> Measurements:
     import math
+    from functools import partial
 
     import numpy as np
 
@@ -22,7 +34,7 @@ def _measure(run: Run) -> Measurements:
     from plait.engine import load
 
     grammar = language("python")
-    statements = list(return_statements())[::7][: run.pick(400, 40)]
+    statements = list(return_statements())[::3][: run.pick(800, 160)]
     lm = load("smollm2")
     examples = []
     for low in range(0, len(statements), 25):
@@ -76,19 +88,23 @@ def _measure(run: Run) -> Measurements:
         )
 
     quantities = {"predictions_that_are_right": Quantity(right / len(examples), "", samples=len(examples))}
-    draws, n = run.pick(200, 10), run.pick(200, 40)
+    draws, n = run.pick(200, 10), len(examples) // 4
     tables = {name: np.array(rows) for name, rows in covered.items()}
-    shares = {name: np.array(rows).mean(axis=0) for name, rows in removed.items()}
+    shares = {name: np.array(rows) for name, rows in removed.items()}
     for promise, epsilon in _PROMISES.items():
-        for name, table in tables.items():
+        ways = {name: (name, partial(calibrated_index, epsilon=epsilon, delta=_DELTA)) for name in tables}
+        ways["naive"] = ("holes_4", partial(_naive_index, epsilon=epsilon))
+        for name, (kind, choose) in ways.items():
             rng = np.random.default_rng(run.seed)
             broken, coverage, gone = [], [], []
             for _ in range(draws):
-                at = calibrated_index(table[rng.integers(0, len(table), n)].tolist(), epsilon, _DELTA)
-                held = 1.0 if at is None else float(table[:, at].mean())
+                order = rng.permutation(len(examples))
+                calibrating, judged = order[:n], order[n:]
+                at = choose(tables[kind][calibrating].tolist())
+                held = 1.0 if at is None else float(tables[kind][judged, at].mean())
                 broken.append(held < 1 - epsilon)
                 coverage.append(held)
-                gone.append(1.0 if at is None else shares[name][at])
+                gone.append(1.0 if at is None else float(shares[kind][judged, at].mean()))
             quantities[f"{name}_{promise}_removed"] = Quantity(float(np.mean(gone)), "", samples=draws)
             quantities[f"{name}_{promise}_coverage"] = Quantity(float(np.mean(coverage)), "", samples=draws)
             quantities[f"{name}_{promise}_broken"] = Quantity(float(np.mean(broken)), "", samples=draws)
@@ -108,10 +124,10 @@ CLAIM = Claim(
         "1 - delta, and that remove less than simpler sets do (the paper: PICARD on Spider, Codex on Python)."
     ),
     scale=(
-        "SmolLM2-135M-Instruct completing 400 return statements of Python's standard library, one of a function, from "
-        "about 50 tokens before each. 200 times, 200 examples are drawn with replacement to calibrate, and the error "
-        "is that over all 400, delta 0.05, 4 holes; the truth is then known exactly. Baselines with the same "
-        "calibration: the whole program or nothing, and each node by itself."
+        "SmolLM2-135M-Instruct completing 800 return statements of Python's standard library, one of a function, from "
+        "about 50 tokens before each. 200 times they are split at random: 200 calibrate, and the other 600 are judged; "
+        "delta 0.05, 4 holes. Baselines with the same calibration: the whole program or nothing, and each node by itself. "
+        "The naive threshold is the one whose error in calibration is epsilon."
     ),
     bars=tuple(
         bar
@@ -127,9 +143,9 @@ CLAIM = Claim(
             Bar(
                 quantity=f"holes_4_{promise}_broken",
                 relation="<=",
-                value=_DELTA,
+                value=_BROKEN,
                 unit="",
-                why="The promise may be broken in a share delta of the calibrations.",
+                why="The promise may be broken in a share delta of calibrations; that 600 stand for all adds some.",
             ),
             Bar(
                 quantity=f"removed_{promise}_of_whole",

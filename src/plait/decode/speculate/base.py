@@ -55,12 +55,23 @@ class Speculator:
             logits: (scored nodes, V), raw, in the order of `tree.scored`.
         """
 
+    def pass_over(self, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor) -> None:
+        """Learn from a pass in which guessing rested, with a root alone; what is dear may be left out.
+
+        Args: as of `observe`.
+        """
+        self.observe(tokens, tree, path, logits)
+
     def may_trim(self, sampler: Sampler) -> bool:
         """Whether guesses may be left out, or not made, without another text for the same seed.
 
         Where not, all that is proposed is scored, whether that pays or not.
         """
         return True
+
+    def may_rest(self, sampler: Sampler) -> bool:
+        """Whether nothing may be guessed for a while without another text for the same seed."""
+        return self.may_trim(sampler)
 
     def nbytes(self) -> int:
         """Bytes allocated for guessing; what several sequences share counts in each."""

@@ -9,6 +9,9 @@ Down a tree r never grows, so for each number of guesses the likeliest ones form
 and the best number is found by trying all of them. Where that gains less than 2 % over plain decoding, nothing
 is guessed. Times and probabilities are moving averages of what happened.
 
+What guessing costs is all that plain decoding would not do: rows, drafting, choosing and learning; where a draft works
+beside the pass, what the whole step takes longer. While guessing rests none of it is done.
+
 What is scored may depend on anything for nodes that were not drawn. For drawn nodes it is settled before they
 are drawn, by their place in the tree alone: a choice that looked at what was drawn would change the answer's law.
 """
@@ -22,6 +25,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from plait.decode.speculate.base import Speculator
 from plait.decode.speculate.tree import Context, Tree
@@ -32,6 +36,8 @@ __all__ = ["Account", "DraftBudget", "Mode", "PassTimes", "Proposal", "Step"]
 GRID = (1, 2, 4, 8, 16, 32, 64, 96)
 # What guessing must gain over plain decoding, and the share of a pass below which it is not worth a rest.
 _GAIN, _FREE = 1.02, 0.005
+# Share of the time that trying what did not pay may take: well below what guessing must gain.
+_TRIED = 0.01
 # Tokens of plain decoding before drafts that did not pay are tried again, and trees that are then tried.
 REST, TRIAL = 64, 8
 # Newest samples weigh at least this much in a moving average; a single time counts at most so many times over.
@@ -165,6 +171,10 @@ class Account:
         # Tokens that guesses added to a pass, and what they cost, in plain passes.
         self.gain, self.cost = _Mean(0.0), _Mean(0.0)
         self.draft_seconds, self.level_seconds = 0.0, _Mean(0.0)
+        # Seconds of choosing and learning since the last step was noted.
+        self.other_seconds = 0.0
+        # Of the step that is being made: whether nothing is guessed in it, and whether the draft works beside it.
+        self.is_resting = self.is_beside = False
         # The least reach of a drawn node that is scored, and the deepest level that is drafted.
         self.least = 0.0
         self.depth: int | None = None
@@ -176,11 +186,13 @@ class Account:
         """What a speculator guesses now, or nothing while guessing rests."""
         budget, self.draft_seconds = self.budget, 0.0
         is_free = budget.mode != "off" and speculator.may_trim(context.sampler)
+        self.is_resting = budget.mode == "auto" and self.rest > 0 and speculator.may_rest(context.sampler)
+        self.is_beside = speculator.works_ahead and not self.is_resting
+        if self.is_resting:
+            return Proposal(Tree.root(context.tokens[-1]), self, is_free)
         if is_free and isinstance(budget.mode, int):
             context = context._replace(budget=min(context.budget, budget.mode))
         elif is_free:
-            if self.rest > 0:
-                return Proposal(Tree.root(context.tokens[-1]), self, is_free)
             context = context._replace(width=self.width)
             if not self.trial and self.depth is not None:
                 context = context._replace(depth=self.depth)
@@ -188,6 +200,15 @@ class Account:
         tree = speculator.propose(context)
         self.draft_seconds = budget.clock() - start
         return Proposal(tree, self, is_free)
+
+    def observe(
+        self, speculator: Speculator, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor
+    ) -> None:
+        """Let a speculator learn from a checked tree, and count the time; arguments as of `Speculator.observe`."""
+        start = self.budget.clock()
+        learn = speculator.pass_over if self.is_resting else speculator.observe
+        learn(tokens, tree, path, logits)
+        self.other_seconds += self.budget.clock() - start
 
     def shape(self, tree: Tree) -> _Shape:
         """How likely each node of a tree is reached, and its rows."""
@@ -226,7 +247,7 @@ class Account:
             cost: of rows and drafting, in plain passes.
             levels: of the tree.
         """
-        if self.rest > 0:
+        if self.is_resting:
             self.rest -= 1
             self.budget.rest = self.rest
             if not self.rest:
@@ -241,11 +262,11 @@ class Account:
             self.trial -= 1
         elif self.trees % REST == 0:
             self.trial = 1
-        # What is tried may take 2 % of the time, so the dearer it is the fewer trees are tried.
+        # The dearer guessing is, the fewer trees are tried before it is known, and the longer it rests.
         spent = self.cost.value * self.gain.count
         is_known = self.gain.count >= _EVIDENCE or spent > 2 * REST * (_GAIN - 1)
         if is_known and self.cost.value > _FREE and 1 + self.gain.value < _GAIN * (1 + self.cost.value):
-            self.rest = max(REST, round(self.cost.value * min(self.gain.count, _EVIDENCE) / (_GAIN - 1)))
+            self.rest = max(REST, round(self.cost.value * min(self.gain.count, _EVIDENCE) / _TRIED))
             self.budget.rest = self.rest
 
     def plan(self, tree: Tree, shape: _Shape, rows: int, sequences: int) -> None:
@@ -302,6 +323,12 @@ class DraftBudget:
         self.times = PassTimes() if times is None else times
         self.chances = Chances()
         self.rest = 0
+        self._measuring = 0.0
+
+    def prepare(self, seconds_of: Callable[[int], float]) -> None:
+        """Time passes of a few rows now, once, so that no request waits for that."""
+        if self.mode == "auto":
+            self.times.measure(1 + _FIRST, seconds_of)
 
     def choose(
         self, proposals: Sequence[Proposal], rows: int, seconds_of: Callable[[int], float]
@@ -314,9 +341,34 @@ class DraftBudget:
             seconds_of: times a pass over so many rows.
         """
         trees = [proposal.tree for proposal in proposals]
-        if self.mode != "auto" or all(len(tree) == 1 for tree in trees):
+        if self.mode != "auto":
             return trees
-        self.times.measure(rows + _FIRST, seconds_of)
+        if any(proposal.account.is_beside for proposal in proposals):
+            # Without guesses that wait there is no tree yet, but the step is held to a plain one all the same.
+            self._measure(1, seconds_of)
+        if all(len(tree) == 1 for tree in trees):
+            return trees
+        start, self._measuring = self.clock(), 0.0
+        chosen = self._chosen(proposals, rows, seconds_of)
+        # Times are measured once for all, and are no part of what this step costs.
+        spent = self.clock() - start - self._measuring
+        guessing = [proposal.account for proposal in proposals if len(proposal.tree) > 1]
+        for account in guessing:
+            account.other_seconds += spent / len(guessing)
+        return chosen
+
+    def _measure(self, rows: int, seconds_of: Callable[[int], float]) -> bool:
+        start = self.clock()
+        found = self.times.measure(rows, seconds_of)
+        self._measuring += self.clock() - start
+        return found
+
+    def _chosen(
+        self, proposals: Sequence[Proposal], rows: int, seconds_of: Callable[[int], float]
+    ) -> list[Tree]:
+        """As `choose`, where something was guessed."""
+        trees = [proposal.tree for proposal in proposals]
+        self._measure(rows + _FIRST, seconds_of)
         kept: list[set[int]] = [set() for _ in trees]
         candidates: list[tuple[float, int, int, int]] = []
         gained = overhead = 0.0
@@ -325,7 +377,7 @@ class DraftBudget:
                 continue
             shape = account.shape(tree)
             rows += shape.cost[0] - 1
-            overhead += account.draft_seconds
+            overhead += account.draft_seconds + account.other_seconds
             guesses = [node for node in range(1, len(tree)) if node not in tree.probes]
             if is_free and not tree.drawn:
                 candidates += [(-shape.reach[node], place, node, shape.cost[node]) for node in guesses]
@@ -341,7 +393,7 @@ class DraftBudget:
             rates = _rates(reach, cost, rows, len(trees) + gained, self.times, overhead)
             count = int(np.argmax(rates))
             # Times beyond those that were measured are a guess, so what seems to pay there is measured first.
-            if not self.times.measure(rows + sum(cost[:count]), seconds_of):
+            if not self._measure(rows + sum(cost[:count]), seconds_of):
                 break
         if rates[count] >= _GAIN * rates[0]:
             for _, place, node, _ in candidates[:count]:
@@ -356,20 +408,25 @@ class DraftBudget:
         """Learn from a tree that was judged; arguments as of `Account.learn`, and the pass that it was in."""
         if self.mode != "auto":
             return
-        account.learn(tree, path, following)
+        start = self.clock()
+        if not account.is_resting:
+            account.learn(tree, path, following)
         if self.times.measured:
             without = step.rows - tree.num_scored + 1
             seconds = self.times([step.rows, without, step.sequences]).tolist()
             plain = seconds[2] / step.sequences
-            cost = (max(seconds[0] - seconds[1], 0.0) + account.draft_seconds) / plain
+            longer = (step.seconds if account.is_beside else seconds[0]) - seconds[1]
+            cost = (max(longer, 0.0) + account.draft_seconds + account.other_seconds) / plain
             account.note(len(path) - 1, cost, max(tree.depths()))
+        account.other_seconds = self.clock() - start
 
 
 class Step(NamedTuple):
-    """A forward pass: its rows, and how many sequences chose a token in it."""
+    """A forward pass: its rows, how many sequences chose a token in it, and its seconds if a draft worked beside it."""
 
     rows: int
     sequences: int
+    seconds: float = 0.0
 
 
 def _rates(

@@ -22,7 +22,7 @@ from plait.errors import ConfigError, IncompatibleError
 from plait.nn import Transformer
 from plait.spec import settings_of
 
-__all__ = ["Mix", "merged"]
+__all__ = ["Mix", "Union", "merged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +83,12 @@ class Mix(SpeculatorConfig, name="mix"):
                 f"No part of {self} has use for a draft model. Leave the draft model out."
             )
         makers = [part.for_model(target, draft if part.wants_draft_model else None) for part in self.parts]
-        return lambda: _Union([make() for make in makers])
+        return lambda: Union([make() for make in makers])
 
 
-class _Union(Speculator):
+class Union(Speculator):
+    """One tree of what several speculators guess, each of which learns from it what it would learn alone."""
+
     def __init__(self, parts: Sequence[Speculator]) -> None:
         self.parts = parts
         # Of the last tree: those of the parts, and which node of the whole each of their nodes is.
@@ -109,6 +111,10 @@ class _Union(Speculator):
                 place_of.setdefault(node, mine)
             rows = [row_of[nodes[mine]] for mine in view.scored]
             part.observe(tokens, view, [place_of[node] for node in path], logits[rows])
+
+    def pass_over(self, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor) -> None:
+        for part in self.parts:
+            part.pass_over(tokens, tree, path, logits)
 
     def may_trim(self, sampler: Sampler) -> bool:
         return all(part.may_trim(sampler) for part in self.parts)

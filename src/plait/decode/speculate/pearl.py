@@ -94,6 +94,9 @@ class _Ahead(Speculator):
         # What is drafted ahead takes no row of the pass that it is drafted beside; leaving out a window ends a run.
         return False
 
+    def may_rest(self, sampler: Sampler) -> bool:
+        return not self._is_seeded(sampler)
+
     def nbytes(self) -> int:
         return self.reader.past.nbytes()
 

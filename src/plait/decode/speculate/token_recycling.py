@@ -213,5 +213,9 @@ class _Recycler(Speculator):
         rows = sorted(range(len(scored)), key=lambda row: (scored[row] in accepted, -depths[scored[row]]))
         self.table.learn([tree.tokens[scored[row]] for row in rows], logits[rows])
 
+    def pass_over(self, tokens: Sequence[int], tree: Tree, path: Sequence[int], logits: Tensor) -> None:
+        # To look for the runners-up takes a hundredth of a pass of a small model.
+        self.table.follow(tokens[-2:])
+
     def nbytes(self) -> int:
         return self.table.nbytes()
