@@ -28,6 +28,9 @@ ENTRIES = [
     ("awq:bits=3", 0.25),
     ("awq:bits=4,grid=bitmod", 0.12),
     ("decoupleq:bits=2,epochs=0", 0.9),
+    ("db-llm", 0.5),
+    ("db-llm:start=nearest,group=40", 0.7),
+    ("db-llm:start=calibrated", 0.9),
 ]
 SPECS = [spec for spec, _ in ENTRIES]
 

@@ -6,6 +6,7 @@ from plait.weights.awq import AWQ
 from plait.weights.bitmod import BitMoD
 from plait.weights.bitstack import BitStack
 from plait.weights.coded import GRIDS, Coded
+from plait.weights.db_llm import DBLLM
 from plait.weights.decoupleq import DecoupleQ
 from plait.weights.format import (
     FORMATS,
@@ -29,6 +30,7 @@ from plait.weights.uniform import Uniform
 
 __all__ = [
     "AWQ",
+    "DBLLM",
     "FORMATS",
     "GPTQ",
     "GRIDS",
