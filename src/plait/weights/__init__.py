@@ -26,7 +26,9 @@ from plait.weights.gptq import GPTQ
 from plait.weights.hqq import HQQ
 from plait.weights.stacked_blocks import BlockStack
 from plait.weights.stats import Stats
+from plait.weights.tunable import Tunable, TunableCodes, tunable
 from plait.weights.uniform import Uniform
+from plait.weights.vq import VQ, Additive
 
 __all__ = [
     "AWQ",
@@ -36,6 +38,8 @@ __all__ = [
     "GRIDS",
     "HQQ",
     "PACKED_KINDS",
+    "VQ",
+    "Additive",
     "BitMoD",
     "BitStack",
     "BlockRun",
@@ -51,6 +55,9 @@ __all__ = [
     "Packed",
     "Stacked",
     "Stats",
+    "Tunable",
+    "TunableCodes",
     "Uniform",
     "WeightFormat",
+    "tunable",
 ]

@@ -157,7 +157,7 @@ class Coded(Packed, kind="coded"):
                 ("scales", self.scales),
                 ("zeros", self.zeros),
                 ("low_scales", self.low_scales),
-            )  # fmt: skip
+            )
             if tensor is not None
         }
         return from_groups(
@@ -166,10 +166,15 @@ class Coded(Packed, kind="coded"):
             self.code_rows()[rows],
             by_row["scales"],
             zeros=by_row.get("zeros"),
-            types=None if self.types is None else self._type_rows()[rows],
+            types=None if self.types is None else self.type_rows()[rows],
             row_scales=None if self.row_scales is None else self.row_scales.reshape(-1)[rows],
             low_scales=by_row.get("low_scales"),
         )
+
+    def tunable(self) -> Packed:
+        from plait.weights.tunable import TunableCodes
+
+        return TunableCodes(self)
 
     def nbytes(self) -> int:
         # The native form borrows these tensors.
@@ -194,7 +199,7 @@ class Coded(Packed, kind="coded"):
             raise ConfigError(f"it has the parts {sorted(tensors)}, not codes and scales")
         return cls(shape, grid, group, **tensors)
 
-    def _type_rows(self) -> Tensor:
+    def type_rows(self) -> Tensor:
         """Which special value each row has in each group, (O, G)."""
         assert self.types is not None
         spread = (self.types[..., None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)) & 3  # (T, G, 4, 4)

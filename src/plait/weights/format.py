@@ -117,6 +117,10 @@ class Packed(nn.Module):
         """The chosen rows, in the order given, as a matrix of the same form; (len(rows), I)."""
         raise NotImplementedError
 
+    def tunable(self) -> Packed | None:
+        """A `plait.weights.Tunable` of the same values, or None where this kind has none."""
+        return None
+
     def nbytes(self) -> int:
         """Bytes held by this matrix: every code, scale, table and index."""
         tensors = {t.untyped_storage().data_ptr(): t for t in [*self.parameters(), *self.buffers()]}
