@@ -17,7 +17,8 @@ __all__ = ["methods"]
 
 def methods(
     axis: Annotated[
-        str | None, typer.Argument(help="codecs, policies, weights, drafts, mixers, objectives or adapters.")
+        str | None,
+        typer.Argument(help="codecs, policies, weights, drafts, mixers, objectives, tuners or adapters."),
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -32,7 +33,7 @@ def methods(
     from plait.decode.speculate import SPECULATORS
     from plait.memory import CODECS, POLICIES
     from plait.nn.config import MIXERS
-    from plait.train import OBJECTIVES
+    from plait.train import OBJECTIVES, TUNERS
     from plait.weights import FORMATS
     from plait.weights.adapters import ADAPTERS
 
@@ -43,6 +44,7 @@ def methods(
         "drafts": SPECULATORS,
         "mixers": MIXERS,
         "objectives": OBJECTIVES,
+        "tuners": TUNERS,
         "adapters": ADAPTERS,
     }
     if axis is not None and axis not in axes:

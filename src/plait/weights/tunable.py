@@ -169,22 +169,27 @@ class TunableCodes(Tunable):
 
     @torch.no_grad()
     def nearest(self, target: Tensor, groups: Tensor) -> Tensor:
-        rows, columns = groups // self.shape[1], groups % self.shape[1]
-        levels = self.levels()[rows, self._group_of[columns]]  # (n, L)
+        levels, places = self.levels().flatten(0, 1), self._places_of(groups)
+        wanted, best = target[:, 0], self.codes[groups, 0]
+        error = (levels.flatten().take(places * levels.shape[1] + best) - wanted).abs_()
         # The last code of a table without special values is never used.
-        unused = self.grid.values and not self.grid.specials
-        if unused:
-            levels = levels[:, :-1]
-        error = (levels - target).abs()
-        best = error.argmin(dim=1, keepdim=True)
-        present = self.codes[groups].long()
-        is_nearer = error.gather(1, best) < error.gather(1, present)
-        return torch.where(is_nearer, best, present).to(torch.uint8)
+        unused = int(bool(self.grid.values and not self.grid.specials))
+        for code in range(levels.shape[1] - unused):
+            other = (levels[:, code].take(places) - wanted).abs_()
+            best = torch.where(other < error, code, best)
+            error = torch.minimum(error, other)
+        return best.to(torch.uint8)[:, None]
 
     @torch.no_grad()
     def decoded(self, codes: Tensor, groups: Tensor) -> Tensor:
-        rows, columns = groups // self.shape[1], groups % self.shape[1]
-        return self.levels()[rows, self._group_of[columns]].gather(1, codes.long())
+        levels = self.levels()
+        return levels.take(self._places_of(groups)[:, None] * levels.shape[2] + codes)
+
+    def _places_of(self, groups: Tensor) -> Tensor:
+        """Which of the O G groups with a common scale each weight is in."""
+        columns = self.shape[1]
+        count = int(self._group_of[-1]) + 1 if columns else 0
+        return groups.div(columns, rounding_mode="floor") * count + self._group_of[groups % columns]
 
     @torch.no_grad()
     def packed(self) -> Coded:
