@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import shlex
 import textwrap
@@ -134,6 +135,26 @@ def test_no_linearised_step_of_codes_raises_a_smooth_loss() -> None:
         matrix.codes.copy_(codes)
         assert float(quadratic(matrix, goal, curvature)) <= float(before) * (1 + 1e-6)
     assert moved > 100
+
+
+def test_a_step_of_codes_finds_the_best_of_all_codes_where_curvature_is_the_same_everywhere() -> None:
+    every = torch.tensor(list(itertools.product(range(4), repeat=6)), dtype=torch.uint8)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        matrix, goal = (
+            tunable(FORMATS.parse("uniform:bits=2,group=0").pack(torch.randn(1, 6)), "m"),
+            torch.randn(1, 6),
+        )
+        quadratic(matrix, goal, 3.0 * torch.eye(6))
+        assert matrix.gradient is not None
+        target = (matrix.dense() - matrix.gradient / 3.0).detach().reshape(-1, 1)
+        groups = torch.arange(6)
+        levels = torch.stack(
+            [matrix.decoded(every[:, i : i + 1], groups[i].expand(4096))[:, 0] for i in range(6)], dim=1
+        )
+        losses = (levels - goal).square().sum(dim=1)
+        reached = (matrix.decoded(matrix.nearest(target, groups), groups)[:, 0] - goal[0]).square().sum()
+        assert float(reached) == pytest.approx(float(losses.min()), rel=1e-5)
 
 
 @pytest.mark.parametrize("delta_decay", [0.0, 0.5, 1.0])

@@ -121,7 +121,7 @@ def unsure_nats(
     entropies, nats = [], []
     with torch.no_grad():
         for window in windows:
-            ids = torch.tensor(window)
+            ids = torch.as_tensor(window, dtype=torch.int64)
             entropies.append(torch.special.entr(logits(reference, ids).exp()).sum(dim=1))
             nats.append(-logits(model, ids).gather(1, ids[1:, None])[:, 0])
     entropy, all_nats = torch.cat(entropies), torch.cat(nats)

@@ -136,7 +136,9 @@ def test_bytes_of_the_file_are_those_of_the_matrices(source: Path, tmp_path: Pat
     assert stored - held == sum(4 * p.numel() for name, p in model.named_parameters() if "norm" in name)
 
 
-@pytest.mark.parametrize("spec", ["bitmod:bits=3,group=32", "bitstack:blocks=3"])
+@pytest.mark.parametrize(
+    "spec", ["bitmod:bits=3,group=32", "bitstack:blocks=3", "db-llm:group=32", "vq:books=1"]
+)
 def test_a_mutated_file_is_a_model_or_one_error(source: Path, tmp_path: Path, spec: str) -> None:
     path = quantized(source, tmp_path / "whole", spec)
     whole = path.read_bytes()

@@ -10,11 +10,11 @@ from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
 __all__ = ["CLAIM"]
 
 _FORMAT = "vq:books=1,group=8"
-_RATES = (0.003, 0.01, 0.03)
+_RATES = (0.02, 0.05, 0.1)
 _METHODS = {
     "values": "values",
-    "pv": "pv:fraction=0.1,trust=0.1,rate=0.03",
-    "pure_pv": "pv:fraction=0.1,trust=0.1,rate=0.3,delta_decay=1",
+    "pv": "pv:fraction=0.05,trust=0.1,rate=0.05",
+    "pure_pv": "pv:fraction=0.05,trust=0.1,rate=0.3,delta_decay=1",
     **{f"straight_{round(1000 * rate):03d}": f"straight-through:rate={rate}" for rate in _RATES},
 }
 
@@ -61,7 +61,7 @@ def _measure(run: Run) -> Measurements:
         steps, rows = run.pick(100, 1), run.pick(1024, 64)
         yield f"{steps} steps of {rows} tokens on SmolLM2"
         after = tuned(
-            "smollm2", made[format], Path(root) / "real-tuned", "pv", [calibration_text(run.pick(400_000, 4_000))],
+            "smollm2", made[format], Path(root) / "real-tuned", _METHODS["pv"], [calibration_text(run.pick(400_000, 4_000))],
             objective="distillation:hard=0", steps=steps, rows=rows, seed=run.seed,
         )  # fmt: skip
         quality = real.quality(load(after.folder, weights="file").model)
