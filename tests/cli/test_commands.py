@@ -104,7 +104,16 @@ def test_help_lists_every_command(plait: Callable[..., Result]) -> None:
             "holds no packed model",
         ),
         (
-            ["train", "weights", "--packed", "/no/such/folder", "--out", "/no/such/other", "--method", "valuse"],
+            [
+                "train",
+                "weights",
+                "--packed",
+                "/no/such/folder",
+                "--out",
+                "/no/such/other",
+                "--method",
+                "valuse",
+            ],
             "Did you mean 'values'",
         ),
         (["watermark", "detect", "/no/such/file", "--key-file", "/no/such/key"], "could not be read"),

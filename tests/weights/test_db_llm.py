@@ -8,7 +8,15 @@ from test_coded import stats_of, weights
 
 from plait.errors import ConfigError
 from plait.weights import DBLLM, FORMATS, Coded, DecoupleQ
-from plait.weights.db_llm import PlaneScales, best_scales, guarded, nearest_planes, plane_values
+from plait.weights.db_llm import (
+    _CLIPPING,
+    PlaneScales,
+    _clipped,
+    best_scales,
+    guarded,
+    nearest_planes,
+    plane_values,
+)
 from plait.weights.decoupleq import best_pairs, output_errors
 from plait.weights.gptq import damped
 
@@ -38,7 +46,10 @@ def test_a_new_matrix_is_an_ordinary_grid_of_two_bits(group: int) -> None:
 def test_planes_are_zeros_and_ones_times_their_scales() -> None:
     packed = DBLLM().pack(weights(20, 100))
     b1, b2, a1, a2 = planes_of(packed)
-    assert bool((a1 > 0).all() & (a2 < 0).all() & (a1 + a2 > 0).all())
+    side = torch.where(a1 > a2, 1.0, -1.0)
+    # Either side may be the long one.
+    assert 0.2 < float((side > 0).float().mean()) < 0.8
+    assert bool((side * a1 > 0).all() & (side * a2 < 0).all() & (side * (a1 + a2) > 0).all())
     assert torch.equal(packed.unpack(), b1 * a1 + b2 * a2)
     x = torch.randn(3, 100)
     masked = (x[:, None] * b1 * a1).sum(dim=2) + (x[:, None] * b2 * a2).sum(dim=2)
@@ -51,7 +62,8 @@ def test_planes_choose_the_nearest_level_and_ties_are_ones() -> None:
     count = 100_000
     weight = torch.randn(count, 1, generator=generator)
     low = -torch.rand(count, 1, generator=generator) - 1e-3
-    scales = guarded(-low + torch.rand(count, 1, generator=generator), low)
+    side = torch.where(torch.rand(count, 1, generator=generator) < 0.5, -1.0, 1.0)
+    scales = guarded(side * (-low + torch.rand(count, 1, generator=generator)), side * low)
     codes = nearest_planes(weight, scales, 0)
     levels = torch.stack([plane_values(torch.full_like(codes, code), scales, 0) for code in range(4)], dim=-1)
     best = (levels - weight[..., None]).abs().amin(dim=-1)
@@ -67,7 +79,9 @@ def test_scales_out_of_order_are_brought_back() -> None:
     high = torch.tensor([[1.0, -2.0, 0.5, 0.0, 3.0]])
     low = torch.tensor([[-2.0, 0.7, -0.5, 0.0, -1.0]])
     a1, a2 = guarded(high, low)
-    assert bool((a2 < 0).all() & (a1 + a2 > 0).all())
+    # The second is that of a mirror image.
+    side = torch.tensor([[1.0, -1.0, 1.0, 1.0, 1.0]])
+    assert bool((side * a2 < 0).all() & (side * (a1 + a2) > 0).all())
     assert a1[0, 4] == 3.0
     assert a2[0, 4] == -1.0
     with pytest.raises(ConfigError, match="65504"):
@@ -121,6 +135,19 @@ def test_calibrated_planes_keep_outputs_better() -> None:
     assert errors[-1] < 0.6 * errors[1]
     theirs = DecoupleQ(epochs=0).pack(weight, stats).unpack() - weight
     assert errors[-1] < 1.5 * float(output_errors(theirs, stats.hessian).sum())
+
+
+def test_a_mirrored_matrix_is_kept_as_the_mirror_image() -> None:
+    weight = weights(12, 128)
+    assert torch.equal(DBLLM().pack(-weight).unpack(), -DBLLM().pack(weight).unpack())
+    # Clipping does not move the mean of rows to one side, as it does where all groups reach farther up.
+    weight = weights(64, 512)
+    shifts = []
+    for sides in ((1, -1), (1,)):
+        scales = _clipped(weight, 64, _CLIPPING, sides)
+        values = plane_values(nearest_planes(weight, scales, 64), scales, 64)
+        shifts.append(abs(float((values - weight).mean())))
+    assert shifts[0] < 0.2 * shifts[1]
 
 
 def test_planes_are_sparse() -> None:

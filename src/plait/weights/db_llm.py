@@ -7,16 +7,18 @@ arXiv:2402.11960, section 3.1 (flexible dual binarization). A weight of a group 
 
 with b1 and b2 in {0, 1} and a1 > 0 > a2, a1 + a2 > 0; so the levels are a2 < 0 < a1 + a2 < a1, and b1 and b2 choose the
 nearest. The scales start at a1 = 2 s and a2 = -s, where s is that of ordinary levels s {-1, 0, 1, 2}; tuning moves
-them apart (`plait tune`, with the paper's loss `--objective dad`).
+them apart (`plait train weights`, with the paper's loss `--objective dad`).
 
-Choosing planes and scales in turns with the second moments of the inputs, as decoupleQ does for evenly spaced
-levels, is our addition.
+Two things are ours. A group whose long side is the negative one may have both scales negated, which the storage allows: if
+all groups reached farther up than down, clipping would move the mean of every row up. And planes and scales may be chosen
+in turns with the second moments of the inputs, as decoupleQ does for evenly spaced levels.
 
 Shapes: O output rows, I input columns, G groups of a row.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -89,7 +91,10 @@ class DBLLM(WeightFormat, name="db-llm"):
         weight = weight.detach().float()
         if not torch.isfinite(weight).all():
             raise ConfigError(f"{self.name} packs finite weights. The weight has NaN or infinite values.")
-        scales = _clipped(weight, self.group, _CLIPPING if self.start != "nearest" else (1.0,))
+        is_plain = self.start == "nearest"
+        scales = _clipped(
+            weight, self.group, (1.0,) if is_plain else _CLIPPING, (1,) if is_plain else (1, -1)
+        )
         if self.start != "calibrated":
             return packed_planes(nearest_planes(weight, scales, self.group), scales, self.group)
         hessian = damped(needed(f"{self} (start=calibrated)", stats).hessian, self.damping)
@@ -134,16 +139,17 @@ class DBLLM(WeightFormat, name="db-llm"):
 
 
 def guarded(high: Tensor, low: Tensor) -> PlaneScales:
-    """The nearest scales in fp16 whose levels are in order: a2 < 0 < a1 + a2.
+    """The nearest scales in fp16 whose levels are in order: a2 < 0 < a1 + a2, or the mirror image of that.
 
     Raises:
         ConfigError: one is above what fp16 holds, or not finite.
     """
-    low = half(low.clamp(max=-_LEAST), "Scales").float()
-    high = half(torch.maximum(high, _LEAST - low), "Scales").float()
+    side = torch.where(high < low, -1.0, 1.0)
+    low = half((side * low).clamp(max=-_LEAST), "Scales").float()
+    high = half(torch.maximum(side * high, _LEAST - low), "Scales").float()
     # Rounding may have brought a1 down to -a2; the next larger number of fp16 is at most 1/512 away.
     high = torch.where(high + low <= 0, half(-low * (1 + 2.0**-9) + _LEAST, "Scales").float(), high)
-    return PlaneScales(high, low)
+    return PlaneScales(side * high, side * low)
 
 
 def nearest_planes(weight: Tensor, scales: PlaneScales, group: int) -> Tensor:
@@ -186,28 +192,26 @@ def best_scales(
 
 def _planes(w: Tensor, a1: Tensor, a2: Tensor) -> tuple[Tensor, Tensor]:
     """b1 and b2 of weights whose scales have their shape."""
-    b1 = w - (a1 + a2) / 2 >= 0
-    b2 = -(w - torch.where(b1, a1, 0.0) - a2 / 2) >= 0
+    side = torch.where(a1 < a2, -1.0, 1.0)
+    b1 = side * (w - (a1 + a2) / 2) >= 0
+    b2 = -side * (w - torch.where(b1, a1, 0.0) - a2 / 2) >= 0
     return b1, b2
 
 
-def _clipped(weight: Tensor, group: int, factors: Sequence[float]) -> PlaneScales:
-    """Scales 2 s and -s of each group, s by the share of its extremes that has the least squared error."""
+def _clipped(weight: Tensor, group: int, factors: Sequence[float], sides: Sequence[int]) -> PlaneScales:
+    """Scales 2 s and -s of each group, by the share of its extremes, and the side, that have the least squared error."""
     found = []
     for part in grouped(weight, group):
-        # s {-1, 0, 1, 2} reaches both ends.
-        full = torch.maximum(part.amax(dim=2) / 2, -part.amin(dim=2))
-        best_error = torch.full_like(full, torch.inf)
-        best = full
-        for factor in factors:
-            low = half((full * factor).clamp(min=_LEAST), "Scales").float()
-            b1, b2 = _planes(part, 2 * low[..., None], -low[..., None])
-            values = (2 * b1.float() - b2.float()) * low[..., None]
-            error = (values - part).square().sum(dim=2)
-            best, best_error = (
-                torch.where(error < best_error, low, best),
-                torch.minimum(error, best_error),
-            )
+        least = torch.full(part.shape[:2], torch.inf)
+        best = torch.zeros(part.shape[:2])
+        for side, factor in itertools.product(sides, factors):
+            # s {-1, 0, 1, 2} reaches both ends of the group, or of its mirror image.
+            full = torch.maximum((side * part).amax(dim=2) / 2, (-side * part).amax(dim=2))
+            s = side * half((full * factor).clamp(min=_LEAST), "Scales").float()
+            b1, b2 = _planes(part, 2 * s[..., None], -s[..., None])
+            error = ((2 * b1.float() - b2.float()) * s[..., None] - part).square().sum(dim=2)
+            best = torch.where(error < least, s, best)
+            least = torch.minimum(error, least)
         found.append(best)
     s = torch.cat(found, dim=1)
     return guarded(2 * s, -s)
