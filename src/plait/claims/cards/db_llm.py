@@ -57,26 +57,24 @@ def _measure(run: Run) -> Measurements:
             found["even_05_nats"].value - found["planes_05_nats"].value, "nats"
         )
 
-        # A real model, tuned on what it writes itself.
-        starts = {
-            "search": "db-llm:start=search",
-            "calibrated": f"db-llm:start=calibrated,rounds={run.pick(4, 1)}",
-        }
-        made = yield from packed(
-            "smollm2", list(starts.values()), Path(root) / "real", samples=run.pick(16, 1)
-        )
-        writer = load("smollm2")
-        yield "SmolLM2 writes"
-        texts = sampled_text(writer, run.pick(128, 2), run.pick(256, 48), seed=run.seed)
-        real = judge_of(run, load("smollm2", weights="fp32"), windows=2)
-        for name, format in starts.items():
-            before = load(made[format], weights="file").model
+        # A real model, tuned on what it writes itself; a quick run calibrates the small one.
+        formats = {"search": "db-llm:start=search", "calibrated": "db-llm:start=calibrated"}
+        sources = {"search": "smollm2", "calibrated": run.pick("smollm2", str(model))}
+        sizes = {"smollm2": run.pick((128, 256), (2, 48)), str(model): (8, 128)}
+        for name, source in sources.items():
+            made = yield from packed(
+                source, [formats[name]], Path(root) / f"real-{name}", samples=run.pick(16, 1)
+            )
+            yield f"{source} writes"
+            texts = sampled_text(load(source), *sizes[source], seed=run.seed)
+            real = judge_of(run, load(source, weights="fp32"), windows=2)
+            before = load(made[formats[name]], weights="file").model
             start = real.quality(before)
             steps, rows = run.pick(100, 1), run.pick(512, 32)
-            yield f"{steps} steps of {rows} tokens: {format}, {start.nats:.2f} nats as it starts"
+            yield f"{steps} steps of {rows} tokens: {formats[name]}, {start.nats:.2f} nats as it starts"
             # Calibrated planes are kept: the nearest of the model's own weights would be others.
             done = tuned(
-                "smollm2", made[format], Path(root) / name, _PLANES if name == "search" else _EVEN, texts,
+                source, made[formats[name]], Path(root) / name, _PLANES if name == "search" else _EVEN, texts,
                 objective="dad", steps=steps, rows=rows, learning_rate=5e-3, seed=run.seed,
             )  # fmt: skip
             quality = real.quality(load(done.folder, weights="file").model)
