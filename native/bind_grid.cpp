@@ -34,7 +34,7 @@ const uint8_t* bytes_of(const ConstArray& array) { return static_cast<const uint
 
 void make_grid(BoundGrid* self, int64_t rows, int64_t columns, int bits, int64_t group, const ConstArray& codes,
                const ConstArray& scales, const Half& zeros, const Half& types, const Half& row_scales,
-               const std::vector<int>& values, const std::vector<int>& specials) {
+               const std::vector<int>& values, const std::vector<int>& specials, const Half& low_scales) {
     if (rows < 0 || columns < kBlock || columns % kBlock != 0) refuse("A grid matrix needs a multiple of 32 columns.");
     if (bits != 2 && bits != 3 && bits != 4 && bits != 8) refuse("A grid matrix has codes of 2, 3, 4 or 8 bits.");
     if (group < kBlock || (group % kBlock != 0 && group < columns)) refuse("A group must be a multiple of 32 columns.");
@@ -43,6 +43,7 @@ void make_grid(BoundGrid* self, int64_t rows, int64_t columns, int bits, int64_t
         refuse("A table must have one value for each code of 3 or 4 bits.");
     if (specials.size() != (types ? 4u : 0u) || (types && !is_table)) refuse("A table with types must have four special values.");
     if (is_table && zeros) refuse("A table has no zeros.");
+    if (low_scales && (bits != 2 || is_table || zeros || row_scales)) refuse("Only codes of 2 bits have scales of each bit, and nothing else.");
     GridView w{};
     w.rows = rows;
     w.columns = columns;
@@ -51,7 +52,7 @@ void make_grid(BoundGrid* self, int64_t rows, int64_t columns, int bits, int64_t
     w.group = std::min(group, columns);
     w.groups = (columns + w.group - 1) / w.group;
     w.is_table = is_table;
-    w.offset = is_table ? kGridOffset : 1 << (bits - 1);
+    w.offset = is_table ? kGridOffset : low_scales ? 0 : 1 << (bits - 1);
     const int64_t tiles = (rows + kTile - 1) / kTile;
     std::vector<ConstArray> arrays{codes, scales};
     check_type<uint8_t>(codes, "codes", "uint8");
@@ -77,6 +78,13 @@ void make_grid(BoundGrid* self, int64_t rows, int64_t columns, int bits, int64_t
         check_contiguous(*zeros, "zeros");
         w.zeros = bytes_of(*zeros);
         arrays.push_back(*zeros);
+    }
+    if (low_scales) {
+        if (number_of(*low_scales, "low_scales") != Number::fp16) refuse("low_scales must be float16.");
+        check_shape(*low_scales, "low_scales", {tiles, w.groups, kTile});
+        check_contiguous(*low_scales, "low_scales");
+        w.low_scales = bytes_of(*low_scales);
+        arrays.push_back(*low_scales);
     }
     if (types) {
         check_type<uint8_t>(*types, "types", "uint8");
@@ -126,7 +134,8 @@ void grid_exact(const BoundGrid& matrix, const ConstArray& x, const Array& y) {
 void bind_grid(nb::module_& m) {
     nb::class_<BoundGrid, PackedMatrix>(m, "GridMatrix")
         .def("__init__", &make_grid, "rows"_a, "columns"_a, "bits"_a, "group"_a, "codes"_a, "scales"_a,
-             "zeros"_a.none(), "types"_a.none(), "row_scales"_a.none(), "values"_a, "specials"_a);
+             "zeros"_a.none(), "types"_a.none(), "row_scales"_a.none(), "values"_a, "specials"_a,
+             "low_scales"_a.none() = nb::none());
     m.def("grid_exact", &grid_exact, "matrix"_a, "x"_a, "y"_a);
 }
 

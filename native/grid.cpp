@@ -39,6 +39,10 @@ void GridMatrix::unpack_row(int64_t row, float* out) const {
         const int64_t group = tile * w.groups + column / w.group, at = group * kTile + r;
         const int code = code_at(w.codes + (tile * num_blocks + column / kBlock) * 64 * w.bits, w.bits, int(r), int(column % kBlock));
         float value;
+        if (w.low_scales != nullptr) {
+            out[column] = (code & 2 ? half_at(w.scales, at) : 0.0f) + (code & 1 ? half_at(w.low_scales, at) : 0.0f);
+            continue;
+        }
         if (w.is_table) {
             int u = w.table[code];
             if (w.types != nullptr && code == last) u = w.specials[(w.types[4 * group + r / 4] >> (2 * (r % 4))) & 3] & 255;

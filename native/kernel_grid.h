@@ -3,8 +3,12 @@
 // A code becomes a byte u: itself where levels are evenly spaced, else an entry of a table of 16, plus
 // kGridOffset so that no entry is negative. The last code of a table may stand for a value that each row chooses
 // in each group. Lane r belongs to output row r of the tile.
+//
+// Where both bits of a code have scales of their own, the matrix is the sum of two matrices of codes 0 and 1, and a
+// product the sum over the blocks of the high bits, then over those of the low bits.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -18,6 +22,14 @@
 
 namespace plait {
 namespace {
+
+// One of the two matrices of single bits that a matrix is the sum of.
+inline GridView plane_of(const GridView& w, int plane) {
+    GridView view = w;
+    view.plane = plane;
+    if (plane == 1) view.scales = w.low_scales;
+    return view;
+}
 
 #ifdef __AVX512VNNI__
 
@@ -221,10 +233,10 @@ struct GridLanes {
 
 #ifdef __AVX2__
 
-// Bits of a code, whether codes are looked up, and whether the last one is special.
-template <int Bits_, bool IsTable_, bool HasSpecials_>
+// Bits of a code, whether codes are looked up, whether the last one is special, and the one bit that is looked at, if any.
+template <int Bits_, bool IsTable_, bool HasSpecials_, int Plane_ = -1>
 struct GridFormat {
-    static constexpr int Bits = Bits_;
+    static constexpr int Bits = Bits_, Plane = Plane_;
     static constexpr bool IsTable = IsTable_, HasSpecials = HasSpecials_;
     static constexpr int Top = Bits == 8 ? 255 : IsTable ? 2 * kGridOffset : 15;
 };
@@ -247,6 +259,15 @@ struct GridKernels {
                 const U packed = L::plane(p + 64 * j);
                 u[2 * j] = L::field<0, 15>(packed);
                 u[2 * j + 1] = L::field<4, 15>(packed);
+            }
+        } else if constexpr (Fmt::Plane >= 0) {
+            constexpr int bit = 1 - Fmt::Plane;
+            for (int j = 0; j < 2; ++j) {
+                const U packed = L::plane(p + 64 * j);
+                u[4 * j] = L::field<bit, 1>(packed);
+                u[4 * j + 1] = L::field<2 + bit, 1>(packed);
+                u[4 * j + 2] = L::field<4 + bit, 1>(packed);
+                u[4 * j + 3] = L::field<6 + bit, 1>(packed);
             }
         } else {
             for (int j = 0; j < 2; ++j) {
@@ -295,17 +316,28 @@ struct GridKernels {
         return group;
     }
 
+    template <int Rows>
+    static void clear(F (&sum)[kParts][Rows]) {
+        for (int part = 0; part < kParts; ++part)
+            for (int m = 0; m < Rows; ++m) sum[part][m] = L::zero();
+    }
+
     // y[row][r] = row_scale[r] * sum over blocks b of scale[b, r] * x_scale[b] * sum(u * q), less what zeros take
     // off, in the order of b. Nothing here depends on how many rows the chunk has: `stride`, of which `Rows` are taken.
     template <class Fmt, int Rows>
     static void tile(const GridView& w, int64_t tile, const int8_t* x, const RowBlock* xb, int stride, float* out) {
+        F sum[kParts][Rows];
+        clear<Rows>(sum);
+        add_tile<Fmt, Rows>(w, tile, x, xb, stride, sum);
+        finish<Rows>(w, tile, sum, out);
+    }
+
+    template <class Fmt, int Rows>
+    static void add_tile(const GridView& w, int64_t tile, const int8_t* x, const RowBlock* xb, int stride, F (&sum)[kParts][Rows]) {
         constexpr int64_t kBytes = 64 * Fmt::Bits;
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
         const int shift = (w.zeros != nullptr ? 0 : w.offset) - (Fmt::Bits == 8 ? L::kLess : 0);
         const L::Table table = L::table(w.table);
-        F sum[kParts][Rows];
-        for (int part = 0; part < kParts; ++part)
-            for (int m = 0; m < Rows; ++m) sum[part][m] = L::zero();
         const uint8_t* at = w.codes + tile * num_blocks * kBytes;
         for (int64_t g = 0; g < w.groups; ++g) {
             Group groups[kParts];
@@ -331,19 +363,23 @@ struct GridKernels {
                 }
             }
         }
-        finish<Rows>(w, tile, sum, out);
     }
 
     // The same with activations in fp32: x has row stride ldx.
     template <class Fmt, int Rows>
     static void exact(const GridView& w, int64_t tile, const float* x, int64_t ldx, float* out) {
+        F sum[kParts][Rows];
+        clear<Rows>(sum);
+        add_exact<Fmt, Rows>(w, tile, x, ldx, sum);
+        finish<Rows>(w, tile, sum, out);
+    }
+
+    template <class Fmt, int Rows>
+    static void add_exact(const GridView& w, int64_t tile, const float* x, int64_t ldx, F (&sum)[kParts][Rows]) {
         constexpr int64_t kBytes = 64 * Fmt::Bits;
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
         const L::Table table = L::table(w.table);
         const F offset = L::set1(float(w.offset));
-        F sum[kParts][Rows];
-        for (int part = 0; part < kParts; ++part)
-            for (int m = 0; m < Rows; ++m) sum[part][m] = L::zero();
         for (int64_t g = 0; g < w.groups; ++g) {
             const int64_t first = g * per_group;
             const int64_t last = first + per_group < num_blocks ? first + per_group : num_blocks;
@@ -364,7 +400,6 @@ struct GridKernels {
                 for (int m = 0; m < Rows; ++m) sum[part][m] = L::fma(group.scale, inner[m], sum[part][m]);
             }
         }
-        finish<Rows>(w, tile, sum, out);
     }
 
     template <int Rows>
@@ -446,11 +481,60 @@ struct GridKernels {
         return w.types != nullptr ? function(GridFormat<4, true, true>{}) : function(GridFormat<4, true, false>{});
     }
 
+    using High = GridFormat<2, false, false, 0>;
+    using Low = GridFormat<2, false, false, 1>;
+
+    // Tile `t` of a matrix of two planes times rows [first, last).
+    static void planes_tile(const GridView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+        const GridView high = plane_of(w, 0), low = plane_of(w, 1);
+        int64_t row = first;
+        if constexpr (kHasPairs<S>) {
+            const auto widen_high = [&](Panel& panel, int64_t begin, int64_t end) { fill<High>(high, t, begin, end, panel); };
+            const auto widen_low = [&](Panel& panel, int64_t begin, int64_t end) { fill<Low>(low, t, begin, end, panel); };
+            Pairs<S>::template run<1, false>(x, first, last, out, widen_high);
+            row = Pairs<S>::template run<1, false>(x, first, last, out, widen_low, true);
+        }
+        for (int rows = 0; row < last; row += rows) {
+            rows = chunk_rows(x.rows - row);
+            const auto some = [&](auto taken, int m) {
+                const int8_t* codes = x.codes_of(row, 0, rows) + m * kBlockCodes;
+                const RowBlock* blocks = x.blocks_of(row, 0, rows) + m;
+                F sum[kParts][taken];
+                clear<taken>(sum);
+                add_tile<High, taken>(high, t, codes, blocks, rows, sum);
+                add_tile<Low, taken>(low, t, codes, blocks, rows, sum);
+                finish<taken>(w, t, sum, out + (row - first + m) * kTile);
+            };
+            int m = 0;
+            if constexpr (!kHasPairs<S>)
+                for (; m + L::kRows <= rows; m += L::kRows) some(std::integral_constant<int, L::kRows>{}, m);
+            for (; m < rows; ++m) some(std::integral_constant<int, 1>{}, m);
+        }
+    }
+
+    template <int Rows>
+    static void planes_exact(const GridView& high, const GridView& low, int64_t t, const float* x, int64_t ldx, float* out) {
+        F sum[kParts][Rows];
+        clear<Rows>(sum);
+        add_exact<High, Rows>(high, t, x, ldx, sum);
+        add_exact<Low, Rows>(low, t, x, ldx, sum);
+        finish<Rows>(high, t, sum, out);
+    }
+
     static void grid_tile(const GridView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+        if (w.low_scales != nullptr) return planes_tile(w, t, x, first, last, out);
         with_format(w, [&](auto format) { tile_of<decltype(format)>(w, t, x, first, last, out); });
     }
 
     static void grid_exact(const GridView& w, int64_t t, const float* x, int64_t ldx, int rows, float* out) {
+        if (w.low_scales != nullptr) {
+            const GridView high = plane_of(w, 0), low = plane_of(w, 1);
+            int m = 0;
+            for (; m + L::kRows <= rows; m += L::kRows)
+                planes_exact<L::kRows>(high, low, t, x + m * ldx, ldx, out + m * kTile);
+            for (; m < rows; ++m) planes_exact<1>(high, low, t, x + m * ldx, ldx, out + m * kTile);
+            return;
+        }
         with_format(w, [&](auto format) { exact_of<decltype(format)>(w, t, x, ldx, rows, out); });
     }
 };
@@ -471,6 +555,7 @@ struct GridKernels {
                 if (w.bits == 8) code = p[64 * g + i];
                 else if (w.bits == 4) code = (p[64 * (g / 2) + i] >> (4 * (g & 1))) & 15;
                 else code = (p[64 * (g / 4) + i] >> (2 * (g & 3))) & 3;
+                if (w.low_scales != nullptr) code = (code >> (1 - w.plane)) & 1;
                 if (w.bits == 3) code |= ((p[128 + i] >> g) & 1) << 2;
                 if (w.is_table) {
                     const int row = i / 4;
@@ -514,21 +599,24 @@ struct GridKernels {
     }
 
     static void grid_tile(const GridView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
-        const auto widen = [&](Panel& panel, int64_t begin, int64_t end) { fill(w, t, begin, end, panel); };
-        int64_t row = w.zeros != nullptr ? Pairs<S>::template run<1, true>(x, first, last, out, widen)
-                                         : Pairs<S>::template run<1, false>(x, first, last, out, widen);
-        finish(w, t, row - first, out);
-        for (int rows = 0; row < last; row += rows) {
-            rows = chunk_rows(x.rows - row);
-            small_chunk(w, t, x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), rows, out + (row - first) * kTile);
+        std::fill_n(out, (last - first) * kTile, 0.0f);
+        for (int plane = 0; plane < (w.low_scales != nullptr ? 2 : 1); ++plane) {
+            const GridView of = w.low_scales != nullptr ? plane_of(w, plane) : w;
+            const auto widen = [&](Panel& panel, int64_t begin, int64_t end) { fill(of, t, begin, end, panel); };
+            int64_t row = w.zeros != nullptr ? Pairs<S>::template run<1, true>(x, first, last, out, widen, true)
+                                             : Pairs<S>::template run<1, false>(x, first, last, out, widen, true);
+            for (int rows = 0; row < last; row += rows) {
+                rows = chunk_rows(x.rows - row);
+                add_small_chunk(of, t, x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), rows, out + (row - first) * kTile);
+            }
         }
+        finish(w, t, last - first, out);
     }
 
-    static void small_chunk(const GridView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
+    static void add_small_chunk(const GridView& w, int64_t t, const int8_t* x, const RowBlock* xb, int rows, float* out) {
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
         const int less = w.bits == 8 ? 128 : 0;  // of every byte, as the vector path has it
         const int shift = (w.zeros != nullptr ? 0 : w.offset) - less;
-        for (int i = 0; i < rows * kTile; ++i) out[i] = 0.0f;
         uint8_t u[8][kBytes];
         for (int64_t b = 0; b < num_blocks; ++b, x += rows * kBlockCodes, xb += rows) {
             const int64_t group = t * w.groups + b / per_group;
@@ -551,12 +639,17 @@ struct GridKernels {
                 }
             }
         }
-        finish(w, t, rows, out);
     }
 
     static void grid_exact(const GridView& w, int64_t t, const float* x, int64_t ldx, int rows, float* out) {
+        std::fill_n(out, rows * kTile, 0.0f);
+        for (int plane = 0; plane < (w.low_scales != nullptr ? 2 : 1); ++plane)
+            add_exact(w.low_scales != nullptr ? plane_of(w, plane) : w, t, x, ldx, rows, out);
+        finish(w, t, rows, out);
+    }
+
+    static void add_exact(const GridView& w, int64_t t, const float* x, int64_t ldx, int rows, float* out) {
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
-        for (int i = 0; i < rows * kTile; ++i) out[i] = 0.0f;
         uint8_t u[8][kBytes];
         float inner[kRowChunk * kTile];
         for (int64_t g = 0; g < w.groups; ++g) {
@@ -577,7 +670,6 @@ struct GridKernels {
             for (int i = 0; i < rows * kTile; ++i)
                 out[i] = std::fma(scale_of(w, group * kTile + i % kTile), inner[i], out[i]);
         }
-        finish(w, t, rows, out);
     }
 
     static void finish(const GridView& w, int64_t t, int64_t rows, float* out) {

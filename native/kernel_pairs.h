@@ -81,13 +81,13 @@ struct Pairs {
     }
 
     // The chunks of pairs, of 8 and 4 rows, among rows [first, last) times a tile: out[row - first][16]. `fill` widens blocks
-    // [begin, end) of the tile. Returns the first row of a smaller chunk.
+    // [begin, end) of the tile. Added to what is in `out` where `adds`. Returns the first row of a smaller chunk.
     template <int Groups, bool HasMinima, class Fill>
-    static int64_t run(const QuantizedRows& x, int64_t first, int64_t last, float* out, Fill fill) {
+    static int64_t run(const QuantizedRows& x, int64_t first, int64_t last, float* out, Fill fill, bool adds = false) {
         int64_t until = first;
         while (until < last && chunk_rows(x.rows - until) >= S::kPairRows) until += chunk_rows(x.rows - until);
         if (until == first) return first;
-        std::memset(out, 0, size_t((until - first) * kTile) * sizeof(float));
+        if (!adds) std::memset(out, 0, size_t((until - first) * kTile) * sizeof(float));
         const int64_t num_blocks = x.columns / kBlock;
         Panel panel;
         for (int64_t begin = 0; begin < num_blocks; begin += kPanelBlocks) {

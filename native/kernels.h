@@ -91,6 +91,8 @@ struct GridView {
     const uint8_t* zeros;       // fp16; null for none
     const uint8_t* types;       // [tile][group][4]: 2 bits a row; null for none
     const float* row_scales;    // null for none
+    const uint8_t* low_scales;  // fp16, of the low bits where both bits of a code have scales of their own; null for none
+    int plane;                  // of these the one that is looked at: 0 for the high bits, 1 for the low ones
     uint8_t table[16];          // entries plus kGridOffset
     uint32_t specials[4];       // the four bytes of the last code, each four times over
 };

@@ -99,6 +99,23 @@ def test_help_lists_every_command(plait: Callable[..., Result]) -> None:
             ["train", "adapter", "/no/such.txt", "--out", "/no/such/folder", "--method", "lorra"],
             "Did you mean 'lora'",
         ),
+        (
+            ["train", "weights", "--packed", "/no/such/folder", "--out", "/no/such/other"],
+            "holds no packed model",
+        ),
+        (
+            [
+                "train",
+                "weights",
+                "--packed",
+                "/no/such/folder",
+                "--out",
+                "/no/such/other",
+                "--method",
+                "valuse",
+            ],
+            "Did you mean 'values'",
+        ),
         (["watermark", "detect", "/no/such/file", "--key-file", "/no/such/key"], "could not be read"),
         (["bench", "decode", "--draft", "nonsense"], "Unknown speculator 'nonsense'"),
         (["bench", "bibench", "--method", "recuu"], "Did you mean 'recu'"),

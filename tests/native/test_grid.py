@@ -19,6 +19,8 @@ KINDS = [
     ("uniform4", 96, True),
     *((name, 64, False) for name in ("fp3", "fp4", "bitmod3", "bitmod4")),
     ("bitmod3", 128, False),
+    ("planes", 64, False),
+    ("planes", 96, False),
 ]
 
 
@@ -31,6 +33,9 @@ def random_matrix(
     codes = torch.randint(0, 1 << grid.bits, (rows, columns)).to(torch.uint8)
     if extreme:
         codes[:] = torch.where(torch.rand(rows, 1) < 0.5, 0, (1 << grid.bits) - 1)
+    if grid.has_planes:
+        scales, low_scales = (torch.randn(2, rows, groups) * 0.02).half()
+        return from_groups(grid, group, codes, scales, low_scales=low_scales)
     if not grid.values:
         scales = (torch.randn(rows, groups) * 0.02).half()
         high = 2.0**grid.bits

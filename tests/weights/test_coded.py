@@ -28,6 +28,9 @@ ENTRIES = [
     ("awq:bits=3", 0.25),
     ("awq:bits=4,grid=bitmod", 0.12),
     ("decoupleq:bits=2,epochs=0", 0.9),
+    ("db-llm", 0.5),
+    ("db-llm:start=nearest,group=40", 0.7),
+    ("db-llm:start=calibrated", 0.9),
 ]
 SPECS = [spec for spec, _ in ENTRIES]
 
@@ -181,7 +184,7 @@ def test_bitmod_finds_the_grid_that_brute_force_finds(bits: int) -> None:
     )
     weight[0], weight[1] = torch.arange(32) - 16.0, torch.arange(32) % 5 * 0.5
     packed = BitMoD(bits=bits, group=32).pack(weight)
-    types = packed._type_rows()[:, 0]
+    types = packed.type_rows()[:, 0]
     for row in range(300):
         error, scale, number = searched(weight[row], bits)
         assert int(types[row]) == number
@@ -193,7 +196,7 @@ def test_bitmod_finds_the_grid_that_brute_force_finds(bits: int) -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_bitmod_values_are_row_scale_times_step_times_table(bits: int) -> None:
     packed = BitMoD(bits=bits, group=48).pack(weights(20, 100))
-    codes, types = packed.code_rows(), packed._type_rows()
+    codes, types = packed.code_rows(), packed.type_rows()
     scales = packed.per_group(packed.scales)
     grid = GRIDS[f"bitmod{bits}"]
     for row, column in itertools.product(range(20), range(100)):
@@ -214,7 +217,7 @@ def test_bitmod_scales_with_powers_of_two_and_mirrors(seed: int, power: int, bit
     assert torch.equal(mirrored.unpack(), -packed.unpack())
     # Each grid's mirror image has the neighbouring number; groups without the special value say nothing.
     is_used = packed.code_rows().view(4, 2, 64).eq(2**bits - 1).any(dim=2)
-    assert torch.equal((mirrored._type_rows() ^ 1)[is_used], packed._type_rows()[is_used])
+    assert torch.equal((mirrored.type_rows() ^ 1)[is_used], packed.type_rows()[is_used])
 
 
 @pytest.mark.parametrize("types", ["er", "ea", "none"])

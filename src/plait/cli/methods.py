@@ -18,7 +18,7 @@ __all__ = ["methods"]
 def methods(
     axis: Annotated[
         str | None,
-        typer.Argument(help="codecs, policies, weights, drafts, mixers, objectives, adapters or binary."),
+        typer.Argument(help="codecs, policies, weights, drafts, mixers, objectives, tuners, adapters or binary."),
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -33,7 +33,7 @@ def methods(
     from plait.decode.speculate import SPECULATORS
     from plait.memory import CODECS, POLICIES
     from plait.nn.config import MIXERS
-    from plait.train import OBJECTIVES
+    from plait.train import OBJECTIVES, TUNERS
     from plait.weights import FORMATS
     from plait.weights.adapters import ADAPTERS
     from plait.weights.binary import BINARIZERS
@@ -45,6 +45,7 @@ def methods(
         "drafts": SPECULATORS,
         "mixers": MIXERS,
         "objectives": OBJECTIVES,
+        "tuners": TUNERS,
         "adapters": ADAPTERS,
         "binary": BINARIZERS,
     }

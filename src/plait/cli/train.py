@@ -1,4 +1,4 @@
-"""Commands that train: lm, reference, lud, draft, adapter."""
+"""Commands that train: lm, reference, lud, draft, adapter, weights."""
 
 from __future__ import annotations
 
@@ -215,6 +215,69 @@ def adapter(
         )  # fmt: skip
 
     given = bool(texts or training or method != "lora" or weights != "auto")
+    _run(out, start, resume=resume, given=given, json_output=json_output)
+
+
+@app.command()
+def weights(
+    out: Out,
+    texts: Texts = None,
+    packed: Annotated[Path | None, typer.Option("--packed", help="Folder from plait quantize.")] = None,
+    teacher: Annotated[
+        str, typer.Option("--teacher", help="The model that it was packed from, read in full precision.")
+    ] = "smollm2",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", help="How codes are chosen anew: values, pv:fraction=0.01, straight-through."
+        ),
+    ] = "pv",
+    objective: Annotated[
+        str, typer.Option("--objective", help="What is learned: dad:gamma=0.5, distillation, next-token.")
+    ] = "dad",
+    samples: Annotated[
+        int, typer.Option("--samples", min=2, help="Texts that the teacher writes, where none are given.")
+    ] = 128,
+    training: TrainingSpec = "",
+    resume: Resume = False,
+    json_output: Json = False,
+) -> None:
+    """Tune a model of few bits towards the model that it was packed from; its bytes stay as many.
+
+    Without texts it is tuned on what the teacher writes by itself.
+
+    [bold]Examples[/bold]
+
+      plait train weights --packed smollm2-2bit --teacher smollm2 --out smollm2-2bit-tuned
+
+      plait train weights notes.txt more.txt --packed smollm2-2bit --method pv:fraction=0.02 --out tuned --training steps=100
+    """
+    from plait.engine import load
+    from plait.text import Tokenizer
+    from plait.train import OBJECTIVES, TUNERS, TokenData, encoded, sampled_text, tune_weights
+    from plait.train import packed as recipe
+
+    def start() -> Trainer:
+        if packed is None:
+            raise typer.BadParameter("give --packed FOLDER, or --resume.")
+        chosen = dataclasses.replace(_changed(recipe(), training), objective=OBJECTIVES.parse(objective))
+        corpus = _read(texts) if texts else None
+
+        def data(tokenizer: Tokenizer) -> tuple[TokenData, TokenData | None]:
+            if corpus is not None:
+                held_out = encoded(corpus.held_out, tokenizer) if corpus.held_out else None
+                return encoded(corpus.learned, tokenizer), held_out
+            writer = load(teacher)
+            return sampled_text(writer, samples, 256), sampled_text(
+                writer, max(2, samples // 16), 256, seed=1
+            )
+
+        return tune_weights(
+            TUNERS.parse(method), packed, teacher, data, out, recipe=chosen,
+            corpus=corpus.description if corpus else "the teacher's own text",
+        )  # fmt: skip
+
+    given = bool(texts or training or packed or method != "pv" or objective != "dad")
     _run(out, start, resume=resume, given=given, json_output=json_output)
 
 

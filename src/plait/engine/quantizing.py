@@ -17,7 +17,7 @@ from plait.nn.checkpoints import Checkpoint, GGUFCheckpoint, open_checkpoint
 from plait.nn.checkpoints.packed import TEXT_NAME
 from plait.weights import FORMATS, WeightFormat
 
-__all__ = ["quantize"]
+__all__ = ["copy_text_side", "quantize"]
 
 # Files of a Hugging Face folder that turn text to ids and back.
 _TEXT_FILES = (
@@ -82,7 +82,7 @@ def quantize(
             texts = [ids[at : at + sample_tokens] for at in range(0, len(ids), sample_tokens)][:samples]
         try:
             output.mkdir(parents=True, exist_ok=True)
-            _copy_text_side(checkpoint, output)
+            copy_text_side(checkpoint, output)
             return quantize_checkpoint(
                 checkpoint,
                 output,
@@ -98,7 +98,7 @@ def quantize(
             ) from error
 
 
-def _copy_text_side(checkpoint: Checkpoint, output: Path) -> None:
+def copy_text_side(checkpoint: Checkpoint, output: Path) -> None:
     """Put what turns text to ids beside the weights."""
     if isinstance(checkpoint, GGUFCheckpoint):
         write_bytes(output / TEXT_NAME, checkpoint.metadata_file())

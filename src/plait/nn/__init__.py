@@ -12,6 +12,7 @@ from plait.nn.parameters import CheckpointParameters, Parameters, RandomParamete
 from plait.nn.quantize import Quantized, quantize_checkpoint
 from plait.nn.save import save_transformer
 from plait.nn.transformer import Transformer
+from plait.nn.tuned import Tuned, open_tuned, save_tuned
 
 __all__ = [
     "Adapter",
@@ -27,13 +28,16 @@ __all__ = [
     "Resized",
     "Transformer",
     "TransformerConfig",
+    "Tuned",
     "describe",
     "inspect_adapter",
     "load_adapter",
     "load_transformer",
     "lower",
     "new_adapter",
+    "open_tuned",
     "quantize_checkpoint",
     "save_adapter",
     "save_transformer",
+    "save_tuned",
 ]

@@ -35,7 +35,7 @@ from plait.nn.parameters import CheckpointParameters, Entry, Parameters, keep_ou
 from plait.nn.transformer import Block, Transformer
 from plait.weights import Dense, Linear, Packed, Stacked, Stats, WeightFormat
 
-__all__ = ["Quantized", "quantize_checkpoint"]
+__all__ = ["Quantized", "Recorder", "quantize_checkpoint"]
 
 # Rows that pass a block at once while sums are made.
 _ROWS_AT_ONCE = 2048
@@ -146,7 +146,7 @@ class _Job:
         shell = replace(self.config, blocks=())
         if (found := self._finished(_OUTER_PART)) is not None:
             return Transformer(shell, found).eval()
-        recorder = _Recorder(self.source, self._outer_form)
+        recorder = Recorder(self.source, self._outer_form)
         model = Transformer(shell, recorder).eval()
         self._write(_OUTER_PART, recorder.forms(), recorder.vectors, str(self.head) if self.head else "")
         return model
@@ -162,7 +162,7 @@ class _Job:
         if (found := self._finished(name)) is not None:
             block = Block(config.blocks[index], config.width, config.norm, found.under(name)).eval()
             return list(_outputs(block, streams)), ", made before"
-        recorder = _Recorder(self.source, lambda _, packed: Dense(packed.unpack().float()))
+        recorder = Recorder(self.source, lambda _, packed: Dense(packed.unpack().float()))
         block = Block(config.blocks[index], config.width, config.norm, recorder.under(name)).eval()
         linears = recorder.linears(block)
         stats: dict[Linear, Stats] = {}
@@ -269,14 +269,22 @@ class _Job:
             name = f"blocks.{index}"
             found = PackedCheckpoint(self._path(name))
             source = CheckpointParameters(found, {key: Entry(key) for key in found.tensors()}, None)
-            recorder = _Recorder(source, lambda _, packed: packed)
+            recorder = Recorder(source, lambda _, packed: packed)
             blocks.append(Block(config, self.config.width, self.config.norm, recorder.under(name)).eval())
             linears |= recorder.linears(blocks[-1])
         return blocks, linears
 
 
-class _Recorder(Parameters):
-    """Hands on parameters, keeps the parts of a matrix apart, and remembers the name of each."""
+class Recorder(Parameters):
+    """Hands on parameters, keeps the parts of a matrix apart, and remembers the name of each.
+
+    Args:
+        source: where they come from.
+        form: makes of a matrix, by its name, what the model gets.
+
+    Attributes:
+        vectors: by name; the very numbers that the model has, so a change of one is a change of both.
+    """
 
     def __init__(self, source: CheckpointParameters, form: Callable[[str, Packed], Packed]) -> None:
         self.source, self.form = source, form

@@ -15,7 +15,8 @@ __all__ = ["GridMatrix", "has_native_grids"]
 class GridMatrix(PackedMatrix):
     """A matrix of 2-, 3-, 4- or 8-bit codes in tiles; the tensors are borrowed, and must not change.
 
-    A weight is `scale * (code - zero)`, or `scale * values[code]`; see `plait.weights.coded`. `matmul`
+    A weight is `scale * (code - zero)`, `scale * values[code]`, or the sum of a scale for each bit of its code that is set;
+    see `plait.weights.coded`. `matmul`
     rounds activations to 15 bits as `PackedMatrix` does; `matmul_exact` multiplies in fp32, at about a
     third of the speed, and differs from `x @ unpack().T` by the rounding of fp32 sums only. Either
     gives a row the same bits in any batch.
@@ -27,6 +28,7 @@ class GridMatrix(PackedMatrix):
         codes, scales, zeros, types, row_scales: as `plait.weights.Coded` has them.
         values: what codes stand for; empty for `code - zero`.
         specials: the four values of the last code; empty for none.
+        low_scales: of the low bits, where `scales` are those of the high ones.
     """
 
     def __init__(
@@ -41,10 +43,11 @@ class GridMatrix(PackedMatrix):
         row_scales: Tensor | None,
         values: Sequence[int],
         specials: Sequence[int],
+        low_scales: Tensor | None = None,
     ) -> None:
         self.handle = extension().GridMatrix(
             shape[0], shape[1], bits, group or shape[1], codes, scales, zeros, types, row_scales,
-            list(values), list(specials),
+            list(values), list(specials), low_scales,
         )  # fmt: skip
         self.shape = self.handle.shape
         self._whole = Projection([self])

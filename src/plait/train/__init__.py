@@ -6,12 +6,39 @@ from plait.train.config import ModelShape, RunConfig, Training, changed
 from plait.train.corpus import Corpus, encoded, python_corpus
 from plait.train.data import Batches, Piece, TokenData
 from plait.train.loop import Trained, Trainer
-from plait.train.objectives import OBJECTIVES, Distillation, LexicalUnits, Loss, NextToken, Objective
-from plait.train.recipes import Recipe, adapter, draft, language_model, lexical_units, reference
-from plait.train.runs import RunResult, finish, open_start, resume, train_new, tune, tune_adapter
-from plait.train.self_text import own_text, prompts_from
+from plait.train.objectives import (
+    OBJECTIVES,
+    DeviationAware,
+    Distillation,
+    LexicalUnits,
+    Loss,
+    NextToken,
+    Objective,
+)
+from plait.train.recipes import Recipe, adapter, draft, language_model, lexical_units, packed, reference
+from plait.train.runs import (
+    RunResult,
+    finish,
+    open_start,
+    resume,
+    train_new,
+    tune,
+    tune_adapter,
+    tune_weights,
+)
+from plait.train.self_text import own_text, prompts_from, sampled_text
+from plait.train.tuners import PV, TUNERS, StraightThrough, Tuner, Values
 
 __all__ = [
+    "tune_weights",
+    "sampled_text",
+    "packed",
+    "Values",
+    "Tuner",
+    "StraightThrough",
+    "TUNERS",
+    "PV",
+    "DeviationAware",
     "OBJECTIVES",
     "Batches",
     "Corpus",

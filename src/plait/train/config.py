@@ -15,6 +15,7 @@ from plait.nn.mixers import AttentionConfig
 from plait.nn.rotary import RopeConfig
 from plait.spec import Spec, settings_of
 from plait.train.objectives import Objective
+from plait.train.tuners import Tuner
 from plait.weights.adapters import AdapterConfig
 
 __all__ = ["ModelShape", "RunConfig", "Training", "changed"]
@@ -126,6 +127,8 @@ class RunConfig(Spec):
         adapter: what is trained beside a model that is not; None where the model itself is.
         weights: how that model is kept, as `plait.load` takes it.
         base: fingerprint of that model.
+        tuner: how codes are chosen anew, where `start` is a packed model whose numbers are trained; None elsewhere.
+        teacher: the model that it was packed from.
     """
 
     model: TransformerConfig
@@ -136,6 +139,8 @@ class RunConfig(Spec):
     adapter: AdapterConfig | None = None
     weights: str = "auto"
     base: str = ""
+    tuner: Tuner | None = None
+    teacher: str = ""
 
 
 def changed(base: S, settings: str) -> S:

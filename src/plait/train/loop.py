@@ -15,7 +15,7 @@ from torch import nn
 
 from plait.errors import ConfigError, PlaitError
 from plait.files import write_text
-from plait.nn import Adapter, RandomParameters, Transformer
+from plait.nn import Adapter, RandomParameters, Transformer, Tuned
 from plait.train.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -60,6 +60,7 @@ class Trainer:
         held_out: to measure on, or None.
         folder: of the checkpoint and the curve; it must exist.
         adapter: of `model`; it is trained, and the model stays as it is.
+        tuned: what is trained of `model`, where that is packed.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class Trainer:
         held_out: TokenData | None,
         folder: Path,
         adapter: Adapter | None = None,
+        tuned: Tuned | None = None,
     ) -> None:
         training = config.training
         self.config, self.model, self.folder, self.adapter = config, model, folder, adapter
-        self.trained: nn.Module = model if adapter is None else adapter
+        self.tuned, self.changed_codes = tuned, 0
+        self.trained: nn.Module = adapter or tuned or model
         if adapter is not None:
             model.use(adapter.train())
         self.fingerprint = data.fingerprint()
@@ -110,12 +113,12 @@ class Trainer:
         data: TokenData,
         held_out: TokenData | None,
         folder: Path,
-        open_base: Callable[[RunConfig], tuple[Transformer, Adapter]] | None = None,
+        open_base: Callable[[RunConfig], tuple[Transformer, Adapter | None, Tuned | None]] | None = None,
     ) -> Trainer:
         """The run whose checkpoint is in a folder.
 
         Args:
-            open_base: makes the model and a new adapter again, for runs that train one.
+            open_base: makes the model and a new adapter again, or a packed model to be tuned, for runs that train those.
 
         Raises:
             ModelFileError: there is no checkpoint, or it is damaged.
@@ -124,12 +127,13 @@ class Trainer:
         checkpoint = load_checkpoint(folder / CHECKPOINT)
         if checkpoint.data != data.fingerprint():
             raise ConfigError(f"{folder} holds a run on other data. Give the same data, or another folder.")
-        adapter = None
-        if checkpoint.config.adapter is not None and open_base is not None:
-            model, adapter = open_base(checkpoint.config)
+        adapter = tuned = None
+        config = checkpoint.config
+        if (config.adapter is not None or config.tuner is not None) and open_base is not None:
+            model, adapter, tuned = open_base(config)
         else:
             model = Transformer(checkpoint.config.model, RandomParameters())
-        trainer = cls(checkpoint.config, model, data, held_out, folder, adapter)
+        trainer = cls(checkpoint.config, model, data, held_out, folder, adapter, tuned)
         restore(trainer.trained, trainer.optimizer, checkpoint.tensors)
         trainer.step = checkpoint.step
         trainer.losses = checkpoint.losses.tolist()
@@ -208,6 +212,9 @@ class Trainer:
         self.optimizer.step()
         if adapter is not None:
             adapter.config.after_step(adapter.at, self.step + 1, training.steps)
+        if self.tuned is not None and self.config.tuner is not None:
+            # Numbers first, then codes, which meet the numbers as they are now.
+            self.changed_codes += self.config.tuner.after_step(self.tuned.matrices, self.step + 1)
         return value
 
     @torch.no_grad()

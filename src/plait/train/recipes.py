@@ -9,9 +9,9 @@ from pydantic import Field
 
 from plait.spec import Spec
 from plait.train.config import ModelShape, Training
-from plait.train.objectives import Distillation, LexicalUnits, NextToken, Objective
+from plait.train.objectives import DeviationAware, Distillation, LexicalUnits, NextToken, Objective
 
-__all__ = ["Recipe", "adapter", "draft", "language_model", "lexical_units", "reference"]
+__all__ = ["Recipe", "adapter", "draft", "language_model", "lexical_units", "packed", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,23 @@ def adapter() -> Recipe:
             evaluate_every=100,
         ),
         measured=4096,
+    )
+
+
+def packed() -> Recipe:
+    """Tune a packed model towards the model that it was packed from."""
+    return Recipe(
+        objective=DeviationAware(),
+        training=Training(
+            steps=200,
+            rows=1024,
+            learning_rate=2e-3,
+            warmup=10,
+            weight_decay=0.0,
+            save_every=25,
+            evaluate_every=50,
+        ),
+        measured=2048,
     )
 
 

@@ -5,6 +5,7 @@ The folder holds the model, and in `training` what the run needs to go on: data,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,20 +16,25 @@ from typing import NamedTuple
 import torch
 
 from plait.engine.loading import open_model, read_text_side
-from plait.errors import ConfigError
+from plait.engine.quantizing import copy_text_side
+from plait.errors import ConfigError, IncompatibleError
 from plait.files import write_text
 from plait.hub import resolve
 from plait.nn import (
     Adapter,
     RandomParameters,
     Transformer,
+    Tuned,
     load_transformer,
     new_adapter,
+    open_tuned,
     save_adapter,
     save_transformer,
+    save_tuned,
 )
 from plait.nn.adapter_files import written_names
 from plait.nn.checkpoints import open_checkpoint
+from plait.nn.checkpoints.packed import PACKED_NAME
 from plait.nn.save import GivenParameters, named_tensors, written_settings
 from plait.text import ChatTemplate, Tokenizer, learn_byte_bpe
 from plait.text.byte_bpe import PLACEHOLDER
@@ -38,6 +44,7 @@ from plait.train.data import TokenData
 from plait.train.loop import CHECKPOINT, Trainer
 from plait.train.objectives import Objective
 from plait.train.recipes import Recipe
+from plait.train.tuners import Tuner
 from plait.weights import Packed
 from plait.weights.adapters import AdapterConfig
 from plait.weights.ggml import FP32
@@ -52,6 +59,7 @@ __all__ = [
     "train_new",
     "tune",
     "tune_adapter",
+    "tune_weights",
 ]
 
 _STATE, _DATA, _HELD_OUT, _RESULT = "training", "data.safetensors", "held_out.safetensors", "result.json"
@@ -121,9 +129,16 @@ def resume(folder: Path) -> Trainer:
 def finish(trainer: Trainer, folder: Path) -> RunResult:
     """Train to the end and write the model beside its tokenizer, or the adapter."""
     started = time.monotonic()
-    done = trainer.run(str(trainer.config.adapter or trainer.config.objective))
+    what = trainer.config.adapter or trainer.config.tuner or trainer.config.objective
+    done = trainer.run(str(what))
     if trainer.adapter is not None:
         save_adapter(trainer.adapter, trainer.model, folder, base=trainer.config.start)
+    elif trainer.tuned is not None:
+        config = trainer.config
+        facts = {"method": str(config.tuner), "objective": str(config.objective), "steps": done.steps}
+        save_tuned(
+            trainer.tuned, config.start, folder, facts | {"teacher": config.teacher, "text": config.corpus}
+        )
     else:
         ends = sorted(Tokenizer.from_json(folder).eos_ids)
         save_transformer(trainer.model, folder, eos_token_id=ends or None)
@@ -255,18 +270,91 @@ def tune_adapter(
     return Trainer(config, model, learned, held_out, state, adapter)
 
 
-def _open_base(config: RunConfig) -> tuple[Transformer, Adapter]:
-    """The model and a new adapter of a run that trains one.
+def tune_weights(
+    method: Tuner,
+    start: str | Path,
+    teacher: str,
+    data: Callable[[Tokenizer], tuple[TokenData, TokenData | None]],
+    folder: Path,
+    *,
+    recipe: Recipe,
+    corpus: str = "",
+) -> Trainer:
+    """A run that tunes a packed model towards the model that it was packed from.
+
+    Scales, codebooks, norms and biases are trained; what happens to codes is the method's. The folder gets a packed
+    model of the same formats and bytes, which `plait.load` opens.
+
+    Args:
+        method: how codes are chosen anew.
+        start: folder of the packed model, from `plait quantize`.
+        teacher: the model that it was packed from, as `plait.load` takes it; read in fp32.
+        data: makes what is learned from, and what is measured on, with the teacher's tokenizer.
+        folder: where to.
+        recipe: what is learned, and how.
+        corpus: what the data is, in words.
+
+    Raises:
+        ConfigError: the folder holds a run, or `start` holds no packed model.
+        IncompatibleError: the formats of `start` are not tuned, or the teacher is another model.
+    """
+    state = folder / _STATE
+    if (state / CHECKPOINT).exists():
+        raise ConfigError(f"{folder} holds a run. Resume it, or choose another folder.")
+    model, tuned = open_tuned(start)
+    original, tokenizer, _ = open_start(teacher)
+    if original.config.vocab_size != model.config.vocab_size:
+        raise IncompatibleError(
+            f"{teacher} has {original.config.vocab_size} tokens and {start} has {model.config.vocab_size}. "
+            "Give the model that was packed."
+        )
+    learned, held_out = data(tokenizer)
+    learned = recipe.objective.annotate(learned, original)
+    if held_out is not None:
+        held_out = recipe.objective.annotate(held_out.first(recipe.measured), original)
+    dense = named_tensors(original)
+    for name, matrix in tuned.matrices.items():
+        method.prepare(matrix, dense.get(name))
+    del original, dense
+    config = RunConfig(
+        model=model.config, objective=recipe.objective, training=recipe.training, start=str(start), corpus=corpus,
+        base=_packed_base(start), tuner=method, teacher=teacher,
+    )  # fmt: skip
+    state.mkdir(parents=True, exist_ok=True)
+    with open_checkpoint(Path(start)) as checkpoint:
+        copy_text_side(checkpoint, folder)
+    learned.save(state / _DATA)
+    if held_out is not None:
+        held_out.save(state / _HELD_OUT)
+    return Trainer(config, model, learned, held_out, state, tuned=tuned)
+
+
+def _packed_base(start: str | Path) -> str:
+    """Fingerprint of a packed model."""
+    return hashlib.sha256((Path(start) / PACKED_NAME).read_bytes()).hexdigest()
+
+
+def _open_base(config: RunConfig) -> tuple[Transformer, Adapter | None, Tuned | None]:
+    """The model, and what a run trains of it or beside it.
 
     Raises:
         ConfigError: the model is no longer the one that the run started from.
     """
+    changed = f"{config.start} is not the model that the run started from. Bring that one back."
+    if config.tuner is not None:
+        model, tuned = open_tuned(config.start)
+        if _packed_base(config.start) != config.base:
+            raise ConfigError(changed)
+        for matrix in tuned.matrices.values():
+            # What the model was packed from is not needed: buffers are read from the checkpoint.
+            config.tuner.prepare(matrix, torch.zeros(matrix.shape))
+        return model, None, tuned
     assert config.adapter is not None
     model, _, _ = open_model(resolve(config.start), config.weights)
     adapter = new_adapter(config.adapter, model, seed=config.training.seed)
     if adapter.base != config.base:
-        raise ConfigError(f"{config.start} is not the model that the run started from. Bring that one back.")
-    return model, adapter
+        raise ConfigError(changed)
+    return model, adapter, None
 
 
 def spread(chosen: int, count: int) -> list[int]:

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import torch
 
 from plait.engine import LanguageModel
+from plait.errors import ConfigError
 from plait.train.data import TokenData
 from plait.train.progress import Progress
 
-__all__ = ["own_text", "prompts_from"]
+__all__ = ["own_text", "prompts_from", "sampled_text"]
 
 _TASKS = ("Explain this.", "Continue this text.", "Write about this in your own words.", "What does this do?")
 _PASSAGE = 400
 _BATCH = 16
+_TRIES = 100
 
 
 def prompts_from(lm: LanguageModel, texts: Sequence[str], count: int, seed: int = 0) -> list[list[int]]:
@@ -59,3 +61,42 @@ def own_text(lm: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens
             progress.tell(low + len(batch))
     data = TokenData.of(documents)
     return TokenData(data.ids, data.lengths, torch.tensor(weights))
+
+
+def sampled_text(lm: LanguageModel, count: int, tokens: int, seed: int = 0) -> TokenData:
+    """Texts that a model writes from one random token on, drawn at temperature 1; every token counts.
+
+    Args:
+        lm: the writer.
+        count: texts.
+        tokens: of each, at most.
+        seed: of the first tokens and of the draws.
+
+    Raises:
+        ConfigError: the model ends every one of 100 tries for a text at once.
+    """
+    draw = random.Random(seed)
+    special = lm.tokenizer.special_ids
+    usable = [id for id in range(lm.model.config.vocab_size) if id not in special]
+    documents: list[list[int]] = []
+    with Progress("writing", count) as progress:
+        for tried in range(0, _TRIES * count, _BATCH):
+            engine = lm.new_engine()
+            starts = [draw.choice(usable) for _ in range(min(_BATCH, count - len(documents)))]
+            running = [
+                engine.submit(
+                    lm.request(
+                        [first], max_new_tokens=tokens - 1, temperature=1.0, seed=seed * 1_000_003 + tried + i
+                    )
+                )
+                for i, first in enumerate(starts)
+            ]
+            for _ in engine.run():
+                pass
+            for first, sequence in zip(starts, running, strict=True):
+                if answer := sequence.result().tokens:
+                    documents.append([first, *answer])
+            progress.tell(len(documents))
+            if len(documents) == count:
+                return TokenData.of(documents)
+    raise ConfigError(f"The model ended {_TRIES * count} texts at their first token. Give texts to tune on.")

@@ -6,6 +6,7 @@ from plait.weights.awq import AWQ
 from plait.weights.bitmod import BitMoD
 from plait.weights.bitstack import BitStack
 from plait.weights.coded import GRIDS, Coded
+from plait.weights.db_llm import DBLLM
 from plait.weights.decoupleq import DecoupleQ
 from plait.weights.format import (
     FORMATS,
@@ -25,15 +26,20 @@ from plait.weights.gptq import GPTQ
 from plait.weights.hqq import HQQ
 from plait.weights.stacked_blocks import BlockStack
 from plait.weights.stats import Stats
+from plait.weights.tunable import Tunable, TunableCodes, tunable
 from plait.weights.uniform import Uniform
+from plait.weights.vq import VQ, Additive
 
 __all__ = [
     "AWQ",
+    "DBLLM",
     "FORMATS",
     "GPTQ",
     "GRIDS",
     "HQQ",
     "PACKED_KINDS",
+    "VQ",
+    "Additive",
     "BitMoD",
     "BitStack",
     "BlockRun",
@@ -49,6 +55,9 @@ __all__ = [
     "Packed",
     "Stacked",
     "Stats",
+    "Tunable",
+    "TunableCodes",
     "Uniform",
     "WeightFormat",
+    "tunable",
 ]

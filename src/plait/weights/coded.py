@@ -2,7 +2,8 @@
 
 A weight is `scale * (code - zero)`, or `scale * table[code]` where the grid is a table; in tables with
 special values, the last code stands for one of four values, which each group chooses. Scales are fp16,
-or 8-bit steps of one fp32 number for each row.
+or 8-bit steps of one fp32 number for each row. In the grid `planes` each bit of a code is a matrix of its own: a weight
+is `scale * (high bit) + low_scale * (low bit)`.
 
 Shapes: O output rows, I input columns, T tiles of 16 rows, B blocks of 32 columns, G groups.
 """
@@ -33,12 +34,14 @@ class Grid(NamedTuple):
         bits: of a code.
         values: one for each code; empty where a code stands for `code - zero`.
         specials: the four values that the last code may stand for; empty for none.
+        has_planes: whether each of the two bits has a scale of its own.
     """
 
     name: str
     bits: int
     values: tuple[int, ...] = ()
     specials: tuple[int, ...] = ()
+    has_planes: bool = False
 
 
 _FP3, _FP4 = (-4, -2, -1, 0, 1, 2, 4), (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
@@ -46,6 +49,7 @@ GRIDS = {
     grid.name: grid
     for grid in (
         *(Grid(f"uniform{bits}", bits) for bits in (2, 3, 4, 8)),
+        Grid("planes", 2, has_planes=True),
         # The last code of a table without special values is never used.
         Grid("fp3", 3, (*_FP3, 0)),
         Grid("fp4", 4, (*_FP4, 0)),
@@ -69,6 +73,7 @@ class Coded(Packed, kind="coded"):
         zeros: fp16 (T, G, 16), or None: half of the codes' range.
         types: uint8 (T, G, 4), two bits for each row from the lowest up: which special value it has.
         row_scales: fp32 (T, 16), the size of one step of an 8-bit scale.
+        low_scales: fp16 (T, G, 16), of the low bits, where the grid has planes.
 
     Raises:
         ConfigError: tensors that do not fit together.
@@ -79,6 +84,7 @@ class Coded(Packed, kind="coded"):
     zeros: Tensor | None
     types: Tensor | None
     row_scales: Tensor | None
+    low_scales: Tensor | None
 
     def __init__(
         self,
@@ -90,10 +96,14 @@ class Coded(Packed, kind="coded"):
         zeros: Tensor | None = None,
         types: Tensor | None = None,
         row_scales: Tensor | None = None,
+        low_scales: Tensor | None = None,
     ) -> None:
         super().__init__(shape, grid.name)
         self.grid, self.group, self.is_exact = grid, group, False
-        given = {"codes": codes, "scales": scales, "zeros": zeros, "types": types, "row_scales": row_scales}
+        given = {
+            "codes": codes, "scales": scales, "zeros": zeros, "types": types, "row_scales": row_scales,
+            "low_scales": low_scales,
+        }  # fmt: skip
         take_tensors(
             {name: t for name, t in given.items() if t is not None}, _parts(self.shape, grid, group, given)
         )
@@ -128,7 +138,7 @@ class Coded(Packed, kind="coded"):
         if self.native is None:
             self.native = ops.GridMatrix(
                 self.shape, self.grid.bits, self.group, self.codes, self.scales, self.zeros, self.types,
-                self.row_scales, self.grid.values, self.grid.specials,
+                self.row_scales, self.grid.values, self.grid.specials, self.low_scales,
             )  # fmt: skip
         return self.native
 
@@ -143,7 +153,11 @@ class Coded(Packed, kind="coded"):
         """A new matrix whose row i is row `rows[i]` of this one; nothing is decoded."""
         by_row = {
             name: self.per_group(tensor)[rows]
-            for name, tensor in (("scales", self.scales), ("zeros", self.zeros))
+            for name, tensor in (
+                ("scales", self.scales),
+                ("zeros", self.zeros),
+                ("low_scales", self.low_scales),
+            )
             if tensor is not None
         }
         return from_groups(
@@ -152,9 +166,15 @@ class Coded(Packed, kind="coded"):
             self.code_rows()[rows],
             by_row["scales"],
             zeros=by_row.get("zeros"),
-            types=None if self.types is None else self._type_rows()[rows],
+            types=None if self.types is None else self.type_rows()[rows],
             row_scales=None if self.row_scales is None else self.row_scales.reshape(-1)[rows],
+            low_scales=by_row.get("low_scales"),
         )
+
+    def tunable(self) -> Packed:
+        from plait.weights.tunable import TunableCodes
+
+        return TunableCodes(self)
 
     def nbytes(self) -> int:
         # The native form borrows these tensors.
@@ -174,12 +194,12 @@ class Coded(Packed, kind="coded"):
         grid = GRIDS.get(name) if isinstance(name, str) else None
         if grid is None or type(group) is not int or not 0 <= group <= _MAX_COLUMNS:
             raise ConfigError(f"its grid is {name!r:.40} with groups of {group!r:.40}, which is not known")
-        known = {"codes", "scales", "zeros", "types", "row_scales"}
+        known = {"codes", "scales", "zeros", "types", "row_scales", "low_scales"}
         if not {"codes", "scales"} <= tensors.keys() <= known:
             raise ConfigError(f"it has the parts {sorted(tensors)}, not codes and scales")
         return cls(shape, grid, group, **tensors)
 
-    def _type_rows(self) -> Tensor:
+    def type_rows(self) -> Tensor:
         """Which special value each row has in each group, (O, G)."""
         assert self.types is not None
         spread = (self.types[..., None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)) & 3  # (T, G, 4, 4)
@@ -190,6 +210,9 @@ class Coded(Packed, kind="coded"):
         group_of = torch.arange(self.shape[1]) // (self.group or max(1, self.shape[1]))
         tile, lane = rows // TILE, rows % TILE
         scales = self.scales[tile, :, lane].float()[:, group_of]
+        if self.low_scales is not None:
+            low = self.low_scales[tile, :, lane].float()[:, group_of]
+            return torch.where(codes > 1, scales, 0.0) + torch.where(codes & 1 > 0, low, 0.0)
         if not self.grid.values:
             half_range = float(1 << (self.grid.bits - 1))
             zeros = half_range if self.zeros is None else self.zeros[tile, :, lane].float()[:, group_of]
@@ -247,13 +270,14 @@ def from_groups(
     zeros: Tensor | None = None,
     types: Tensor | None = None,
     row_scales: Tensor | None = None,
+    low_scales: Tensor | None = None,
 ) -> Coded:
     """Put codes and numbers by rows into tiles.
 
     Args:
         codes: uint8 (O, I).
         scales: (O, G) in the type to be kept.
-        zeros: (O, G) fp16; types: uint8 (O, G), each below 4; row_scales: fp32 (O,).
+        zeros, low_scales: (O, G) fp16; types: uint8 (O, G), each below 4; row_scales: fp32 (O,).
     """
     packed_types = None
     if types is not None:
@@ -270,6 +294,7 @@ def from_groups(
         None if zeros is None else _tiled(zeros),
         packed_types,
         None if row_scales is None else _tiled(row_scales[:, None])[:, 0].clone(),
+        None if low_scales is None else _tiled(low_scales),
     )
 
 
@@ -292,12 +317,14 @@ def _parts(
     parts: dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "codes": ((tiles, num_blocks(columns), 64 * grid.bits), (torch.uint8,)),
     }
-    is_stepped = given["row_scales"] is not None
+    is_stepped = given["row_scales"] is not None and not grid.has_planes
     parts["scales"] = ((tiles, groups, TILE), (torch.uint8 if is_stepped else torch.float16,))
     if is_stepped:
         parts["row_scales"] = ((tiles, TILE), (torch.float32,))
     if grid.specials:
         parts["types"] = ((tiles, groups, 4), (torch.uint8,))
-    if given["zeros"] is not None and not grid.values:
+    if grid.has_planes:
+        parts["low_scales"] = ((tiles, groups, TILE), (torch.float16,))
+    elif given["zeros"] is not None and not grid.values:
         parts["zeros"] = ((tiles, groups, TILE), (torch.float16,))
     return parts

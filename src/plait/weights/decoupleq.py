@@ -27,7 +27,7 @@ from plait.weights.gptq import codes_with_feedback, damped, needed
 from plait.weights.stats import Stats
 from plait.weights.uniform import Group, Levels, UniformFormat
 
-__all__ = ["DecoupleQ", "best_levels", "row_losses"]
+__all__ = ["DecoupleQ", "best_levels", "best_pairs", "output_errors", "row_losses"]
 
 # Bytes of the systems of equations that are solved at once, and of the products they are made of.
 _SYSTEM_BYTES = 64 << 20
@@ -171,7 +171,12 @@ def row_losses(weight: Tensor, codes: Tensor, levels: Levels, hessian: Tensor, g
     """(v - b)^T H (v - b) of each row, (O,) fp64."""
     sizes = torch.tensor(group_sizes(weight.shape[1], group))
     scale, zero = (numbers.repeat_interleave(sizes, dim=1) for numbers in levels)
-    change = (scale * (codes.float() - zero) - weight).double()
+    return output_errors(scale * (codes.float() - zero) - weight, hessian)
+
+
+def output_errors(change: Tensor, hessian: Tensor) -> Tensor:
+    """D^T H D of each row of a change (O, I), (O,) fp64."""
+    change = change.double()
     return ((change @ hessian) * change).sum(dim=1)
 
 
@@ -190,20 +195,69 @@ def best_levels(weight: Tensor, codes: Tensor, hessian: Tensor, group: int) -> L
     Returns:
         fp32 (O, G); a scale may be negative.
     """
-    num_groups = len(group_sizes(weight.shape[1], group))
-    row_bytes = 8 * ((2 * num_groups) ** 2 + 4 * weight.shape[1])
-    step = max(1, _SYSTEM_BYTES // row_bytes)
-    parts = [
-        _solved(weight[at : at + step].double(), codes[at : at + step].double(), hessian, group)
-        for at in range(0, max(1, len(weight)), step)
-    ]
-    scale, shift = (torch.cat(numbers) for numbers in zip(*parts, strict=True))
+    sizes = group_sizes(weight.shape[1], group)
+    flat = []
+    for part, square in zip(codes.split(sizes, dim=1), _squares(hessian, sizes), strict=True):
+        is_flat = part.amax(dim=1) == part.amin(dim=1)
+        flat.append(torch.where(is_flat, 0.01 * square.sum().abs() + 1e-30, 0.0))
+    ridge = torch.cat([torch.stack(flat, dim=1), torch.zeros(len(weight), len(sizes))], dim=1)
+    scale, shift = best_pairs(weight, codes, torch.ones(1, weight.shape[1]), hessian, group, ridge)
     least = _LEAST_SCALE * weight.double().square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-20)
     scale = torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
     return Levels(scale.float(), (-shift / scale).float())
 
 
-def _solved(weight: Tensor, codes: Tensor, hessian: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def best_pairs(
+    weight: Tensor,
+    first: Tensor,
+    second: Tensor,
+    hessian: Tensor,
+    group: int,
+    ridge: Tensor,
+    prior: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The numbers s and z of each group with the least loss of s * first + z * second, fp64 (O, G) each.
+
+    Args:
+        weight: b, (O, I).
+        first: (O, I).
+        second: (O, I), or (1, I) where all rows have the same.
+        hessian: damped, (I, I) fp64.
+        ridge: weight on the squares of [s | z] less `prior`, (O, 2 G).
+        prior: (O, 2 G); 0 when left out.
+    """
+    count = len(group_sizes(weight.shape[1], group))
+    row_bytes = 8 * ((2 * count) ** 2 + 6 * weight.shape[1])
+    step = max(1, _SYSTEM_BYTES // row_bytes)
+    parts = []
+    for at in range(0, max(1, len(weight)), step):
+        here = slice(at, at + step)
+        own = second if len(second) == 1 else second[here]
+        weights = ridge[here].double()
+        wanted = weights * prior[here].double() if prior is not None else None
+        parts.append(
+            _solved(
+                weight[here].double(), first[here].double(), own.double(), hessian, group, weights, wanted
+            )
+        )
+    found = torch.cat(parts)
+    return found[:, :count], found[:, count:]
+
+
+def _squares(hessian: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The squares of a matrix (I, I) on its diagonal, one for each group."""
+    return [rows.split(sizes, dim=1)[index] for index, rows in enumerate(hessian.split(sizes))]
+
+
+def _solved(
+    weight: Tensor,
+    first: Tensor,
+    second: Tensor,
+    hessian: Tensor,
+    group: int,
+    ridge: Tensor,
+    pull: Tensor | None,
+) -> Tensor:
     sizes = group_sizes(weight.shape[1], group)
     rows, count = weight.shape[0], len(sizes)
     ends = torch.tensor(sizes).cumsum(0).tolist()
@@ -212,18 +266,18 @@ def _solved(weight: Tensor, codes: Tensor, hessian: Tensor, group: int) -> tuple
     right = weight.new_empty(rows, 2 * count)
     wanted = weight @ hessian
     for j, span in enumerate(spans):
-        right[:, j] = (codes[:, span] * wanted[:, span]).sum(dim=1)
-        right[:, count + j] = wanted[:, span].sum(dim=1)
-        with_codes = codes[:, span] @ hessian[span]  # (O, I): H times q on group j
-        with_ones = hessian[span].sum(dim=0)  # (I,)
+        right[:, j] = (first[:, span] * wanted[:, span]).sum(dim=1)
+        right[:, count + j] = (second[:, span] * wanted[:, span]).sum(dim=1)
+        with_first = first[:, span] @ hessian[span]  # (O, I): H times `first` on group j
+        with_second = second[:, span] @ hessian[span]
         for k, other in enumerate(spans):
-            system[:, j, k] = (with_codes[:, other] * codes[:, other]).sum(dim=1)
-            system[:, j, count + k] = with_codes[:, other].sum(dim=1)
-            system[:, count + j, k] = codes[:, other] @ with_ones[other]
-            system[:, count + j, count + k] = with_ones[other].sum()
-        is_flat = codes[:, span].amax(dim=1) == codes[:, span].amin(dim=1)
-        system[:, j, j] += torch.where(is_flat, 0.01 * hessian[span, span].sum().abs() + 1e-30, 0.0)
-    system = (system + system.transpose(1, 2)) / 2
+            system[:, j, k] = (with_first[:, other] * first[:, other]).sum(dim=1)
+            system[:, j, count + k] = (with_first[:, other] * second[:, other]).sum(dim=1)
+            system[:, count + j, k] = (with_second[:, other] * first[:, other]).sum(dim=1)
+            system[:, count + j, count + k] = (with_second[:, other] * second[:, other]).sum(dim=1)
+    system = (system + system.transpose(1, 2)) / 2 + torch.diag_embed(ridge)
+    if pull is not None:
+        right = right + pull
     found, failed = torch.linalg.solve_ex(system, right[..., None])
     if failed.any():
         diagonal = system.diagonal(dim1=1, dim2=2)
@@ -231,7 +285,7 @@ def _solved(weight: Tensor, codes: Tensor, hessian: Tensor, group: int) -> tuple
             0.01 * diagonal.mean(dim=1, keepdim=True).expand_as(diagonal) + 1e-30
         )
         found = torch.where((failed != 0)[:, None, None], torch.linalg.solve(system, right[..., None]), found)
-    return found[:, :count, 0], found[:, count:, 0]
+    return found[..., 0]
 
 
 class _Tunable(Packed):

@@ -117,6 +117,10 @@ class Packed(nn.Module):
         """The chosen rows, in the order given, as a matrix of the same form; (len(rows), I)."""
         raise NotImplementedError
 
+    def tunable(self) -> Packed | None:
+        """A `plait.weights.Tunable` of the same values, or None where this kind has none."""
+        return None
+
     def nbytes(self) -> int:
         """Bytes held by this matrix: every code, scale, table and index."""
         tensors = {t.untyped_storage().data_ptr(): t for t in [*self.parameters(), *self.buffers()]}
@@ -206,14 +210,19 @@ class WeightFormat(Spec, axis=FORMATS):
     and a `Packed` that it makes, and one import in `plait/weights/__init__.py`.
 
     Attributes:
-        needs: what `pack` must be told about the inputs of a matrix: a subset of `norms`, `hessian` and
-            `block_io`; see `Stats`. Nothing for formats that look at the weights only.
         packs_embeddings: whether a model that is kept in this format has its embedding and head in it too;
             formats of few bits leave those as they are, unless another format is chosen for them.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
     packs_embeddings: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `pack` must be told about the inputs of a matrix: a subset of `norms`, `hessian` and `block_io`.
+
+        See `Stats`. Nothing for formats that look at the weights only.
+        """
+        return frozenset()
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         """Bits kept for each weight of a matrix of this shape, counting scales, tables and padding."""

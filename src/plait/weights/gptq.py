@@ -9,6 +9,7 @@ Shapes: O output rows, I input columns, N groups of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -111,12 +112,39 @@ def codes_with_feedback(
     lowest: int = 0,
     order: str = "activation",
 ) -> Tensor:
-    """Codes in given levels: Algorithm 1 of the paper, uint8 (O, I).
+    """Codes in given evenly spaced levels: Algorithm 1 of the paper, uint8 (O, I).
 
     Args:
         weight: (O, I) fp32.
         hessian: damped second moments, (I, I) fp64.
         lowest: smallest code.
+        order: `activation` or `natural`.
+    """
+    size, highest = group or max(1, weight.shape[1]), (1 << bits) - 1
+    # A group of columns in one piece.
+    scales, zeros = levels.scale.t().contiguous(), levels.zero.t().contiguous()
+    safe = torch.where(scales == 0, 1.0, scales)
+
+    def nearest(column: int, rest: Tensor) -> tuple[Tensor, Tensor]:
+        at = column // size
+        chosen = round_half_up(rest / safe[at] + zeros[at]).clamp_(lowest, highest)
+        return chosen.to(torch.uint8), scales[at] * (chosen - zeros[at])
+
+    return with_feedback(weight, hessian, nearest, order)
+
+
+def with_feedback(
+    weight: Tensor,
+    hessian: Tensor,
+    nearest: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    order: str = "activation",
+) -> Tensor:
+    """Codes column by column, the error of each made up for by those that follow; uint8 (O, I).
+
+    Args:
+        weight: (O, I) fp32.
+        hessian: damped second moments, (I, I) fp64.
+        nearest: gives for a column and what is wanted there (O,) the codes, uint8, and the values they stand for.
         order: `activation` or `natural`.
     """
     columns = weight.shape[1]
@@ -127,19 +155,14 @@ def codes_with_feedback(
     )
     upper = inverse_factor(hessian[taken][:, taken]).float()
     rest = weight[:, taken].t().contiguous()  # (I, O): a column of the matrix lies in one piece
-    group_of = taken // (group or max(1, columns))
-    scales = levels.scale.t()[group_of].contiguous()
-    zeros = levels.zero.t()[group_of].contiguous()
-    safe = torch.where(scales == 0, 1.0, scales)
-    highest = (1 << bits) - 1
+    numbers = taken.tolist()
     codes = torch.empty_like(rest, dtype=torch.uint8)
     for start in range(0, columns, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, columns)
         errors = torch.zeros(stop - start, weight.shape[0])
         for index in range(start, stop):
-            chosen = (round_half_up(rest[index] / safe[index] + zeros[index])).clamp_(lowest, highest)
-            codes[index] = chosen.to(torch.uint8)
-            error = (rest[index] - scales[index] * (chosen - zeros[index])) / upper[index, index]
+            codes[index], values = nearest(numbers[index], rest[index])
+            error = (rest[index] - values) / upper[index, index]
             errors[index - start] = error
             if index + 1 < stop:
                 rest[index + 1 : stop].addr_(upper[index, index + 1 : stop], error, alpha=-1)

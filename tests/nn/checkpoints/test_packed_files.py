@@ -51,8 +51,9 @@ def test_a_model_answers_from_its_file_nearly_as_before(source: Path, tmp_path: 
     assert float(difference) < (0.02 if "=8" in spec else 0.25)
 
 
-def test_native_and_torch_agree_on_a_packed_model(source: Path, tmp_path: Path) -> None:
-    quantized(source, tmp_path, "bitmod:bits=3,group=32")
+@pytest.mark.parametrize("spec", ["bitmod:bits=3,group=32", "db-llm:group=32"])
+def test_native_and_torch_agree_on_a_packed_model(source: Path, tmp_path: Path, spec: str) -> None:
+    quantized(source, tmp_path, spec)
     plain, fast = answers(opened(tmp_path)), opened(tmp_path)
     lower(fast)
     from plait.memory import MemoryPlan
@@ -64,7 +65,9 @@ def test_native_and_torch_agree_on_a_packed_model(source: Path, tmp_path: Path) 
     torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("spec", ["bitmod:bits=3", "decoupleq:bits=2,rounds=2,epochs=1", "bitstack:blocks=2"])
+@pytest.mark.parametrize(
+    "spec", ["db-llm:start=calibrated", "decoupleq:bits=2,rounds=2,epochs=1", "bitstack:blocks=2"]
+)
 @pytest.mark.parametrize("stop", [0, 1, 2])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     source: Path, tmp_path: Path, spec: str, stop: int, monkeypatch: pytest.MonkeyPatch
@@ -133,7 +136,9 @@ def test_bytes_of_the_file_are_those_of_the_matrices(source: Path, tmp_path: Pat
     assert stored - held == sum(4 * p.numel() for name, p in model.named_parameters() if "norm" in name)
 
 
-@pytest.mark.parametrize("spec", ["bitmod:bits=3,group=32", "bitstack:blocks=3"])
+@pytest.mark.parametrize(
+    "spec", ["bitmod:bits=3,group=32", "bitstack:blocks=3", "db-llm:group=32", "vq:books=1"]
+)
 def test_a_mutated_file_is_a_model_or_one_error(source: Path, tmp_path: Path, spec: str) -> None:
     path = quantized(source, tmp_path / "whole", spec)
     whole = path.read_bytes()

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from plait.errors import ConfigError
 from plait.nn import Transformer
@@ -42,15 +43,27 @@ class Distillation(Objective, name="distillation"):
         top = min(self.top, teacher.config.vocab_size)
         tokens = torch.zeros(len(data), top, dtype=torch.int32)
         laws = torch.zeros(len(data), top, dtype=torch.float16)
+        entropies = torch.zeros(len(data))
         with torch.no_grad():
             for start, stop in data.pieces(_ROWS_AT_ONCE):
                 if stop - start < 2:
                     continue
                 found = predict(teacher, [data.piece(start, stop)])
-                best = teacher.logits(found.hidden).topk(top)
+                logits = teacher.logits(found.hidden)
+                best = logits.topk(top)
                 tokens[start + found.places] = best.indices.int()
                 laws[start + found.places] = best.values.softmax(dim=-1).half()
-        return data.with_notes({"teacher_tokens": tokens, "teacher_laws": laws})
+                entropies[start + found.places] = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
+        notes = {"teacher_tokens": tokens, "teacher_laws": laws, "teacher_entropies": entropies}
+        return data.with_notes(notes)
+
+    def token_weights(self, batch: Sequence[Piece], places: Tensor, weights: Tensor) -> Tensor:
+        """How much each predicted token counts, (R,), where the data says `weights`.
+
+        Args:
+            places: (R,) indices of the tokens among those of the batch.
+        """
+        return weights
 
     def loss(self, model: Transformer, batch: Sequence[Piece], random: torch.Generator) -> Loss:
         if any("teacher_tokens" not in piece.notes for piece in batch):
@@ -61,7 +74,8 @@ class Distillation(Objective, name="distillation"):
         logits = model.logits(found.hidden)
         own = logits.log_softmax(dim=-1).gather(1, tokens).masked_fill(laws == 0, 0.0)
         # The first tokens of later pieces of a long document have no law.
-        soft = mean_loss(-(laws * own).sum(dim=-1), found.weights * (laws.sum(dim=-1) > 0))
+        weights = self.token_weights(batch, found.places, found.weights * (laws.sum(dim=-1) > 0))
+        soft = mean_loss(-(laws * own).sum(dim=-1), weights)
         hard = mean_loss(cross_entropy(logits, found.wanted), found.weights)
         value = self.hard * hard + (1 - self.hard) * soft
         agree = (logits.argmax(dim=-1) == tokens[:, 0]).float().mean()
