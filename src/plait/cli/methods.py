@@ -18,7 +18,9 @@ __all__ = ["methods"]
 def methods(
     axis: Annotated[
         str | None,
-        typer.Argument(help="codecs, policies, weights, drafts, mixers, objectives, tuners, adapters or binary."),
+        typer.Argument(
+            help="codecs, policies, weights, drafts, mixers, objectives, tuners, adapters or binary."
+        ),
     ] = None,
     json_output: Json = False,
 ) -> None:
