@@ -9,7 +9,7 @@ namespace {
 
 // Rows of one key/value head that are answered together, of one segment and of several that share a chunk; their
 // scores stay in the second-level cache.
-constexpr int64_t kBlockRows = 64;
+constexpr int64_t kBlockRows = 128;
 constexpr int64_t kUnitRows = 96;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

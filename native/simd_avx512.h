@@ -132,10 +132,20 @@ struct Avx512 : CountBits<Words512> {
     }
     // Four vectors as columns: out[lane][which].
     static void store_turned(const F (&x)[4], float* out, int64_t stride) {
-        float lanes[16];
+        const F ab_low = _mm512_unpacklo_ps(x[0], x[1]), ab_high = _mm512_unpackhi_ps(x[0], x[1]);
+        const F cd_low = _mm512_unpacklo_ps(x[2], x[3]), cd_high = _mm512_unpackhi_ps(x[2], x[3]);
+        // The fours of lanes k, k + 4, k + 8 and k + 12.
+        const auto joined = [](F a, F b, bool is_high) {
+            const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+            return _mm512_castpd_ps(is_high ? _mm512_unpackhi_pd(c, d) : _mm512_unpacklo_pd(c, d));
+        };
+        const F fours[4] = {joined(ab_low, cd_low, false), joined(ab_low, cd_low, true), joined(ab_high, cd_high, false),
+                            joined(ab_high, cd_high, true)};
         for (int k = 0; k < 4; ++k) {
-            store(lanes, x[k]);
-            for (int i = 0; i < 16; ++i) out[i * stride + k] = lanes[i];
+            _mm_storeu_ps(out + k * stride, _mm512_castps512_ps128(fours[k]));
+            _mm_storeu_ps(out + (k + 4) * stride, _mm512_extractf32x4_ps(fours[k], 1));
+            _mm_storeu_ps(out + (k + 8) * stride, _mm512_extractf32x4_ps(fours[k], 2));
+            _mm_storeu_ps(out + (k + 12) * stride, _mm512_extractf32x4_ps(fours[k], 3));
         }
     }
     static void store_int8(int8_t* p, F x) {
