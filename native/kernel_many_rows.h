@@ -38,12 +38,14 @@ struct ManyRows {
         for (int r = 0; r < Rows; ++r)
             for (int k = 0; k < kVectors; ++k) sums[r][k] = S::wide_add(a[r][k], b[r][k]);
     }
-    // Products of channels lane, lane + 16, ... of some rows and of the keys from one on.
-    template <int Rows>
-    PLAIT_TOGETHER static void lane(const float* q, int64_t padded_dim, const float* keys, int64_t lane, Sums<Rows>& sums) {
+    // Products of channels lane, lane + 16, ... of some rows and of the keys from one on. `Dim` is the number of channels
+    // where it is known beforehand, as 64 is for many models; else 0.
+    template <int Rows, int Dim>
+    PLAIT_TOGETHER static void lane(const float* q, int64_t any_dim, const float* keys, int64_t lane, Sums<Rows>& sums) {
         Sums<Rows> own;
         for (int r = 0; r < Rows; ++r)
             for (int k = 0; k < kVectors; ++k) own[r][k] = S::wide_zero();
+        const int64_t padded_dim = Dim == 0 ? any_dim : Dim;
         const float* key_at = keys + lane * kKeyBlock;
         for (int64_t c = lane; c < padded_dim; c += kLanes) {
             Wide key[kVectors];
@@ -58,27 +60,27 @@ struct ManyRows {
             for (int k = 0; k < kVectors; ++k) sums[r][k] = own[r][k];
     }
     // The lanes that end in one of the last four.
-    template <int Rows>
+    template <int Rows, int Dim>
     PLAIT_TOGETHER static void quarter(const float* q, int64_t padded_dim, const float* keys, int64_t first, Sums<Rows>& sums) {
         Sums<Rows> a, b, c;
-        lane<Rows>(q, padded_dim, keys, first, a);
-        lane<Rows>(q, padded_dim, keys, first + 8, b);
+        lane<Rows, Dim>(q, padded_dim, keys, first, a);
+        lane<Rows, Dim>(q, padded_dim, keys, first + 8, b);
         add<Rows>(a, b, a);
-        lane<Rows>(q, padded_dim, keys, first + 4, b);
-        lane<Rows>(q, padded_dim, keys, first + 12, c);
+        lane<Rows, Dim>(q, padded_dim, keys, first + 4, b);
+        lane<Rows, Dim>(q, padded_dim, keys, first + 12, c);
         add<Rows>(b, c, b);
         add<Rows>(a, b, sums);
     }
-    template <int Rows>
+    template <int Rows, int Dim>
     PLAIT_APART static void scores(const float* q, int64_t padded_dim, const float* keys, int64_t first, int64_t last,
                                    float* out) {
         for (int64_t j = first; j < last; j += kStep) {
             Sums<Rows> even, odd, more;
-            quarter<Rows>(q, padded_dim, keys + j, 0, even);
-            quarter<Rows>(q, padded_dim, keys + j, 2, more);
+            quarter<Rows, Dim>(q, padded_dim, keys + j, 0, even);
+            quarter<Rows, Dim>(q, padded_dim, keys + j, 2, more);
             add<Rows>(even, more, even);
-            quarter<Rows>(q, padded_dim, keys + j, 1, odd);
-            quarter<Rows>(q, padded_dim, keys + j, 3, more);
+            quarter<Rows, Dim>(q, padded_dim, keys + j, 1, odd);
+            quarter<Rows, Dim>(q, padded_dim, keys + j, 3, more);
             add<Rows>(odd, more, odd);
             add<Rows>(even, odd, even);
             for (int r = 0; r < Rows; ++r)
@@ -167,7 +169,8 @@ struct ManyRows {
         for (int64_t slot = start; slot < all.high; slot += kKeyBlock) {
             fill(v, false, slot, block);
             each_rows(slot, [&](int64_t row, auto rows, int64_t first, int64_t last) {
-                scores<rows>(v.q + row * v.padded_dim, v.padded_dim, block, first / kStep * kStep, last, weights + row * kScoreStride + slot);
+                const auto of = v.padded_dim == 64 ? scores<rows, 64> : scores<rows, 0>;
+                of(v.q + row * v.padded_dim, v.padded_dim, block, first / kStep * kStep, last, weights + row * kScoreStride + slot);
             });
         }
         A::each_rows(v, [&](int64_t row, auto rows) { A::soften_rows(v, row, rows, weights, fold); });

@@ -58,6 +58,8 @@ class Memory:
         self.draft: Tree | None = None
         self.codec_notes = plan.codec.new_notes()
         self.policy_notes = plan.policy.new_notes()
+        # Asked after every token, in every layer.
+        self._keeps_as_written = plan.keeps_as_written and not self.notes
 
     def __len__(self) -> int:
         """Position of the next token, that is how many tokens have been seen."""
@@ -137,6 +139,9 @@ class Memory:
             ConfigError: the rows do not follow each other.
         """
         kept = self.check_commit(path)
+        if path is None and self._keeps_as_written:
+            self.pending, self.draft = 0, None
+            return
         for notes in self.notes:
             notes.commit(kept, self.pending)
         if path is not None and kept != list(range(self.pending)):

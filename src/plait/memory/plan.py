@@ -215,6 +215,11 @@ class Codec(Spec, axis=CODECS):
         """
         raise NotImplementedError
 
+    @property
+    def seals_nothing(self) -> bool:
+        """Whether tokens stay in the tail as they were written, so that `seal` never does anything."""
+        return False
+
     def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
         """Store committed tokens of the tail; called after every commit.
 
@@ -376,6 +381,13 @@ class MemoryPlan:
         policy, codec = type(self.policy), type(self.codec)
         is_observed = policy.observe is not Policy.observe or codec.observe is not Codec.observe
         return policy.visits is Policy.visits and not is_observed
+
+    @property
+    def keeps_as_written(self) -> bool:
+        """Whether a commit changes nothing: no token is stored in another form, noted, moved or dropped."""
+        policy = type(self.policy)
+        is_passive = policy.gather is Policy.gather and policy.settle is Policy.settle
+        return is_passive and not self.policy.stores and self.codec.seals_nothing
 
     def longest(self, trained: int) -> int:
         """Tokens that a sequence may have under this plan, of a model trained on sequences of `trained` tokens.

@@ -41,6 +41,10 @@ class Dense(Codec, name="dense"):
     def is_shareable(self) -> bool:
         return True
 
+    @property
+    def seals_nothing(self) -> bool:
+        return True
+
     def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
         """Tokens stay where they are: the tail holds them in this form already."""
 
