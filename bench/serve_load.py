@@ -35,8 +35,8 @@ from plait.files import write_text
 STALL_SECONDS = 10.0
 RETURN_SHARE = 0.05
 ENGINE_SHARE = 0.9
-# Room for what a warm server keeps; small enough that a short run fills it.
-KEPT_BYTES = 64 * 2**20
+# Room for 64 sequences and for what a warm server keeps; small enough that a short run fills it.
+KEPT_BYTES = 512 * 2**20
 
 
 def prompts(count: int, seed: int, *, shared: int = 0) -> list[str]:
