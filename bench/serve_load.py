@@ -228,7 +228,9 @@ def contestants(threads: int) -> dict[str, Callable[[], Server]]:
         command += ["--interrupt_requests", "false", "--verbose", "false", "--model_alias", "smollm2"]
         found["llama_cpp.server"] = lambda: Server("llama_cpp.server", command)
     if vllm.is_installed:
-        serve = [str(vllm.python.parent / "vllm"), "serve", peers.folder(), "--dtype", "float32"]
+        # The command of its wheel for processors looks for a package of another name.
+        serve = [str(vllm.python), "-m", "vllm.entrypoints.openai.api_server", "--model", peers.folder()]
+        serve += ["--dtype", "float32"]
         serve += ["--host", "127.0.0.1", "--port", "{port}", "--served-model-name", "smollm2"]
         serve += ["--max-model-len", "4096", "--max-num-seqs", "64", "--enforce-eager"]
         found["vllm"] = lambda: Server("vllm", serve, environment=environment, seconds=600)
