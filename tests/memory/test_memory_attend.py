@@ -111,7 +111,7 @@ def test_what_nobody_wrote_is_never_read() -> None:
     table, memory = TokenTable(GROUPED), new_memory()
     table.write(memory, ids_of(70), [60])
     room = memory.tail._keys[:, len(memory.tail) :]
-    assert room.shape[1] == 58
+    assert room.shape[1] == 5
     assert room.isnan().all(), "the suite fills uninitialised memory with NaN"
     assert memory.attend(*table.rows(ids_of(3))).isfinite().all()
 
@@ -131,7 +131,7 @@ def test_a_memory_can_be_used_inside_and_outside_inference_mode() -> None:
         memory = new_memory()
         first = table.write(memory, ids[:5])
     # These still fit into the storage that was made in inference mode.
-    assert memory.tail._keys.shape[1] == 64
+    assert memory.tail._keys.shape[1] == 32
     second = table.write(memory, ids[5:140], [1, 9, 27])
     with torch.inference_mode():
         third = table.write(memory, ids[140:190])
@@ -171,8 +171,8 @@ def test_heads_that_cannot_be_grouped_are_refused() -> None:
 
 
 def test_running_out_of_memory_leaves_the_strand_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    table, ids, memory = TokenTable(GROUPED), ids_of(130), new_memory()
-    table.write(memory, ids[:60])
+    table, ids, memory = TokenTable(GROUPED), ids_of(70), new_memory()
+    table.write(memory, ids[:30])
     plain, calls = DenseStrand._grown, []
 
     def fails_on_values(strand: DenseStrand, old: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -183,11 +183,11 @@ def test_running_out_of_memory_leaves_the_strand_as_it_was(monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(DenseStrand, "_grown", fails_on_values)
-        with pytest.raises(CapacityError, match="No memory for keys and values of 128 tokens"):
-            memory.attend(*table.rows(ids[60:100]))
-    assert len(memory) == 60
+        with pytest.raises(CapacityError, match="No memory for keys and values of 60 tokens"):
+            memory.attend(*table.rows(ids[30:60]))
+    assert len(memory) == 30
     # These fit into what was asked for: keys and values must have grown together, or not at all.
-    assert_equal_to(table.write(memory, ids[60:125]), table.answer(ids[:60], ids[60:125]))
+    assert_equal_to(table.write(memory, ids[30:55]), table.answer(ids[:30], ids[30:55]))
 
 
 def test_reading_the_same_past_twice_gives_the_same_bits() -> None:

@@ -423,7 +423,7 @@ class DenseStrand(FrozenStrand):
     def _capacity(self, length: int) -> int:
         """Tokens there is room for once `length` of them are held."""
         held = self._keys.shape[1]
-        return held if length <= held else max(length, held * 5 // 4, held + 64)
+        return held if length <= held else max(length, held * 5 // 4, 32)
 
     def _reserve(self, length: int) -> None:
         capacity = self._capacity(length)
