@@ -217,6 +217,7 @@ def test_closing_finishes_what_was_begun_and_takes_nothing_new(make_small: Make)
         while not closing.done():
             asked.append(asyncio.create_task(engine.metrics()))
             await asyncio.sleep(0.001)
+        asked.append(asyncio.create_task(engine.metrics()))
         *_, last = await asyncio.wait_for(asyncio.gather(*asked), 10)
         assert last.waiting + last.running == 0
         await engine.close()
