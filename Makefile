@@ -44,7 +44,7 @@ claims: $(VENV)/test.stamp
 	$(BIN)/plait claims page --short --results docs/claims --output README.md
 
 # Peers are compiled and installed into build/peers, and questions are asked one after the other; about an hour.
-QUESTIONS := decode speculation prefill shared_prefix ragged_batch first_token peak_memory roofline
+QUESTIONS := decode speculation prefill shared_prefix ragged_batch first_token peak_memory roofline invariance
 bench: $(VENV)/test.stamp
 	$(BIN)/python bench/peers.py install
 	@for question in $(QUESTIONS); do echo "== $$question"; $(BIN)/python bench/$$question.py || exit 1; done

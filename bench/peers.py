@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,29 @@ class Peer:
         )
 
 
+@dataclass(frozen=True)
+class AnyOrder(Peer):
+    """Plait itself, built without the promise that a row has the same bits in any batch."""
+
+    def install(self) -> str | None:
+        """Build the source as it is now, in an environment that borrows all else from this one."""
+        path = ROOT / self.name
+        subprocess.run([sys.executable, "-m", "venv", path], check=True)
+        (site,) = path.glob("lib/python*/site-packages")
+        # As a plain path: what makes this environment's own Plait importable is not read then.
+        (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        made = self._pip(
+            [
+                "install",
+                "--no-deps",
+                "--force-reinstall",
+                "--config-settings=cmake.define.PLAIT_ANY_ORDER=ON",
+                str(HERE.parent),
+            ]
+        )
+        return (made.stderr.strip().splitlines() or ["pip gave no reason"])[-1] if made.returncode else None
+
+
 def without_matrix_tiles() -> dict[str, str]:
     """What lets llama.cpp be built for this processor, but for its matrix tiles (AMX); nothing where it has none.
 
@@ -129,6 +153,7 @@ PEERS = {
             ("torchvision", "torchaudio", "torchcodec"),
             "folder",
         ),
+        AnyOrder("plait-any-order", "plait_side.py", ("plait",)),
         Peer("kvpress", "kvpress_side.py", ("kvpress==0.5.5", "optimum-quanto==0.2.7"), weights="folder"),
     )
 }

@@ -27,6 +27,12 @@ struct ManyRows {
     static constexpr int64_t kStep = kVectors * kWide;
     static_assert(kKeyBlock % kStep == 0 && kKeyChunk % kKeyBlock == 0, "vectors of keys must fill a block");
 
+#ifdef PLAIT_ANY_ORDER
+    static constexpr bool kAnyOrder = true;
+#else
+    static constexpr bool kAnyOrder = false;
+#endif
+
     // Below this, widening costs more than it saves.
     static constexpr int64_t kLeastRows = 12;
 
@@ -71,20 +77,39 @@ struct ManyRows {
         add<Rows>(b, c, b);
         add<Rows>(a, b, sums);
     }
+    // All channels in a row: as fast as can be, but not the bits that one row has. See PLAIT_ANY_ORDER.
+    template <int Rows, int Dim>
+    PLAIT_TOGETHER static void straight(const float* q, int64_t any_dim, const float* keys, Sums<Rows>& sums) {
+        const int64_t padded_dim = Dim == 0 ? any_dim : Dim;
+        for (int r = 0; r < Rows; ++r)
+            for (int k = 0; k < kVectors; ++k) sums[r][k] = S::wide_zero();
+        for (int64_t c = 0; c < padded_dim; ++c)
+            for (int k = 0; k < kVectors; ++k) {
+                const Wide key = S::wide_load(keys + c * kKeyBlock + k * kWide);
+                for (int r = 0; r < Rows; ++r)
+                    sums[r][k] = S::wide_fma(key, S::wide_set1(q + r * padded_dim + c), sums[r][k]);
+            }
+    }
+    template <int Rows, int Dim>
+    PLAIT_TOGETHER static void in_order(const float* q, int64_t padded_dim, const float* keys, Sums<Rows>& even) {
+        Sums<Rows> odd, more;
+        quarter<Rows, Dim>(q, padded_dim, keys, 0, even);
+        quarter<Rows, Dim>(q, padded_dim, keys, 2, more);
+        add<Rows>(even, more, even);
+        quarter<Rows, Dim>(q, padded_dim, keys, 1, odd);
+        quarter<Rows, Dim>(q, padded_dim, keys, 3, more);
+        add<Rows>(odd, more, odd);
+        add<Rows>(even, odd, even);
+    }
     template <int Rows, int Dim>
     PLAIT_APART static void scores(const float* q, int64_t padded_dim, const float* keys, int64_t first, int64_t last,
                                    float* out) {
         for (int64_t j = first; j < last; j += kStep) {
-            Sums<Rows> even, odd, more;
-            quarter<Rows, Dim>(q, padded_dim, keys + j, 0, even);
-            quarter<Rows, Dim>(q, padded_dim, keys + j, 2, more);
-            add<Rows>(even, more, even);
-            quarter<Rows, Dim>(q, padded_dim, keys + j, 1, odd);
-            quarter<Rows, Dim>(q, padded_dim, keys + j, 3, more);
-            add<Rows>(odd, more, odd);
-            add<Rows>(even, odd, even);
+            Sums<Rows> sums;
+            if constexpr (kAnyOrder) straight<Rows, Dim>(q, padded_dim, keys + j, sums);
+            else in_order<Rows, Dim>(q, padded_dim, keys + j, sums);
             for (int r = 0; r < Rows; ++r)
-                for (int k = 0; k < kVectors; ++k) S::wide_store(out + r * kScoreStride + j + k * kWide, even[r][k]);
+                for (int k = 0; k < kVectors; ++k) S::wide_store(out + r * kScoreStride + j + k * kWide, sums[r][k]);
         }
     }
 
