@@ -108,8 +108,13 @@ void fuzz_gate() {
     gated.activation = Activation(pick(0, 3));
     if (pick(0, 1)) gated.gate.add(gate.view(), 0, inner);
     gated.up.add(up.view(), 0, inner);
+    // Activations are laid out as each set reads them: what counts is what the next product makes of them.
+    const int64_t outputs = pick(1, 40);
+    const PackedMatrix down = random_matrix(outputs, inner);
+    Projection projection;
+    projection.add(down.view(), 0, outputs);
     const std::vector<float> x = numbers(batch * columns);
-    compare("gate", batch * inner, [&](float* out) {
+    compare("gate", batch * outputs, [&](float* out) {
         Activations a, h;
         a.resize(batch, columns);
         h.resize(batch, inner);
@@ -117,7 +122,11 @@ void fuzz_gate() {
         Pool::get().run([&](Team& team) {
             team.share(inner / kBlock, 2, [&](int64_t begin, int64_t end) { gated.run(a, begin, end, h); });
         });
-        for (int64_t i = 0; i < batch * inner; ++i) out[i] = float(h.view().codes[2 * i]) + 256 * float(h.view().codes[2 * i + 1]);
+        Pool::get().run([&](Team& team) {
+            team.share(projection.num_tiles, projection.grain(team.size, batch), [&](int64_t begin, int64_t end) {
+                projection.run(h, begin, end, out, outputs, false);
+            });
+        });
     });
 }
 
