@@ -56,8 +56,7 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     if any(len(of_segment) > 1 for of_segment in runs):
         return _attend_in_turns(memories, q, k, v, rows, runs)
     in_frame = _Frames(heads, q, rows)
-    offsets = [memory.tail.offset for memory in memories]
-    keys = k if heads.rope is None else rotate(k, rows.angles(heads.rope, offsets))
+    keys = in_frame.of_keys(k, [memory.tail.offset for memory in memories])
     for memory, segment, draft in zip(memories, rows.segments, drafts, strict=True):
         memory.append(keys[segment.rows], v[segment.rows], draft)
 
@@ -168,6 +167,18 @@ class _Frames:
         self.heads, self.q, self.rows = heads, q, rows
         self.rotated: dict[int, Tensor] = {}
         self.pinned: dict[int, Tensor] = {}
+
+    def of_keys(self, k: Tensor, offsets: Sequence[int]) -> Tensor:
+        """The keys of all rows, those of each segment in the frame that starts at its offset."""
+        if self.heads.rope is None:
+            return k
+        angles = self.rows.angles(self.heads.rope, offsets)
+        if len(set(offsets)) > 1 or self.q.dtype != k.dtype:
+            return rotate(k, angles)
+        # One frame for all, which the queries visit too: they turn together.
+        turned = rotate(torch.cat([self.q, k], dim=1), angles)
+        self.rotated[offsets[0]], keys = turned.split([self.q.shape[1], k.shape[1]], dim=1)
+        return keys
 
     def of_segment(self, segment: Segment, offset: int) -> Tensor:
         """The queries of a segment, (n, H, D), at their positions in a frame that starts at `offset`."""

@@ -59,7 +59,9 @@ def _linear_of_few_rows(x: Tensor, weight: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`x / sqrt(mean(x^2) + epsilon) * weight` over the last axis."""
     # torch's own rms_norm takes three times as long on a CPU for the few rows of a decoding step.
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + epsilon) * weight
+    squares = x.square().sum(dim=-1, keepdim=True)
+    # Their mean plus epsilon in one operation instead of four.
+    return x * torch.rsub(squares, epsilon, alpha=-1 / x.shape[-1]).rsqrt() * weight
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
