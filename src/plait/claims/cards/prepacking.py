@@ -125,7 +125,7 @@ def _measure(run: Run) -> Measurements:
     padding = len(prompts) * max(map(len, prompts)) / sum(map(len, prompts))
     yield "comparing keys and values"
     difference = _difference(_packed(lm, prompts), _one_by_one(lm, prompts))
-    if difference > 1e-3:
+    if difference > 1e-4:
         raise MeasurementError(
             f"Keys or values of packed and of single prompts differ by {difference:.2g}, so no speed is reported."
         )
@@ -182,9 +182,16 @@ CLAIM = Claim(
         Bar(
             quantity="max_difference",
             relation="<=",
-            value=1e-3,
+            value=1e-4,
             unit="",
-            why="Keys reach some tens; a prompt must not notice its neighbours.",
+            why="Only rounding may differ, in keys that reach some tens; a prompt must not notice its neighbours.",
+        ),
+        Bar(
+            quantity="padding_ratio",
+            relation=">=",
+            value=3.0,
+            unit="x",
+            why="Lengths must be as uneven as the method is for; equal ones are measured apart.",
         ),
         Bar(
             quantity="share_of_padding_saved",
