@@ -1,4 +1,4 @@
-"""Strands that wait, each as one run of bytes in memory or in a memory-mapped file, until they are read again.
+"""Strands that wait, each as one run of bytes in a memory-mapped file, until they are read again.
 
 A coded strand is a tree of some ten objects and twenty small tensors, which take more room than its numbers if
 there are thousands of it. Here one outline stands for all strands of one form, and a strand is a run of bytes.
@@ -22,7 +22,7 @@ from torch import Tensor
 from plait.errors import CapacityError
 from plait.memory.strand import Strand
 
-__all__ = ["MemoryStore", "SpillFile", "Stored", "StrandStore"]
+__all__ = ["SpillFile", "Spilled"]
 
 # Tensors of a run of bytes begin at multiples of this, as the allocator's own do.
 _ALIGNMENT = 64
@@ -57,31 +57,31 @@ class _Outline(NamedTuple):
     nbytes: int
 
 
-class Stored(NamedTuple):
-    """A strand in a store.
+class Spilled(NamedTuple):
+    """A strand whose numbers are in a file.
 
     Attributes:
-        store: where it is.
+        file: the file.
         outline: its form.
         start: frame position of its first token.
-        where: its bytes in memory, or the place of the first one in a file.
+        where: the place of its first byte.
     """
 
-    store: StrandStore
+    file: SpillFile
     outline: _Outline
     start: int
-    where: Tensor | int
+    where: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its numbers, in memory or in the file."""
+        """Bytes of its numbers in the file."""
         return self.outline.nbytes
 
     def load(self) -> Strand:
-        """The strand; its tensors are views of the stored bytes."""
+        """The strand, its tensors mapped from the file; they are unmapped when they are freed."""
         places = iter(self.outline.places)
         with torch.inference_mode(False):
-            numbers = self.store.read(self.where, self.outline.nbytes)
+            numbers = self.file.read(self.where, self.outline.nbytes)
 
             def tensor(_: Tensor) -> Tensor:
                 offset, shape, dtype = place = next(places)
@@ -89,19 +89,27 @@ class Stored(NamedTuple):
 
             return self.outline.strand.relocated(tensor).restarted(self.start)
 
-    def tensors(self) -> list[Tensor]:
-        """Its bytes, where they are in memory."""
-        return [self.where] if isinstance(self.where, Tensor) else []
 
+class SpillFile:
+    """A file without a name, to which strands are appended; it is gone when nothing uses it any more.
 
-class StrandStore:
-    """Takes strands, of which those of one form share all but their numbers and where they start."""
+    Strands of one form share all but their numbers and where they start. The file stands in the folder for temporary
+    files (`TMPDIR`). Space of strands that nobody needs is freed with it.
+    """
 
     def __init__(self) -> None:
         self._outlines: dict[Hashable, _Outline] = {}
+        self._end = 0
 
-    def put(self, strand: Strand) -> Stored:
-        """Store a strand's numbers.
+    @cached_property
+    def _file(self) -> int:
+        """Its descriptor; opened when something is written, since most layers of a short text need none."""
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as this object
+        weakref.finalize(self, file.close)
+        return file.fileno()
+
+    def put(self, strand: Strand) -> Spilled:
+        """Write a strand's numbers behind what is there.
 
         Raises:
             CapacityError: the disk is full; nothing has changed then.
@@ -122,53 +130,16 @@ class StrandStore:
             (_form(bare), tuple(places)), _Outline(bare, tuple(places), length)
         )
         with torch.inference_mode(False):
-            numbers = torch.zeros(length, dtype=torch.uint8, device=tensors[0].device)
+            numbers = torch.zeros(length, dtype=torch.uint8)
             for tensor, place in zip(tensors, places, strict=True):
                 part = numbers[place.offset : place.offset + place.nbytes]
                 part.view(place.dtype).view(place.shape).copy_(tensor)
-        return Stored(self, outline, strand.start, self.write(numbers))
-
-    def write(self, numbers: Tensor) -> Tensor | int:
-        """Keep bytes; returns where they are."""
-        raise NotImplementedError
-
-    def read(self, where: Tensor | int, length: int) -> Tensor:
-        """Bytes that were kept, as a tensor that nobody writes to."""
-        raise NotImplementedError
-
-
-class MemoryStore(StrandStore):
-    """Keeps strands in memory, on the device on which they were."""
-
-    def write(self, numbers: Tensor) -> Tensor:
-        return numbers
-
-    def read(self, where: Tensor | int, length: int) -> Tensor:
-        assert isinstance(where, Tensor)
-        return where
-
-
-class SpillFile(StrandStore):
-    """A file without a name, to which strands are appended; it is gone when nothing uses it any more.
-
-    It stands in the folder for temporary files (`TMPDIR`). Space of strands that nobody needs is freed
-    with the file. A strand that is read is mapped from the file, and unmapped when it is freed.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._end = 0
-
-    @cached_property
-    def _file(self) -> int:
-        """Its descriptor; opened when something is written, since most layers of a short text need none."""
-        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as this object
-        weakref.finalize(self, file.close)
-        return file.fileno()
+        return Spilled(self, outline, strand.start, self.write(numbers))
 
     def write(self, numbers: Tensor) -> int:
+        """Append bytes; returns where they are."""
         start = end = self._end
-        left = numbers.cpu().numpy().data
+        left = numbers.numpy().data
         try:
             while len(left):
                 written = os.pwrite(self._file, left, end)
@@ -182,8 +153,8 @@ class SpillFile(StrandStore):
         self._end = -(-end // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         return start
 
-    def read(self, where: Tensor | int, length: int) -> Tensor:
-        assert isinstance(where, int)
+    def read(self, where: int, length: int) -> Tensor:
+        """Bytes as a tensor over the file's own pages."""
         # Writing to a copy would not change the file.
         pages = mmap.mmap(self._file, length, access=mmap.ACCESS_COPY, offset=where)
         return torch.frombuffer(pages, dtype=torch.uint8)

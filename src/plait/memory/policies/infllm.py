@@ -20,7 +20,7 @@ from plait.memory.memory import Memory
 from plait.memory.plan import Notes, Seen, Visit
 from plait.memory.policies.window import FirstAndLast
 from plait.memory.rows import Segment
-from plait.memory.spill import MemoryStore, SpillFile, Stored, StrandStore
+from plait.memory.spill import Spilled, SpillFile
 from plait.memory.strand import FrozenStrand, Heads, HoldsTensors, Strand
 from plait.ops import Causal, Everything, Far
 
@@ -55,7 +55,7 @@ class InfLLM(FirstAndLast, name="infllm"):
         topk: blocks that a run of queries sees; 0 for none.
         representatives: keys of a block that make its index; at most `block`.
         execution: most queries that look up together; at most `local`.
-        cached: blocks of a layer that stay ready to be read, and in memory when the others are in a file; at least `topk`.
+        cached: blocks of a layer that stay in memory when the others are in a file; at least `topk`.
         cold: where other blocks are: `memory`, or `file` for a memory-mapped temporary file.
     """
 
@@ -95,7 +95,7 @@ class InfLLM(FirstAndLast, name="infllm"):
         return True
 
     def new_notes(self) -> _Blocks:
-        return _Blocks(self, SpillFile() if self.cold == "file" else MemoryStore())
+        return _Blocks(self, SpillFile() if self.cold == "file" else None)
 
     def runs(self, segment: Segment) -> list[range]:
         if type(segment.mask) is not Causal:
@@ -210,7 +210,7 @@ class InfLLM(FirstAndLast, name="infllm"):
             representative = self._representative(memory.heads, block, notes.mass.of(start, self.block))
             stored = memory.plan.codec.encode(block, memory.codec_notes)
             # A full disk is found here, before anything has changed.
-            notes.blocks.append(notes.store.put(stored))
+            notes.blocks.append(stored if notes.file is None else notes.file.put(stored))
             notes.index.append(representative)
 
     def _representative(self, heads: Heads, block: FrozenStrand, mass_HT: Tensor) -> Tensor:
@@ -355,9 +355,9 @@ class _Blocks(Notes):
     method: ClassVar[str] = "infllm"
 
     policy: InfLLM
-    store: StrandStore
+    file: SpillFile | None
     first: FrozenStrand | None = None
-    blocks: list[Stored] = field(default_factory=list)
+    blocks: list[Strand | Spilled] = field(default_factory=list)
     index: _Grown = field(default_factory=_Grown)
     mass: _Mass = field(default_factory=_Mass)
     asked: list[_Asked] = field(default_factory=list)
@@ -378,7 +378,7 @@ class _Blocks(Notes):
     @property
     def cold_nbytes(self) -> int:
         """Bytes that blocks have in the file; blocks shared with a fork count in both."""
-        return sum(block.nbytes for block in self.blocks if not block.tensors())
+        return sum(block.nbytes for block in self.blocks if isinstance(block, Spilled))
 
     def retrieve(self, *, joined: bool) -> list[Strand]:
         """The chosen blocks; joined, those of plain numbers are one strand, which stays until others are chosen."""
@@ -394,8 +394,11 @@ class _Blocks(Notes):
         return self.together[1]
 
     def _load(self, number: int) -> Strand:
+        block = self.blocks[number]
+        if isinstance(block, Strand):
+            return block
         if number not in self.resident:
-            self.resident[number] = self.blocks[number].load()
+            self.resident[number] = block.load()
         self.resident.move_to_end(number)
         while len(self.resident) > self.policy.cached:
             self.resident.popitem(last=False)
@@ -404,7 +407,7 @@ class _Blocks(Notes):
     def fork(self) -> _Blocks:
         return _Blocks(
             self.policy,
-            self.store,
+            self.file,
             first=self.first,
             blocks=list(self.blocks),
             index=self.index.fork(),
@@ -436,7 +439,8 @@ class _Blocks(Notes):
 
     def tensors(self) -> list[Tensor]:
         strands = [] if self.first is None else [self.first]
-        held: list[HoldsTensors] = [*strands, *self.blocks, *self.resident.values(), *self.together[1]]
+        inside = [block for block in self.blocks if isinstance(block, Strand)]
+        held: list[HoldsTensors] = [*strands, *inside, *self.resident.values(), *self.together[1]]
         asked = [tensor for one in self.asked for tensor in vars(one).values()]
         return [
             self.index.storage,
