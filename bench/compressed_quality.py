@@ -3,11 +3,12 @@
 SmolLM2-135M-Instruct in fp32 on both sides, the same windows of Python's manual: a prompt is read exactly and stored, and
 the law of every following token is compared with that of the exact past. Bytes are all that is held after the prompt, as
 each side allocates it. kvpress drops channels by writing zeros, which saves nothing here and by its own word; what it would
-hold without them is computed and marked. Decoding steps are timed behind the first window, the sides one after the other.
+hold without them is computed and marked. A window of Plait's moves on, where the peer's cache grows by each token that
+follows: its size is such that both show as many tokens on average. Decoding steps are timed behind the first window, the sides one after the other.
 
     python bench/peers.py install kvpress
     python bench/compressed_quality.py
-    python bench/compressed_quality.py --windows 2 --json
+    python bench/compressed_quality.py --windows 2 --picture build/bench/compressed_quality.svg --json
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 import peers
 from contest import RESULTS
@@ -55,13 +60,14 @@ def pairs(prompt: int) -> list[Pair]:
     """What is compared, for prompts of so many tokens."""
     codes = {"backend": "quanto", "q_group_size": 64, "residual_length": 128}
     keep = prompt // 2
+    window = keep - 4 + FOLLOWING // 2
     return [
         Pair("think:ratio=0.4", "ThinKPress", {"key_channel_compression_ratio": 0.4, "window_size": 32}, 0.8),
         Pair("gear:bits=4", "quantised", {"nbits": 4, **codes}),
         Pair("gear:bits=4,rank=0,rank_decode=0,sparsity=0", "quantised", {"nbits": 4, **codes}),
         Pair("gear:bits=2", "quantised", {"nbits": 2, **codes}),
         Pair(
-            f"lm-infinite:local={keep - 4},initial=4",
+            f"lm-infinite:local={window},initial=4",
             "StreamingLLMPress",
             {"compression_ratio": 1 - keep / prompt, "n_sink": 4},
         ),
@@ -70,10 +76,6 @@ def pairs(prompt: int) -> list[Pair]:
 
 def ours(lm: LanguageModel, memory: str, windows: list[list[int]], prompt: int, steps: int) -> dict[str, Any]:
     """What Plait keeps and loses, in the form of the peer's answer."""
-    import time
-
-    import torch
-
     found = follow(fidelity(lm, {memory: MemoryPlan.parse(memory)}, windows, prompt), lambda _: None)[memory]
     past = lm.model.new_past(MemoryPlan.parse(memory))
     lm.new_engine().read(windows[0][:prompt], past)
@@ -118,11 +120,13 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--picture", type=Path, help="draw loss against bytes into this file")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if not peers.PEERS["kvpress"].is_installed:
         print("error: kvpress is not installed; run `python bench/peers.py install kvpress`", file=sys.stderr)
         return 1
+    torch.set_num_threads(options.threads)
     lm = load("smollm2", weights="fp32")
     windows = token_runs(lm.tokenizer, [options.prompt + FOLLOWING] * options.windows)
     rows = []
@@ -149,9 +153,12 @@ def main() -> int:
                     "milliseconds": 1000 * statistics.median(found["seconds"]),
                 }
             )
-    result = {"machine": str(Machine.this()), **vars(options), "rows": rows}
+    settings = {name: getattr(options, name) for name in ("windows", "prompt", "steps", "threads")}
+    result = {"machine": str(Machine.this()), **settings, "rows": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_text(RESULTS / "compressed_quality.json", json.dumps(result, indent=1) + "\n")
+    if options.picture:
+        picture(rows, options.picture)
     if options.json:
         print(json.dumps(result, indent=1))
         return 0
@@ -162,6 +169,24 @@ def main() -> int:
             f"{row['nbytes_without_zeros'] / 1e6:8.2f}{row['milliseconds']:10.1f}"
         )
     return 0
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Divergence from the exact past against the bytes that are held."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    names = {row["method"]: row for row in rows}
+    for name, row in names.items():
+        mark = "o" if row["side"] == "plait" else "x"
+        axis.scatter(row["nbytes"] / 1e6, row["divergence"], marker=mark, label=f"{row['side']}: {name}"[:90])
+    axis.set_xlabel("MB held behind the prompt, zeros that the peer stores included")
+    axis.set_ylabel("KL from the exact past, nats a token")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    figure.legend(loc="outside lower center", fontsize=6)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

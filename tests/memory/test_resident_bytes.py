@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-TOKENS = 60_000
+TOKENS = 48_000
 MEMORIES = [
     "dense",
     "dense:dtype=fp16",
@@ -20,6 +20,7 @@ MEMORIES = [
     "think:ratio=0.4,gear:bits=4",
     "window:size=4096",
     "infllm:local=2048,execution=2048,topk=4,cached=4,cold=file",
+    "infllm:local=2048,execution=2048,topk=4,cached=4,cold=file,gear:bits=4",
 ]
 
 # One process imports torch once; a child of it holds one memory, so that nothing of the others is left over.
@@ -31,7 +32,7 @@ from plait.memory import Heads, Memory, MemoryPlan
 torch.set_num_threads(1)
 tokens, memories = int(sys.argv[1]), sys.argv[2:]
 numbers = torch.randn(2, 2048, 3, 64, generator=torch.Generator().manual_seed(0))
-query = torch.randn(2048, 9, 64, generator=torch.Generator().manual_seed(1))
+query = torch.randn(2048, 3, 64, generator=torch.Generator().manual_seed(1))
 
 def resident():
     gc.collect()
@@ -51,9 +52,9 @@ def held(spec):
             memory.commit(is_prompt=len(memory) < length)
     with torch.inference_mode():
         # What is allocated once, whatever is held.
-        fill(Memory(Heads(9, 3, 64, scale=0.125), MemoryPlan.parse(spec)), 4096)
+        fill(Memory(Heads(3, 3, 64, scale=0.125), MemoryPlan.parse(spec)), 4096)
         before = resident()
-        memory = Memory(Heads(9, 3, 64, scale=0.125), MemoryPlan.parse(spec))
+        memory = Memory(Heads(3, 3, 64, scale=0.125), MemoryPlan.parse(spec))
         fill(memory, tokens)
         return memory.nbytes(), resident() - before
 
@@ -99,6 +100,7 @@ def test_counted_bytes_are_resident_and_no_others(measured: dict[str, tuple[int,
         ("think:ratio=0.4,gear:bits=4", 0.22),
         ("window:size=4096", 0.15),
         ("infllm:local=2048,execution=2048,topk=4,cached=4,cold=file", 0.25),
+        ("infllm:local=2048,execution=2048,topk=4,cached=4,cold=file,gear:bits=4", 0.1),
     ],
 )
 def test_a_saving_is_seen_in_the_process(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -10,7 +11,11 @@ if TYPE_CHECKING:
     from plait.engine import LanguageModel
     from plait.memory import Memory, Past
 
-__all__ = ["decode_times", "fill", "filled_past", "token_nats"]
+__all__ = ["decode_times", "fill", "filled_past", "pass_keys_found", "token_nats"]
+
+_BEGIN = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and remember it.\n"
+_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+_QUESTION = "\nWhat is the pass key? The pass key is"
 
 
 def token_nats(lm: LanguageModel, memory: str | Past, ids: Sequence[int], chunk: int = 256) -> list[float]:
@@ -62,6 +67,39 @@ def filled_past(lm: LanguageModel, memory: str, length: int) -> Past:
         assert isinstance(layer, Memory)
         fill(layer, length, seed=number)
     return past
+
+
+def pass_keys_found(lm: LanguageModel, memory: str, length: int, keys: Mapping[str, float]) -> list[bool]:
+    """Whether the answer behind a text in which a pass key is hidden is that key, for each key.
+
+    Args:
+        lm: the model.
+        memory: a spec string.
+        length: tokens of the text.
+        keys: pass keys and their depths, as a part of the length and in rising order; what stands before one is read once.
+    """
+    from plait.memory import MemoryPlan
+
+    lm = copy.copy(lm)
+    lm.plan = MemoryPlan.parse(memory)
+    filler = lm.tokenizer.encode(_FILLER)
+    question = lm.tokenizer.encode(_QUESTION)
+    found = []
+    with lm.session() as trunk:
+        trunk.read(_BEGIN)
+        for key, depth in keys.items():
+            trunk.read_tokens(filler * max((int(length * depth) - len(trunk)) // len(filler), 0))
+            (branch,) = trunk.fork()
+            with branch:
+                branch.read(f"The pass key is {key}. Remember it. {key} is the pass key. ")
+                rest = max((length - len(branch) - len(question)) // len(filler), 0)
+                branch.read_tokens(filler * rest)
+                # Read apart from the text before it, as the question of a conversation would be.
+                branch.fork()
+                branch.read_tokens(question)
+                answer = branch.generate(max_new_tokens=8)
+            found.append(key in answer.text)
+    return found
 
 
 def decode_times(

@@ -7,9 +7,9 @@ r rank of what is added to the codes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -94,6 +94,8 @@ class CodedStrand(Strand):
         offset: where the frame starts, in the sequence's positions.
         start: frame position of the first token.
     """
+
+    found_later: ClassVar[Mapping[str, Any]] = {"_native": "unknown"}
 
     def __init__(self, heads: Heads, keys: Coded, values: Coded, *, offset: int = 0, start: int = 0) -> None:
         self.heads = heads
@@ -193,11 +195,6 @@ class CodedStrand(Strand):
         twin.keys = self.keys.cut(self.rows.start, self.rows.stop)
         twin.values = self.values.cut(self.rows.start, self.rows.stop)
         twin.rows = range(len(self))
-        twin._native = "unknown"
-        return twin
-
-    def relocated(self, move: Callable[[Tensor], Tensor]) -> Self:
-        twin = super().relocated(move)
         twin._native = "unknown"
         return twin
 

@@ -6,7 +6,7 @@ Shapes: Q queries, H query heads, G key/value heads, T tokens of the strand, D h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -90,6 +90,9 @@ class Strand:
         offset: where the frame starts, in the sequence's positions.
         start: frame position of the first token.
     """
+
+    # What is found from the other attributes when it is asked for, and what stands there before.
+    found_later: ClassVar[Mapping[str, Any]] = {}
 
     # Whether it can be cut anywhere; a policy that sees the past in pieces sees one that cannot as a whole.
     is_divisible: ClassVar[bool] = True
@@ -175,8 +178,16 @@ class Strand:
         """The same tokens with every stored tensor replaced by what `move` makes of it, in a fixed order."""
         twin = copy.copy(self)
         for name, value in vars(self).items():
-            if name != "heads":
+            if name in self.found_later:
+                setattr(twin, name, self.found_later[name])
+            elif name != "heads":
                 setattr(twin, name, _relocated(value, move))
+        return twin
+
+    def restarted(self, start: int) -> Self:
+        """The same numbers, said to start at another frame position: for numbers that are kept without their place."""
+        twin = copy.copy(self)
+        twin.start = start
         return twin
 
     def tensors(self) -> list[Tensor]:
@@ -189,9 +200,11 @@ class Strand:
 
 
 def _relocated(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """A value with the tensors in it replaced: one tensor, or several in sequences and dataclasses."""
+    """A value with the tensors in it replaced: one tensor, or several in strands, sequences and dataclasses."""
     if isinstance(value, Tensor):
         return move(value)
+    if isinstance(value, Strand):
+        return value.relocated(move)
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(_relocated(item, move) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -226,6 +239,8 @@ class FrozenStrand(Strand):
         offset: where the frame starts, in the sequence's positions.
         start: frame position of the first token.
     """
+
+    found_later: ClassVar[Mapping[str, Any]] = {"_layout": None}
 
     def __init__(
         self, heads: Heads, keys: Tensor, values: Tensor, *, offset: int = 0, start: int = 0

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["CLAIM"]
 
 _PREFIX = "Here are documents, one after the other. Any of them can be repeated word by word.\n\n"
+_MODULES = (
+    "argparse", "bisect", "calendar", "cmd", "codecs", "configparser", "csv", "difflib", "fnmatch", "fractions", "heapq",
+    "shlex", "statistics", "string", "textwrap", "zipfile",
+)  # fmt: skip
 
 
 def _documents(lm: LanguageModel, low: int, high: int, pick: random.Random) -> list[tuple[str, str]]:
@@ -26,6 +30,22 @@ def _documents(lm: LanguageModel, low: int, high: int, pick: random.Random) -> l
         ids = lm.tokenizer.encode(text)
         if len(ids) >= high:
             found.append((name, lm.tokenizer.decode(ids[: pick.randint(low, high)])))
+    pick.shuffle(found)
+    return found
+
+
+def _many_documents(lm: LanguageModel, count: int, length: int, pick: random.Random) -> list[tuple[str, str]]:
+    """Chapters of the manual and, where there are too few, modules of the library, cut to one length, in random order."""
+    from plait.claims.texts import module_source
+
+    found = _documents(lm, length, length, pick)[:count]
+    for name in _MODULES[: count - len(found)]:
+        ids = lm.tokenizer.encode(module_source(name))
+        found.append((f"the module {name}", lm.tokenizer.decode(ids[:length])))
+    if len(found) < count:
+        raise MeasurementError(
+            f"Python's manual and library have {len(found)} documents here; {count} are needed."
+        )
     pick.shuffle(found)
     return found
 
@@ -68,7 +88,7 @@ def _measure(run: Run) -> Measurements:
     yield "loading SmolLM2"
     lm = load("smollm2", weights="fp32")
     pick = random.Random(run.seed)
-    num_fitted, num_asked, answer_tokens = run.pick((6, 20, 64), (1, 1, 16))
+    num_fitted, num_asked, answer_tokens = run.pick((10, 20, 64), (1, 1, 16))
     low, high = run.pick((150, 300), (30, 60))
     documents = _documents(lm, low, high, pick)
     per_example = run.pick(5, 2)
@@ -99,7 +119,7 @@ def _measure(run: Run) -> Measurements:
     gap = {way: value - mean["in_a_row"] for way, value in mean.items()}
 
     yield "many contexts"
-    many = _documents(lm, *run.pick((190, 200), (20, 30)), pick)[: run.pick(64, 8)]
+    many = _many_documents(lm, *run.pick((64, 200), (8, 30)), pick)
     many_nats: dict[str, list[float]] = {"many": [], "none": []}
     for asked in range(run.pick(4, 1)):
         example = _example(many, asked, answer_tokens, lm)
@@ -164,8 +184,8 @@ CLAIM = Claim(
     source="Yang, Chen, Chen 2025, APE, arXiv:2502.05431",
     scale=(
         "SmolLM2-135M-Instruct in fp32; 5 chapters of Python's manual, cut to 150 to 300 tokens, and a request to repeat "
-        "one: nats a token of its first 64 tokens, over 20 requests; temperature and scale fitted on 6 others. Gaps are "
-        "to reading the chapters in a row. Many contexts: up to 64 chapters of 190 to 200 tokens, more than the model's "
+        "one: nats a token of its first 64 tokens, over 20 requests; temperature and scale fitted on 10 others. Gaps are "
+        "to reading the chapters in a row. Many contexts: 64 of 200 tokens, all chapters that are that long and modules of the library, more than the model's "
         "context of 8,192 together. Speed: 8 chapters of 500 tokens in the store, 32 new tokens, against reading all in a row, "
         "turns in 3 rounds."
     ),

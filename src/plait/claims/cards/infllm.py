@@ -3,47 +3,11 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
 from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
-from plait.claims.reading import decode_times, filled_past, token_nats
-
-if TYPE_CHECKING:
-    from plait.engine import LanguageModel
+from plait.claims.reading import decode_times, filled_past, pass_keys_found, token_nats
 
 __all__ = ["CLAIM"]
-
-_BEGIN = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and remember it.\n"
-_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-_QUESTION = "\nWhat is the pass key? The pass key is"
-
-
-def _found(lm: LanguageModel, memory: str, length: int, keys: dict[str, float]) -> list[bool]:
-    """For each pass key and its depth, as a part of the length and in rising order, whether the answer is it. The text before a key is read once."""
-    import copy
-
-    from plait.memory import MemoryPlan
-
-    lm = copy.copy(lm)
-    lm.plan = MemoryPlan.parse(memory)
-    filler = lm.tokenizer.encode(_FILLER)
-    question = lm.tokenizer.encode(_QUESTION)
-    found = []
-    with lm.session() as trunk:
-        trunk.read(_BEGIN)
-        for key, depth in keys.items():
-            trunk.read_tokens(filler * max((int(length * depth) - len(trunk)) // len(filler), 0))
-            (branch,) = trunk.fork()
-            with branch:
-                branch.read(f"The pass key is {key}. Remember it. {key} is the pass key. ")
-                rest = max((length - len(branch) - len(question)) // len(filler), 0)
-                branch.read_tokens(filler * rest)
-                # Read apart from the text before it, as the question of a conversation would be.
-                branch.fork()
-                branch.read_tokens(question)
-                answer = branch.generate(max_new_tokens=8)
-            found.append(key in answer.text)
-    return found
 
 
 def _measure(run: Run) -> Measurements:
@@ -70,7 +34,7 @@ def _measure(run: Run) -> Measurements:
         ("full_far", "full", far, middle),
     ):
         yield f"looking for {len(some)} pass keys in {tokens} tokens with {name.replace('_', '-')}"
-        hits = _found(lm, memory, tokens, some)
+        hits = pass_keys_found(lm, memory, tokens, some)
         found[f"found_{name}"] = Quantity(sum(hits) / len(hits), "of keys", samples=len(hits))
 
     tokens = run.pick(16_384, 384)

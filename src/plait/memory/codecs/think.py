@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -323,6 +323,8 @@ class ThinStrand(Strand):
         value_means: (G, V) what dropped value channels answer; None when none is dropped.
     """
 
+    found_later: ClassVar[Mapping[str, Any]] = {"_native": "unknown"}
+
     def __init__(
         self,
         heads: Heads,
@@ -419,10 +421,9 @@ class ThinStrand(Strand):
         twin._native = "unknown"
         return twin
 
-    def relocated(self, move: Callable[[Tensor], Tensor]) -> Self:
-        twin = super().relocated(move)
-        twin.inner = self.inner.relocated(move)
-        twin._native = "unknown"
+    def restarted(self, start: int) -> Self:
+        twin = super().restarted(start)
+        twin.inner = self.inner.restarted(start)
         return twin
 
     def tensors(self) -> list[Tensor]:

@@ -21,7 +21,7 @@ from plait.memory.plan import Notes, Seen, Visit
 from plait.memory.policies.window import FirstAndLast
 from plait.memory.rows import Segment
 from plait.memory.spill import Spilled, SpillFile
-from plait.memory.strand import FrozenStrand, Heads, Strand
+from plait.memory.strand import FrozenStrand, Heads, HoldsTensors, Strand
 from plait.ops import Causal, Everything, Far
 
 __all__ = ["InfLLM"]
@@ -95,7 +95,7 @@ class InfLLM(FirstAndLast, name="infllm"):
         return True
 
     def new_notes(self) -> _Blocks:
-        return _Blocks(self)
+        return _Blocks(self, SpillFile() if self.cold == "file" else None)
 
     def runs(self, segment: Segment) -> list[range]:
         if type(segment.mask) is not Causal:
@@ -210,7 +210,7 @@ class InfLLM(FirstAndLast, name="infllm"):
             representative = self._representative(memory.heads, block, notes.mass.of(start, self.block))
             stored = memory.plan.codec.encode(block, memory.codec_notes)
             # A full disk is found here, before anything has changed.
-            notes.add(stored, range(start, start + self.block), to_file=self.cold == "file")
+            notes.blocks.append(stored if notes.file is None else notes.file.put(stored))
             notes.index.append(representative)
 
     def _representative(self, heads: Heads, block: FrozenStrand, mass_HT: Tensor) -> Tensor:
@@ -349,22 +349,15 @@ class _Mass:
 
 
 @dataclass
-class _Block:
-    """A run of tokens that left the window, with keys that are not rotated."""
-
-    positions: range
-    stored: Strand | Spilled
-
-
-@dataclass
 class _Blocks(Notes):
-    """What lies behind the window of one layer."""
+    """What lies behind the window of one layer; the keys of blocks are not rotated."""
 
     method: ClassVar[str] = "infllm"
 
     policy: InfLLM
+    file: SpillFile | None
     first: FrozenStrand | None = None
-    blocks: list[_Block] = field(default_factory=list)
+    blocks: list[Strand | Spilled] = field(default_factory=list)
     index: _Grown = field(default_factory=_Grown)
     mass: _Mass = field(default_factory=_Mass)
     asked: list[_Asked] = field(default_factory=list)
@@ -373,24 +366,19 @@ class _Blocks(Notes):
     learned_from: int = 0
     chosen: list[int] = field(default_factory=list)
     resident: OrderedDict[int, Strand] = field(default_factory=OrderedDict)
-    file: SpillFile | None = None
     together: tuple[tuple[int, ...], list[Strand]] = ((), [])
 
     @property
     def retrieved(self) -> list[range]:
         """Positions of the tokens of each block that the last run of queries saw."""
-        return [self.blocks[number].positions for number in self.chosen]
+        size = self.policy.block
+        starts = (self.policy.initial + number * size for number in self.chosen)
+        return [range(start, start + size) for start in starts]
 
     @property
     def cold_nbytes(self) -> int:
         """Bytes that blocks have in the file; blocks shared with a fork count in both."""
-        return sum(b.stored.nbytes for b in self.blocks if isinstance(b.stored, Spilled))
-
-    def add(self, strand: Strand, positions: range, *, to_file: bool) -> None:
-        if to_file and self.file is None:
-            self.file = SpillFile()
-        stored = self.file.put(strand) if to_file and self.file is not None else strand
-        self.blocks.append(_Block(positions, stored))
+        return sum(block.nbytes for block in self.blocks if isinstance(block, Spilled))
 
     def retrieve(self, *, joined: bool) -> list[Strand]:
         """The chosen blocks; joined, those of plain numbers are one strand, which stays until others are chosen."""
@@ -406,11 +394,11 @@ class _Blocks(Notes):
         return self.together[1]
 
     def _load(self, number: int) -> Strand:
-        stored = self.blocks[number].stored
-        if isinstance(stored, Strand):
-            return stored
+        block = self.blocks[number]
+        if isinstance(block, Strand):
+            return block
         if number not in self.resident:
-            self.resident[number] = stored.load()
+            self.resident[number] = block.load()
         self.resident.move_to_end(number)
         while len(self.resident) > self.policy.cached:
             self.resident.popitem(last=False)
@@ -419,12 +407,12 @@ class _Blocks(Notes):
     def fork(self) -> _Blocks:
         return _Blocks(
             self.policy,
+            self.file,
             first=self.first,
             blocks=list(self.blocks),
             index=self.index.fork(),
             mass=self.mass.fork(),
             resident=self.resident.copy(),
-            file=self.file,
             together=self.together,
         )
 
@@ -451,8 +439,8 @@ class _Blocks(Notes):
 
     def tensors(self) -> list[Tensor]:
         strands = [] if self.first is None else [self.first]
-        inside = [block.stored for block in self.blocks if isinstance(block.stored, Strand)]
-        held: list[Strand] = [*strands, *inside, *self.resident.values(), *self.together[1]]
+        inside = [block for block in self.blocks if isinstance(block, Strand)]
+        held: list[HoldsTensors] = [*strands, *inside, *self.resident.values(), *self.together[1]]
         asked = [tensor for one in self.asked for tensor in vars(one).values()]
         return [
             self.index.storage,
