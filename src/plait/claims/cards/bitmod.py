@@ -19,6 +19,7 @@ _FORMATS = {
     "int4": "uniform:bits=4,group={}",
     "int4_symmetric": "uniform:bits=4,group={},symmetric=true",
     "fp4": "bitmod:bits=4,group={},types=none",
+    "nf4": "nf4:group={}",
     "bitmod4": "bitmod:bits=4,group={}",
     "int3": "uniform:bits=3,group={}",
     "int3_symmetric": "uniform:bits=3,group={},symmetric=true",
