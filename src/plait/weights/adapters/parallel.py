@@ -14,13 +14,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from plait.weights.adapters.serial import Inside
+from plait.weights.adapters.serial import Serial
 
 __all__ = ["Parallel"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel(Inside, name="parallel"):
+class Parallel(Serial, name="parallel"):
     """A bottleneck beside the feed-forward: more for the same numbers than one behind it, as the paper finds.
 
     Costs and limits are those of `serial`. With `targets=output` it stands beside attention, with `output+down` beside

@@ -26,7 +26,7 @@ from plait.weights.adapters.base import (
     uniform_,
 )
 
-__all__ = ["Inside", "Neck", "Serial"]
+__all__ = ["Neck", "Serial"]
 
 # The products that end a branch, whose outputs are added to the row that the branch read.
 _ENDS = frozenset({"output", "down"})
@@ -82,14 +82,19 @@ class Neck(Change):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inside(AdapterConfig):
-    """What both kinds of bottlenecks share.
+class Serial(AdapterConfig, name="serial"):
+    """A bottleneck behind attention and behind the feed-forward, which reads what they come to.
+
+    Costs 2 R W + R + W numbers for each target, and 2 R W multiplications a token. Starts as the model it is put on, since
+    U and c are 0. It cannot be merged, because of the activation, so that it always costs that time. The `peft` package
+    has no such kind, so that only Plait reads the files. Layers whose outputs are normalised get it in front of that norm.
 
     Args:
         size: R, numbers inside, at most the model's width.
         activation: f, one of `relu`, `gelu`, `gelu_tanh` and `silu`.
     """
 
+    targets: str = "output+down"
     size: Annotated[int, Field(ge=1)] = 64
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
 
@@ -128,15 +133,3 @@ class Inside(AdapterConfig):
 
     def _neck(self, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> Neck:
         return Neck(down, down_bias, up, up_bias, self.activation, self.factor(), self.reads_output)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Serial(Inside, name="serial"):
-    """A bottleneck behind attention and behind the feed-forward, which reads what they come to.
-
-    Costs 2 R W + R + W numbers for each target, and 2 R W multiplications a token. Starts as the model it is put on, since
-    U and c are 0. It cannot be merged, because of the activation, so that it always costs that time. The `peft` package
-    has no such kind, so that only Plait reads the files. Layers whose outputs are normalised get it in front of that norm.
-    """
-
-    targets: str = "output+down"
