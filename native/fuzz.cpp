@@ -110,30 +110,35 @@ void fuzz_packed() {
 }
 
 void fuzz_gate() {
-    const int64_t columns = 32 * pick(1, 6), inner = 32 * pick(1, 5), batch = pick(0, 20);
+    const int64_t columns = 32 * pick(1, 6), inner = 32 * pick(1, 5), batch = pick(0, 20), outputs = pick(1, 40);
     const PackedMatrix gate = random_matrix(inner, columns), up = random_matrix(inner, columns);
+    const PackedMatrix down = random_matrix(outputs, inner);
     Gate gated;
     gated.activation = Activation(pick(0, 3));
     if (pick(0, 1)) gated.gate.add(gate.view(), 0, inner);
     gated.up.add(up.view(), 0, inner);
-    // Activations are laid out as each set reads them: what counts is what the next product makes of them.
-    const int64_t outputs = pick(1, 40);
-    const PackedMatrix down = random_matrix(outputs, inner);
-    Projection projection;
-    projection.add(down.view(), 0, outputs);
+    Projection behind;
+    behind.add(down.view(), 0, outputs);
     const std::vector<float> x = numbers(batch * columns);
-    compare("gate", batch * outputs, [&](float* out) {
+    const bool is_adapted = pick(0, 1) != 0;
+    const std::vector<float> scales = numbers(3 * inner), added = numbers(2 * batch * inner);
+    // Instruction sets keep activations in other orders, so what is compared is the next product, and what is kept of rows.
+    compare("gate", batch * (outputs + inner), [&](float* out) {
         Activations a, h;
         a.resize(batch, columns);
         h.resize(batch, inner);
         a.quantize(x.data(), columns, 0, batch);
+        std::vector<GateRow> rows(static_cast<size_t>(batch));
+        for (int64_t m = 0; m < batch; m += 2)
+            rows[size_t(m)] = {scales.data(), scales.data() + inner, added.data() + m * inner,
+                               added.data() + (batch + m) * inner, scales.data() + 2 * inner,
+                               out + batch * outputs + m * inner};
         Pool::get().run([&](Team& team) {
-            team.share(inner / kBlock, 2, [&](int64_t begin, int64_t end) { gated.run(a, begin, end, h); });
-        });
-        Pool::get().run([&](Team& team) {
-            team.share(projection.num_tiles, projection.grain(team.size, batch), [&](int64_t begin, int64_t end) {
-                projection.run(h, begin, end, out, outputs, false);
+            team.share(inner / kBlock, 2, [&](int64_t begin, int64_t end) {
+                gated.run(a, begin, end, h, is_adapted ? rows.data() : nullptr);
             });
+            team.share(behind.num_tiles, behind.grain(team.size, batch),
+                       [&](int64_t begin, int64_t end) { behind.run(h, begin, end, out, outputs, false); });
         });
     });
 }
