@@ -80,6 +80,7 @@ def _ablations(
     run: Run, lm: LanguageModel, unscaled: LanguageModel, judge: WeightJudge
 ) -> dict[str, Quantity]:
     """Two blocks of each matrix: as they are, with all columns alike, and with factors alone in as many bytes."""
+    from plait.claims.weights import matrices_of
     from plait.engine import load
     from plait.weights.bitstack import magnitudes
 
@@ -88,7 +89,7 @@ def _ablations(
     weights.resize(weights.sizes()[level])
     scaled, plain = judge.quality(lm.model).nats, judge.quality(unscaled.model).nats
     factors = load("smollm2", weights="fp32")
-    dense, errors = _matrices(factors), []
+    dense, errors = matrices_of(factors), []
     for name, matrix in unscaled.weights.matrices.items():
         rank = max(1, round(matrix.nbytes() / (2 * sum(matrix.shape))))
         left, right = magnitudes(dense[name], rank, seed=run.seed)
@@ -118,32 +119,6 @@ def _ablations(
         for stack in weights.matrices.values():
             stack.hold(stack.blocks[:2])
     found["worse_in_random_order"] = Quantity(statistics.mean(others) - in_order, "nats", samples=len(others))
-    return found
-
-
-def _matrices(lm: LanguageModel) -> dict[str, Tensor]:
-    """The matrices of a model in fp32 by the names of files, as views that can be written to."""
-    from plait.nn.mixers import Attention
-    from plait.nn.transformer import Block
-    from plait.weights import Dense, Linear
-
-    found: dict[str, Tensor] = {}
-
-    def add(linear: Linear, names: list[str], sizes: list[int]) -> None:
-        assert isinstance(linear.weight, Dense)
-        parts = linear.weight.weight.detach().split(sizes)
-        found.update({f"{name}.weight": part for name, part in zip(names, parts, strict=True)})
-
-    for index, block in enumerate(lm.model.blocks):
-        assert isinstance(block, Block)
-        assert isinstance(block.mixer, Attention)
-        mixer, inner = block.mixer.config, block.feed_forward.config.size
-        q, kv = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
-        width, name = lm.model.config.width, f"blocks.{index}"
-        add(block.mixer.qkv, [f"{name}.mixer.{part}" for part in ("query", "key", "value")], [q, kv, kv])
-        add(block.mixer.output, [f"{name}.mixer.output"], [width])
-        add(block.feed_forward.up, [f"{name}.feed_forward.{part}" for part in ("gate", "up")], [inner, inner])
-        add(block.feed_forward.down, [f"{name}.feed_forward.down"], [width])
     return found
 
 

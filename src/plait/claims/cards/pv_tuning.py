@@ -10,7 +10,7 @@ from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
 __all__ = ["CLAIM"]
 
 _FORMAT = "vq:books=1,group=8"
-_RATES = (0.02, 0.05, 0.1)
+_RATES = (0.02, 0.05, 0.1, 0.2)
 _METHODS = {
     "values": "values",
     "pv": "pv:fraction=0.05,trust=0.1,rate=0.05",
@@ -83,7 +83,7 @@ CLAIM = Claim(
         "A model of 0.9 million parameters trained here on Python's library and manual, packed in one code of 8 bits for 8 "
         "weights; 120 steps of 1,024 tokens of distillation, read on 32 windows of 128 held-out tokens. The paper's "
         "steps have 500,000 tokens, for which the form without a buffer is meant. And SmolLM2-135M in 2 bits, 100 "
-        "steps of 1,024 tokens. Straight-through at three step sizes stands beside it, whoever wins."
+        "steps of 1,024 tokens. Straight-through at four step sizes stands beside it, whoever wins."
     ),
     bars=(
         Bar(
