@@ -28,39 +28,6 @@ _METHODS = (
 _PROMPT = "The adapter that answers this was chosen by its name, and the text goes on as follows:"
 
 
-def _trained(run: Run, weights: str) -> tuple[float, float, int]:
-    """Held-out loss before and after training LoRA on a model kept in `weights`, and the numbers trained."""
-    import dataclasses
-    import tempfile
-    from pathlib import Path
-
-    from plait.train import adapter, encoded, finish, python_corpus, tune_adapter
-    from plait.weights.adapters import LoRA
-
-    recipe = adapter()
-    training = dataclasses.replace(
-        recipe.training, steps=run.pick(40, 1), rows=run.pick(256, 32), warmup=run.pick(5, 1),
-        evaluate_every=10_000, save_every=10_000, seed=run.seed,
-    )  # fmt: skip
-    corpus = python_corpus(code=0.05)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = tune_adapter(
-            LoRA(),
-            "smollm2",
-            lambda tokenizer: (
-                encoded(corpus.learned[: run.pick(100, 3)], tokenizer),
-                encoded(corpus.held_out[-run.pick(20, 2) :], tokenizer),
-            ),
-            Path(folder),
-            weights=weights,
-            recipe=dataclasses.replace(recipe, training=training, measured=run.pick(2048, 64)),
-        )
-        result = finish(trainer, Path(folder))
-    assert result.held_out_before is not None
-    assert result.held_out is not None
-    return result.held_out_before, result.held_out, result.parameters
-
-
 def _add_random(lm: LanguageModel, specs: Sequence[str], seed: int) -> list[str]:
     """Give a model an adapter of each kind with random numbers; their names."""
     import torch
@@ -96,6 +63,7 @@ def _answers(
 
 
 def _measure(run: Run) -> Measurements:
+    from plait.claims.tuning import adapter_learned
     from plait.engine import load
     from plait.weights import Packed
 
@@ -126,11 +94,11 @@ def _measure(run: Run) -> Measurements:
     plain = [a / b for a, b in zip(without, in_batch, strict=True)]
 
     yield "training on full precision"
-    before, full, parameters = _trained(run, "fp32")
+    before, full, parameters, *_ = adapter_learned(run, "lora", "fp32")
     yield "training on the file's own four bits"
-    file_before, in_file, _ = _trained(run, "auto")
+    file_before, in_file, *_ = adapter_learned(run, "lora", "auto")
     yield "training on other four bits"
-    packed_before, packed, _ = _trained(run, "bitmod:bits=4,group=64")
+    packed_before, packed, *_ = adapter_learned(run, "lora", "bitmod:bits=4,group=64")
     sizes = [module.shape for module in lm.model.modules() if isinstance(module, Packed)]
     return {
         "same_bits_in_a_batch": Quantity(equal, "of answers", samples=len(alone)),
@@ -144,6 +112,7 @@ def _measure(run: Run) -> Measurements:
         "loss_packed": Quantity(packed, "nats/token"),
         "loss_file_over_fp32": Quantity(in_file / full, "x"),
         "loss_packed_over_fp32": Quantity(packed / full, "x"),
+        "nats_packed_above_fp32": Quantity(packed - full, "nats/token"),
         "trained_share": Quantity(
             parameters / sum(rows * columns for rows, columns in sizes), "of the model"
         ),
@@ -180,6 +149,13 @@ CLAIM = Claim(
             value=1.02,
             unit="x",
             why="The same where the model was packed a second time, in 4 bits of another grid.",
+        ),
+        Bar(
+            quantity="nats_packed_above_fp32",
+            relation="<=",
+            value=0.05,
+            unit="nats/token",
+            why="The same in nats, as the card of the survey has it.",
         ),
         Bar(
             quantity="same_bits_in_a_batch",
