@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from itertools import pairwise
@@ -28,6 +31,17 @@ _RIVALS = {
     "int4": "uniform:bits=4",
 }
 _MOVED = 8_000_000
+
+
+# Loads a model within a budget, answers, and prints what its matrices count and what the process holds of its own.
+_CHILD = """
+import json, sys
+from plait.engine import load
+lm = load(sys.argv[1], weights="bitstack:budget=" + sys.argv[2], offline=True)
+lm.generate("The history", max_new_tokens=2)
+own = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+print(json.dumps([lm.weights.nbytes(), 1024 * int(own.split()[1])]))
+"""
 
 
 def _measure(run: Run) -> Measurements:
@@ -75,6 +89,8 @@ def _measure(run: Run) -> Measurements:
         yield "without scaling, without signs, out of order"
         found |= _ablations(run, lm, load(made[_UNSCALED], weights="file"), judge)
         found |= _moves(lm, run.pick(9, 2))
+        yield "what fresh processes hold"
+        found["resident_off_count"] = _resident(made[_STACK], weights.sizes())
     return found
 
 
@@ -177,6 +193,25 @@ def _law(lm: LanguageModel) -> Tensor:
         return lm.model.answer(ids, Rows([(len(ids), 0)]), [past], wanted=torch.arange(len(ids)))
 
 
+def _resident(folder: Path, sizes: list[int]) -> Quantity:
+    """By how much memory of its own a process grows from the smallest size to the whole, against what is counted."""
+    counted, held = [], []
+    for size in (sizes[0], sizes[-1]):
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD, str(folder), str(size)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if child.returncode:
+            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+            raise MeasurementError(f"A fresh process could not load the stack: {last}")
+        nbytes, own = json.loads(child.stdout)
+        counted.append(nbytes)
+        held.append(own)
+    return Quantity(abs((held[1] - held[0]) / (counted[1] - counted[0]) - 1), "of the bytes")
+
+
 def _read_bytes() -> int:
     """Bytes that this process has read with system calls, where the system counts them."""
     try:
@@ -270,6 +305,13 @@ CLAIM = Claim(
             value=0.1,
             unit="MB",
             why="Growing reads the blocks that are added and nothing else.",
+        ),
+        Bar(
+            quantity="resident_off_count",
+            relation="<=",
+            value=0.01,
+            unit="of the bytes",
+            why="What a size is said to take is what the process grows by.",
         ),
         Bar(
             quantity="difference_after_growth",
