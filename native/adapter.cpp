@@ -2,7 +2,8 @@
 
 namespace plait {
 
-void adapt(const SiteDelta& delta, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy, float* room) {
+void adapt(const SiteDelta& delta, const float* x, int64_t ldx, int64_t rows, float* y, int64_t ldy, float* room,
+           const float* entry) {
     const Kernels& k = kernels();
     for (int64_t m = 0; m < rows; ++m) {
         if (delta.output_scale != nullptr) k.multiply(y + m * ldy, delta.output_scale, delta.outputs, y + m * ldy);
@@ -13,6 +14,17 @@ void adapt(const SiteDelta& delta, const float* x, int64_t ldx, int64_t rows, fl
         for (int64_t m = 0; m < rows; ++m)
             k.add_combination(room + m * part.rank, part.rank, part.up, part.count, part.count,
                               y + m * ldy + part.first);
+    }
+    const Bottleneck& neck = delta.bottleneck;
+    if (neck.rank == 0) return;
+    k.dense_rows(neck.reads_output ? y : entry, ldy, rows, neck.down, delta.outputs, Number::fp32, delta.outputs, 0, neck.rank,
+                 room, neck.rank);
+    for (int64_t m = 0; m < rows; ++m) {
+        float* inside = room + m * neck.rank;
+        k.add(inside, neck.down_bias, neck.rank, inside);
+        k.activate(neck.activation, inside, nullptr, neck.rank, inside);
+        k.add_combination(inside, neck.rank, neck.up, delta.outputs, delta.outputs, y + m * ldy);
+        k.add(y + m * ldy, neck.up_bias, delta.outputs, y + m * ldy);
     }
 }
 

@@ -52,7 +52,9 @@ void make_grid(BoundGrid* self, int64_t rows, int64_t columns, int bits, int64_t
     w.group = std::min(group, columns);
     w.groups = (columns + w.group - 1) / w.group;
     w.is_table = is_table;
-    w.offset = is_table ? kGridOffset : low_scales ? 0 : 1 << (bits - 1);
+    w.is_wide = std::any_of(values.begin(), values.end(), [](int value) { return value < -kGridOffset || value > kGridOffset; });
+    if (w.is_wide && (bits != 4 || types)) refuse("Only a table of 16 values without special ones has values beyond [-16, 16].");
+    w.offset = w.is_wide ? kWideOffset : is_table ? kGridOffset : low_scales ? 0 : 1 << (bits - 1);
     const int64_t tiles = (rows + kTile - 1) / kTile;
     std::vector<ConstArray> arrays{codes, scales};
     check_type<uint8_t>(codes, "codes", "uint8");
@@ -94,10 +96,15 @@ void make_grid(BoundGrid* self, int64_t rows, int64_t columns, int bits, int64_t
         arrays.push_back(*types);
     }
     const auto byte_of = [](int value) {
-        if (value < -kGridOffset || value > kGridOffset) refuse("Values of a table must be in [-16, 16].");
+        if (value < -kGridOffset || value > kGridOffset) refuse("Special values of a table must be in [-16, 16].");
         return uint8_t(value + kGridOffset);
     };
-    for (size_t i = 0; i < values.size(); ++i) w.table[i] = byte_of(values[i]);
+    for (size_t i = 0; i < values.size(); ++i) {
+        if (values[i] < -kWideOffset || values[i] > kWideOffset) refuse("Values of a table must be in [-2112, 2112].");
+        const int entry = values[i] + w.offset;
+        w.table[i] = uint8_t(w.is_wide ? entry / kWideBase : entry);
+        w.low_table[i] = uint8_t(w.is_wide ? entry % kWideBase : 0);
+    }
     // The special byte is joined to the entry of the last code, which must then be empty.
     if (types) w.table[(1 << bits) - 1] = 0;
     for (size_t i = 0; i < specials.size(); ++i) w.specials[i] = 0x01010101u * byte_of(specials[i]);

@@ -114,6 +114,7 @@ bool fits(const Adapter& adapter, const Program& program) {
             const Projection& of = *projections[site];
             if (!delta.is_empty() && (of.parts.empty() || delta.inputs != of.columns || delta.outputs != of.num_outputs))
                 return false;
+            if (delta.bottleneck.rank > 0 && delta.outputs != program.width) return false;
         }
     }
     return true;

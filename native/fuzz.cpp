@@ -4,6 +4,7 @@
 // and asks for the same bits. Built with -DPLAIT_SANITIZE=ON it also shows any read or write outside a buffer.
 //
 // Usage: plait_fuzz [trials] [seed]
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,11 +13,14 @@
 #include <string>
 #include <vector>
 
+#include "adapter.h"
 #include "attention.h"
 #include "dispatch.h"
+#include "grid.h"
 #include "half.h"
 #include "linear.h"
 #include "packed.h"
+#include "stack.h"
 #include "threads.h"
 
 namespace {
@@ -79,17 +83,15 @@ PackedMatrix random_matrix(int64_t rows, int64_t columns) {
     return PackedMatrix(blocks.data(), rows, row_bytes, format.name);
 }
 
-void fuzz_packed() {
-    const int64_t columns = pick(0, 1) ? 32 * pick(1, 9) : 256 * pick(1, 2);
-    const int64_t rows = pick(0, 70), batch = pick(0, 40);
-    const PackedMatrix matrix = random_matrix(rows, columns);
-    compare("unpack_row", rows * columns, [&](float* out) {
+// Rows of a matrix, and its product with activations of two bytes.
+void compare_matrix(const char* what, const PackedMatrix& matrix, int64_t rows, int64_t columns, int64_t batch) {
+    compare(what, rows * columns, [&](float* out) {
         for (int64_t r = 0; r < rows; ++r) matrix.unpack_row(r, out + r * columns);
     });
     const std::vector<float> x = numbers(batch * columns);
     Projection projection;
     projection.add(matrix.view(), 0, rows);
-    compare("projection", batch * rows, [&](float* out) {
+    compare(what, batch * rows, [&](float* out) {
         Activations a;
         a.resize(batch, columns);
         a.quantize(x.data(), columns, 0, batch);
@@ -101,31 +103,42 @@ void fuzz_packed() {
     });
 }
 
+void fuzz_packed() {
+    const int64_t columns = pick(0, 1) ? 32 * pick(1, 9) : 256 * pick(1, 2);
+    const int64_t rows = pick(0, 70), batch = pick(0, 40);
+    compare_matrix("a matrix of a file", random_matrix(rows, columns), rows, columns, batch);
+}
+
 void fuzz_gate() {
-    const int64_t columns = 32 * pick(1, 6), inner = 32 * pick(1, 5), batch = pick(0, 20);
+    const int64_t columns = 32 * pick(1, 6), inner = 32 * pick(1, 5), batch = pick(0, 20), outputs = pick(1, 40);
     const PackedMatrix gate = random_matrix(inner, columns), up = random_matrix(inner, columns);
+    const PackedMatrix down = random_matrix(outputs, inner);
     Gate gated;
     gated.activation = Activation(pick(0, 3));
     if (pick(0, 1)) gated.gate.add(gate.view(), 0, inner);
     gated.up.add(up.view(), 0, inner);
-    // Activations are laid out as each set reads them: what counts is what the next product makes of them.
-    const int64_t outputs = pick(1, 40);
-    const PackedMatrix down = random_matrix(outputs, inner);
-    Projection projection;
-    projection.add(down.view(), 0, outputs);
+    Projection behind;
+    behind.add(down.view(), 0, outputs);
     const std::vector<float> x = numbers(batch * columns);
-    compare("gate", batch * outputs, [&](float* out) {
+    const bool is_adapted = pick(0, 1) != 0;
+    const std::vector<float> scales = numbers(3 * inner), added = numbers(2 * batch * inner);
+    // Instruction sets keep activations in other orders, so what is compared is the next product, and what is kept of rows.
+    compare("gate", batch * (outputs + inner), [&](float* out) {
         Activations a, h;
         a.resize(batch, columns);
         h.resize(batch, inner);
         a.quantize(x.data(), columns, 0, batch);
+        std::vector<GateRow> rows(static_cast<size_t>(batch));
+        for (int64_t m = 0; m < batch; m += 2)
+            rows[size_t(m)] = {scales.data(), scales.data() + inner, added.data() + m * inner,
+                               added.data() + (batch + m) * inner, scales.data() + 2 * inner,
+                               out + batch * outputs + m * inner};
         Pool::get().run([&](Team& team) {
-            team.share(inner / kBlock, 2, [&](int64_t begin, int64_t end) { gated.run(a, begin, end, h); });
-        });
-        Pool::get().run([&](Team& team) {
-            team.share(projection.num_tiles, projection.grain(team.size, batch), [&](int64_t begin, int64_t end) {
-                projection.run(h, begin, end, out, outputs, false);
+            team.share(inner / kBlock, 2, [&](int64_t begin, int64_t end) {
+                gated.run(a, begin, end, h, is_adapted ? rows.data() : nullptr);
             });
+            team.share(behind.num_tiles, behind.grain(team.size, batch),
+                       [&](int64_t begin, int64_t end) { behind.run(h, begin, end, out, outputs, false); });
         });
     });
 }
@@ -303,6 +316,151 @@ void fuzz_coded() {
     });
 }
 
+std::vector<uint8_t> bytes(int64_t count, int64_t most = 255) {
+    std::vector<uint8_t> made(static_cast<size_t>(count));
+    for (uint8_t& byte : made) byte = uint8_t(pick(0, most));
+    return made;
+}
+
+template <class T>
+const uint8_t* bytes_of(const std::vector<T>& array) {
+    return reinterpret_cast<const uint8_t*>(array.data());
+}
+
+// Every kind of grid: evenly spaced levels with and without zeros, planes, tables, tables with special values, wide ones.
+void fuzz_grid() {
+    const int64_t columns = 32 * pick(1, 12), rows = pick(0, 50), batch = pick(0, 40), tiles = (rows + kTile - 1) / kTile;
+    enum Kind : int { even, zeroed, planes, table, special, wide };
+    const Kind kind = Kind(pick(0, 5));
+    const int widths[] = {2, 3, 4, 8};
+    GridView w{};
+    w.rows = rows;
+    w.columns = columns;
+    w.bits = kind == planes ? 2 : kind == wide ? 4 : kind >= table ? int(pick(3, 4)) : widths[pick(0, 3)];
+    w.group = std::min(columns, 32 * pick(1, 13));
+    w.groups = (columns + w.group - 1) / w.group;
+    const int64_t numbers_of_groups = tiles * w.groups * kTile;
+    const std::vector<uint8_t> codes = bytes(tiles * columns / kBlock * 64 * w.bits), types = bytes(tiles * w.groups * 4);
+    const std::vector<uint8_t> steps = bytes(numbers_of_groups);
+    const std::vector<uint16_t> scales = halves(numbers_of_groups), others = halves(numbers_of_groups);
+    const std::vector<float> row_scales = numbers(tiles * kTile);
+    w.codes = codes.data();
+    w.scales = bytes_of(scales);
+    w.offset = kind == planes ? 0 : 1 << (w.bits - 1);
+    if (kind == zeroed) w.zeros = bytes_of(others);
+    if (kind == planes) w.low_scales = bytes_of(others);
+    if (kind >= table) {
+        w.is_table = true;
+        w.is_wide = kind == wide;
+        w.offset = w.is_wide ? kWideOffset : kGridOffset;
+        for (int i = 0; i < 1 << w.bits; ++i) {
+            w.table[i] = uint8_t(pick(0, w.is_wide ? kWideBase - 1 : 2 * kGridOffset));
+            w.low_table[i] = uint8_t(w.is_wide ? pick(0, kWideBase - 1) : 0);
+        }
+    }
+    if (kind == special) {
+        w.types = types.data();
+        w.table[(1 << w.bits) - 1] = 0;
+        for (uint32_t& value : w.specials) value = 0x01010101u * uint32_t(pick(0, 2 * kGridOffset));
+    }
+    if (kind != planes && pick(0, 1)) {
+        w.scales = steps.data();
+        w.row_scales = row_scales.data();
+    }
+    const GridMatrix matrix(w);
+    compare_matrix("a matrix of codes", matrix, rows, columns, batch);
+    const int64_t ldx = columns + pick(0, 3);
+    const std::vector<float> x = numbers(4 * ldx);
+    const int taken[] = {1, 2, 4};
+    const int some = taken[pick(0, 2)];
+    compare("an exact product of codes", tiles * some * kTile, [&](float* out) {
+        for (int64_t t = 0; t < tiles; ++t) kernels().grid_exact(matrix.grid(), t, x.data(), ldx, some, out + t * some * kTile);
+    });
+}
+
+void fuzz_stack() {
+    const int64_t columns = 32 * pick(1, 9), rows = pick(0, 50), batch = pick(0, 40), rank = pick(1, kMaxStackRank);
+    StackMatrix matrix(rows, columns, rank);
+    std::vector<std::vector<uint8_t>> blocks;
+    std::vector<const uint8_t*> held;
+    for (int64_t i = pick(1, 4); i > 0; --i) blocks.push_back(bytes(matrix.block_bytes()));
+    for (const std::vector<uint8_t>& block : blocks) held.push_back(block.data());
+    matrix.hold(held);
+    compare_matrix("a stack", matrix, rows, columns, batch);
+    const int64_t tiles = (rows + kTile - 1) / kTile, ldx = columns + pick(0, 3);
+    const std::vector<float> x = numbers(kRowChunk * ldx);
+    const int some = chunk_rows(pick(1, kRowChunk));
+    compare("an exact product of a stack", tiles * some * kTile, [&](float* out) {
+        std::vector<float> tile(static_cast<size_t>(kTile * columns));
+        for (int64_t t = 0; t < tiles; ++t) {
+            kernels().stack_rows(matrix.stack(), t, tile.data());
+            kernels().made_exact(tile.data(), columns, x.data(), ldx, some, out + t * some * kTile);
+        }
+    });
+}
+
+void fuzz_adapter() {
+    const int64_t inputs = pick(1, 70), outputs = pick(1, 70), rows = pick(1, kRowChunk);
+    const int64_t ldx = inputs + pick(0, 3), ldy = outputs + pick(0, 3);
+    const std::vector<float> x = numbers(rows * ldx), y = numbers(rows * ldy), entry = numbers(rows * ldy);
+    const std::vector<float> scale = numbers(outputs), bias = numbers(outputs);
+    std::vector<std::vector<float>> factors;
+    SiteDelta delta;
+    delta.inputs = inputs;
+    delta.outputs = outputs;
+    if (pick(0, 1)) delta.output_scale = scale.data();
+    if (pick(0, 1)) delta.bias = bias.data();
+    int64_t most_rank = 1;
+    const auto kept = [&](int64_t count) {
+        factors.push_back(numbers(count));
+        return factors.back().data();
+    };
+    for (int64_t i = pick(0, 3); i > 0; --i) {
+        const int64_t rank = pick(1, 40), first = pick(0, outputs - 1), count = pick(1, outputs - first);
+        const float *down = kept(rank * inputs), *up = kept(rank * count);
+        delta.parts.push_back({first, count, rank, down, up});
+        most_rank = std::max(most_rank, rank);
+    }
+    if (pick(0, 1)) {
+        const int64_t rank = pick(1, 40);
+        const float *down = kept(rank * outputs), *up = kept(rank * outputs), *down_bias = kept(rank), *up_bias = kept(outputs);
+        delta.bottleneck = {rank, down, up, down_bias, up_bias, Activation(pick(0, 3)), pick(0, 1) != 0};
+        most_rank = std::max(most_rank, rank);
+    }
+    compare("an adapter", rows * ldy, [&](float* out) {
+        std::vector<float> room(static_cast<size_t>(most_rank * kRowChunk));
+        std::copy(y.begin(), y.end(), out);
+        adapt(delta, x.data(), ldx, rows, out, ldy, room.data(), entry.data());
+    });
+}
+
+void fuzz_bits() {
+    // Beyond 248 words the counts of bytes are emptied on the way.
+    const int64_t words = pick(0, 5) ? pick(0, 40) : pick(240, 300), columns = pick(0, 64);
+    std::vector<uint64_t> rows(static_cast<size_t>(words * kTile)), x(static_cast<size_t>(words));
+    const uint64_t kinds[] = {0, ~uint64_t(0)};
+    const bool is_extreme = pick(0, 3) == 0;
+    for (uint64_t& word : rows) word = is_extreme ? kinds[pick(0, 1)] : engine();
+    for (uint64_t& word : x) word = is_extreme ? kinds[pick(0, 1)] : engine();
+    compare("counts of bits", kTile, [&](float* out) {
+        int32_t counts[kTile];
+        kernels().differing_bits(rows.data(), x.data(), words, counts);
+        for (int r = 0; r < kTile; ++r) {
+            int64_t wanted = 0;
+            for (int64_t w = 0; w < words; ++w)
+                for (uint64_t bits = rows[size_t(w * kTile + r)] ^ x[size_t(w)]; bits != 0; bits &= bits - 1) ++wanted;
+            if (counts[r] != wanted) fail("a count of bits");
+            out[r] = float(counts[r]);
+        }
+    });
+    const std::vector<float> signs = numbers(columns), shift = numbers(columns);
+    const float* moved = pick(0, 1) ? shift.data() : nullptr;
+    compare("signs", 64, [&](float* out) {
+        const uint64_t bits = kernels().negative_bits(signs.data(), moved, int(columns));
+        for (int i = 0; i < 64; ++i) out[i] = float((bits >> i) & 1);
+    });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -315,6 +473,10 @@ int main(int argc, char** argv) {
         fuzz_rows();
         fuzz_attention();
         fuzz_coded();
+        fuzz_grid();
+        fuzz_stack();
+        fuzz_adapter();
+        fuzz_bits();
     }
     std::printf("%ld trials on %zu instruction sets: the same bits\n", trials, available().size());
     return 0;

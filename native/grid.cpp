@@ -44,9 +44,9 @@ void GridMatrix::unpack_row(int64_t row, float* out) const {
             continue;
         }
         if (w.is_table) {
-            int u = w.table[code];
+            int u = entry_of(w, code);
             if (w.types != nullptr && code == last) u = w.specials[(w.types[4 * group + r / 4] >> (2 * (r % 4))) & 3] & 255;
-            value = float(u - kGridOffset);
+            value = float(u - w.offset);
         } else {
             value = float(code) - (w.zeros != nullptr ? half_at(w.zeros, at) : float(1 << (w.bits - 1)));
         }

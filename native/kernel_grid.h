@@ -2,7 +2,8 @@
 //
 // A code becomes a byte u: itself where levels are evenly spaced, else an entry of a table of 16, plus
 // kGridOffset so that no entry is negative. The last code of a table may stand for a value that each row chooses
-// in each group. Lane r belongs to output row r of the tile.
+// in each group. Entries of a wide table are kWideBase times one byte plus another. Lane r belongs to output row r of
+// the tile.
 //
 // Where both bits of a code have scales of their own, the matrix is the sum of two matrices of codes 0 and 1, and a
 // product the sum over the blocks of the high bits, then over those of the low bits.
@@ -102,7 +103,11 @@ struct GridLanes {
         }
         return _mm512_add_epi32(even, odd);
     }
-    // 128 * high + low + shift * minus_sum.
+    // kWideBase * high + low.
+    static I wide(I high, I low) {
+        return _mm512_add_epi32(_mm512_mullo_epi32(high, _mm512_set1_epi32(kWideBase)), low);
+    }
+    // 128 * high + low + shift * minus_sum, which may leave 32 bits on the way and comes back to them.
     static I whole(I high, I low, int shift, int32_t minus_sum) {
         return _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low), _mm512_set1_epi32(shift * minus_sum));
     }
@@ -148,13 +153,19 @@ struct GridLanes {
     static U raised(U x) { return _mm256_slli_epi16(x, Shift); }
     static U join(U a, U b) { return _mm256_or_si256(a, b); }
 
-    // Bytes less `less` as pairs; see `Panel`.
-    static void store_pairs(const U (&u)[8], int less, int16_t* out) {
-        const __m256i minus = _mm256_set1_epi16(int16_t(less));
+    // Bytes, or what two bytes of a wide table stand for, less `less` as pairs; see `Panel`.
+    template <bool IsWide>
+    static void store_pairs(const U (&u)[8], const U (&low)[8], int less, int16_t* out) {
+        const __m256i minus = _mm256_set1_epi16(int16_t(less)), base = _mm256_set1_epi16(kWideBase);
+        const auto pair_of = [](U bytes, int i) {
+            return i == 0 ? _mm256_and_si256(bytes, _mm256_set1_epi16(255)) : _mm256_srli_epi16(bytes, 8);
+        };
         for (int g = 0; g < 8; ++g) {
-            const __m256i pairs[2] = {_mm256_and_si256(u[g], _mm256_set1_epi16(255)), _mm256_srli_epi16(u[g], 8)};
-            for (int i = 0; i < 2; ++i)
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (4 * g + 2 * i) * kTile), _mm256_sub_epi16(pairs[i], minus));
+            for (int i = 0; i < 2; ++i) {
+                __m256i pair = pair_of(u[g], i);
+                if constexpr (IsWide) pair = _mm256_add_epi16(_mm256_mullo_epi16(pair, base), pair_of(low[g], i));
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (4 * g + 2 * i) * kTile), _mm256_sub_epi16(pair, minus));
+            }
         }
     }
 
@@ -204,6 +215,15 @@ struct GridLanes {
                 total = _mm256_add_epi32(total, _mm256_madd_epi16(sum, ones));
             }
             return total;
+        } else if constexpr (Top < kWideBase) {
+            // At most 2 * 64 * 127 = 16256, so two pairs stay below 2^15.
+            __m256i total = _mm256_setzero_si256();
+            for (int g = 0; g < 8; g += 2) {
+                const __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16(u[g], four(x + 4 * g)),
+                                                     _mm256_maddubs_epi16(u[g + 1], four(x + 4 * g + 4)));
+                total = _mm256_add_epi32(total, _mm256_madd_epi16(sum, ones));
+            }
+            return total;
         } else {
             // Codes up to 255 would saturate. The sign of code - 128 is given to x instead: a pair of products is
             // then at most 2 * 128 * 127 = 32512. This is the sum of (u - 128) * x.
@@ -217,7 +237,11 @@ struct GridLanes {
             return total;
         }
     }
-    // 128 * high + low + shift * minus_sum.
+    // kWideBase * high + low.
+    static I wide(I high, I low) {
+        return _mm256_add_epi32(_mm256_mullo_epi32(high, _mm256_set1_epi32(kWideBase)), low);
+    }
+    // 128 * high + low + shift * minus_sum, which may leave 32 bits on the way and comes back to them.
     static I whole(I high, I low, int shift, int32_t minus_sum) {
         return _mm256_add_epi32(_mm256_add_epi32(_mm256_slli_epi32(high, 7), low),
                                 _mm256_set1_epi32(shift * minus_sum));
@@ -233,12 +257,13 @@ struct GridLanes {
 
 #ifdef __AVX2__
 
-// Bits of a code, whether codes are looked up, whether the last one is special, and the one bit that is looked at, if any.
-template <int Bits_, bool IsTable_, bool HasSpecials_, int Plane_ = -1>
+// Bits of a code, whether codes are looked up, whether the last one is special, the one bit that is looked at, if any,
+// and whether the table is wide.
+template <int Bits_, bool IsTable_, bool HasSpecials_, int Plane_ = -1, bool IsWide_ = false>
 struct GridFormat {
     static constexpr int Bits = Bits_, Plane = Plane_;
-    static constexpr bool IsTable = IsTable_, HasSpecials = HasSpecials_;
-    static constexpr int Top = Bits == 8 ? 255 : IsTable ? 2 * kGridOffset : 15;
+    static constexpr bool IsTable = IsTable_, HasSpecials = HasSpecials_, IsWide = IsWide_;
+    static constexpr int Top = Bits == 8 ? 255 : IsWide ? kWideBase - 1 : IsTable ? 2 * kGridOffset : 15;
 };
 
 template <class S>
@@ -337,7 +362,7 @@ struct GridKernels {
         constexpr int64_t kBytes = 64 * Fmt::Bits;
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
         const int shift = (w.zeros != nullptr ? 0 : w.offset) - (Fmt::Bits == 8 ? L::kLess : 0);
-        const L::Table table = L::table(w.table);
+        const L::Table table = L::table(w.table), low_table = L::table(w.low_table);
         const uint8_t* at = w.codes + tile * num_blocks * kBytes;
         for (int64_t g = 0; g < w.groups; ++g) {
             Group groups[kParts];
@@ -347,13 +372,17 @@ struct GridKernels {
                 if constexpr (Rows == 1)
                     for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(at + kAhead * kBytes + line);
                 for (int part = 0; part < kParts; ++part) {
-                    U u[8];
+                    U u[8], lower[8];
                     decode<Fmt>(at + 4 * L::kCount * part, table, groups[part].special, u);
+                    if constexpr (Fmt::IsWide) decode<Fmt>(at + 4 * L::kCount * part, low_table, groups[part].special, lower);
+                    const auto dot = [&](const int8_t* q) {
+                        if constexpr (Fmt::IsWide) return L::wide(L::dot<Fmt::Top>(u, q), L::dot<Fmt::Top>(lower, q));
+                        else return L::dot<Fmt::Top>(u, q);
+                    };
                     for (int m = 0; m < Rows; ++m) {
                         const int8_t* q = x + m * kBlockCodes;
                         const RowBlock& of = xb[m];
-                        const F product = L::to_float(L::whole(L::dot<Fmt::Top>(u, q), L::dot<Fmt::Top>(u, q + kBlock),
-                                                               shift, of.minus_sum));
+                        const F product = L::to_float(L::whole(dot(q), dot(q + kBlock), shift, of.minus_sum));
                         const F scale = groups[part].scale;
                         F total = L::fma(L::mul(scale, L::set1(of.scale)), product, sum[part][m]);
                         if (w.zeros != nullptr)
@@ -378,8 +407,8 @@ struct GridKernels {
     static void add_exact(const GridView& w, int64_t tile, const float* x, int64_t ldx, F (&sum)[kParts][Rows]) {
         constexpr int64_t kBytes = 64 * Fmt::Bits;
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
-        const L::Table table = L::table(w.table);
-        const F offset = L::set1(float(w.offset));
+        const L::Table table = L::table(w.table), low_table = L::table(w.low_table);
+        const F offset = L::set1(float(w.offset)), base = L::set1(float(kWideBase));
         for (int64_t g = 0; g < w.groups; ++g) {
             const int64_t first = g * per_group;
             const int64_t last = first + per_group < num_blocks ? first + per_group : num_blocks;
@@ -389,10 +418,14 @@ struct GridKernels {
                 F inner[Rows];
                 for (int m = 0; m < Rows; ++m) inner[m] = L::zero();
                 for (int64_t b = first; b < last; ++b) {
-                    U u[8];
-                    decode<Fmt>(w.codes + (tile * num_blocks + b) * kBytes + 4 * L::kCount * part, table, group.special, u);
+                    U u[8], lower[8];
+                    const uint8_t* at = w.codes + (tile * num_blocks + b) * kBytes + 4 * L::kCount * part;
+                    decode<Fmt>(at, table, group.special, u);
+                    if constexpr (Fmt::IsWide) decode<Fmt>(at, low_table, group.special, lower);
                     for (int c = 0; c < kBlock; ++c) {
-                        const F weight = L::sub(L::number(u[c / 4], c % 4), zero);
+                        F entry = L::number(u[c / 4], c % 4);
+                        if constexpr (Fmt::IsWide) entry = L::fma(entry, base, L::number(lower[c / 4], c % 4));
+                        const F weight = L::sub(entry, zero);
                         for (int m = 0; m < Rows; ++m)
                             inner[m] = L::fma(weight, L::set1(x[m * ldx + b * kBlock + c]), inner[m]);
                     }
@@ -421,14 +454,15 @@ struct GridKernels {
     template <class Fmt, class Lanes = L>
     static void fill(const GridView& w, int64_t tile, int64_t begin, int64_t end, Panel& panel) {
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
-        const L::Table table = L::table(w.table);
+        const L::Table table = L::table(w.table), low_table = L::table(w.low_table);
         for (int64_t b = begin; b < end; ++b) {
             const uint8_t* at = w.codes + (tile * num_blocks + b) * 64 * Fmt::Bits;
             for (int part = 0; part < kParts; ++part) {
                 const Group group = group_of<Fmt>(w, tile, b / per_group, part);
-                U u[8];
+                U u[8], lower[8];
                 decode<Fmt>(at + 4 * L::kCount * part, table, group.special, u);
-                Lanes::store_pairs(u, less(w), &panel.codes[b - begin][0][part * L::kCount][0]);
+                if constexpr (Fmt::IsWide) decode<Fmt>(at + 4 * L::kCount * part, low_table, group.special, lower);
+                Lanes::template store_pairs<Fmt::IsWide>(u, lower, less(w), &panel.codes[b - begin][0][part * L::kCount][0]);
                 L::store(panel.scales[b - begin][0] + part * L::kCount, group.scale);
                 L::store(panel.minima[b - begin][0] + part * L::kCount,
                          L::sub(L::zero(), L::mul(group.scale, group.zero)));
@@ -478,6 +512,7 @@ struct GridKernels {
             }
         }
         if (w.bits == 3) return w.types != nullptr ? function(GridFormat<3, true, true>{}) : function(GridFormat<3, true, false>{});
+        if (w.is_wide) return function(GridFormat<4, true, false, -1, true>{});
         return w.types != nullptr ? function(GridFormat<4, true, true>{}) : function(GridFormat<4, true, false>{});
     }
 
@@ -547,7 +582,7 @@ struct GridKernels {
     static constexpr int kBytes = 64;
 
     // The bytes u of a block: [group of 4 columns][row][column].
-    static void decode(const GridView& w, const uint8_t* p, const uint8_t* types, uint8_t (&u)[8][kBytes]) {
+    static void decode(const GridView& w, const uint8_t* p, const uint8_t* types, int16_t (&u)[8][kBytes]) {
         const int last = (1 << w.bits) - 1;
         for (int g = 0; g < 8; ++g) {
             for (int i = 0; i < kBytes; ++i) {
@@ -561,9 +596,9 @@ struct GridKernels {
                     const int row = i / 4;
                     code = types != nullptr && code == last
                                ? int(w.specials[(types[row / 4] >> (2 * (row % 4))) & 3] & 255)
-                               : w.table[code];
+                               : entry_of(w, code);
                 }
-                u[g][i] = uint8_t(code);
+                u[g][i] = int16_t(code);
             }
         }
     }
@@ -583,7 +618,7 @@ struct GridKernels {
     // Blocks [begin, end) of a tile for many rows.
     static void fill(const GridView& w, int64_t tile, int64_t begin, int64_t end, Panel& panel) {
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
-        uint8_t u[8][kBytes];
+        int16_t u[8][kBytes];
         for (int64_t b = begin; b < end; ++b) {
             const int64_t group = tile * w.groups + b / per_group;
             decode(w, w.codes + (tile * num_blocks + b) * 64 * w.bits, types_of(w, group), u);
@@ -617,7 +652,7 @@ struct GridKernels {
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
         const int less = w.bits == 8 ? 128 : 0;  // of every byte, as the vector path has it
         const int shift = (w.zeros != nullptr ? 0 : w.offset) - less;
-        uint8_t u[8][kBytes];
+        int16_t u[8][kBytes];
         for (int64_t b = 0; b < num_blocks; ++b, x += rows * kBlockCodes, xb += rows) {
             const int64_t group = t * w.groups + b / per_group;
             decode(w, w.codes + (t * num_blocks + b) * 64 * w.bits, types_of(w, group), u);
@@ -630,7 +665,8 @@ struct GridKernels {
                         high += code * q[c];
                         low += code * q[kBlock + c];
                     }
-                    const float product = float(high * 128 + low + shift * xb[m].minus_sum);
+                    // Of a wide table the parts may be larger than their sum, which 32 bits hold.
+                    const float product = float(int32_t(int64_t(high) * 128 + low + int64_t(shift) * xb[m].minus_sum));
                     const float scale = scale_of(w, group * kTile + r);
                     float total = std::fma(scale * xb[m].scale, product, out[m * kTile + r]);
                     if (w.zeros != nullptr)
@@ -650,7 +686,7 @@ struct GridKernels {
 
     static void add_exact(const GridView& w, int64_t t, const float* x, int64_t ldx, int rows, float* out) {
         const int64_t num_blocks = w.columns / kBlock, per_group = w.group / kBlock;
-        uint8_t u[8][kBytes];
+        int16_t u[8][kBytes];
         float inner[kRowChunk * kTile];
         for (int64_t g = 0; g < w.groups; ++g) {
             const int64_t group = t * w.groups + g, first = g * per_group;

@@ -79,13 +79,16 @@ struct PackedView {
 };
 
 constexpr int kGridOffset = 16;  // makes entries of a table bytes from 0 on
+// Entries of a wide table are kWideBase * high + low with bytes up to kWideBase - 1, so that sums of a block with
+// activations of 15 bits stay below 2^31.
+constexpr int kWideBase = 65, kWideOffset = (kWideBase * kWideBase - 1) / 2;
 
 // A matrix of codes of 2, 3, 4 or 8 bits; see plait/weights/tiles.py for their order and plait/weights/coded.py
 // for what they stand for. Numbers of groups lie as [tile][group][16 rows].
 struct GridView {
     int64_t rows, columns, group, groups;
     int bits, offset;      // offset: what a byte is too large by where there are no zeros
-    bool is_table;
+    bool is_table, is_wide;
     const uint8_t* codes;
     const uint8_t* scales;      // fp16, or bytes where there are row scales
     const uint8_t* zeros;       // fp16; null for none
@@ -93,9 +96,15 @@ struct GridView {
     const float* row_scales;    // null for none
     const uint8_t* low_scales;  // fp16, of the low bits where both bits of a code have scales of their own; null for none
     int plane;                  // of these the one that is looked at: 0 for the high bits, 1 for the low ones
-    uint8_t table[16];          // entries plus kGridOffset
+    uint8_t table[16];          // entries plus kGridOffset, or the high bytes of entries plus kWideOffset
+    uint8_t low_table[16];      // of a wide table
     uint32_t specials[4];       // the four bytes of the last code, each four times over
 };
+
+// What a code of a table stands for, plus the offset.
+inline int entry_of(const GridView& w, int code) {
+    return w.is_wide ? kWideBase * w.table[code] + w.low_table[code] : w.table[code];
+}
 
 constexpr int kMaxStackRank = 16;
 

@@ -220,7 +220,7 @@ void Program::walk(Team& team, const RunArguments& a) {
         const Layer& layer = layers[index];
         const Projection& next = index + 1 < layers.size() ? layers[index + 1].query_key_value : head;
         const Activations& x = read(team, a, layer.mixer_norm.data(), layer.epsilon, added, added_norm,
-                                    has_delta(index, kQueryKeyValue));
+                                    has_delta(index, kQueryKeyValue) || reads_entry(index, kOutput));
         project(layer.query_key_value, x, floats_of(qkv_), layer.query_key_value.num_outputs, false, &layer.output);
         adapt_site(team, index, kQueryKeyValue, floats_of(normed_), width, floats_of(qkv_),
                    layer.query_key_value.num_outputs);
@@ -228,7 +228,7 @@ void Program::walk(Team& team, const RunArguments& a) {
         scale_inputs(team, index);
         join(index, kOutput, layer.output, mixed(layer), floats_of(attended_), layer.mixer_output_norm, &layer.gate.up);
         const Activations& y = read(team, a, layer.feed_forward_norm.data(), layer.epsilon, added, added_norm,
-                                    has_delta(index, kGate) || has_delta(index, kUp));
+                                    has_delta(index, kGate) || has_delta(index, kUp) || reads_entry(index, kDown));
         open(layer, y, adapt_gate(team, index, a.rows));
         join(index, kDown, layer.down, inner_, floats_of(kept_), layer.feed_forward_output_norm, &next);
     }

@@ -86,6 +86,7 @@ private:
                             const float* added_norm, bool keeps = false);
     void plan_adapters(const RunArguments& arguments);
     bool has_delta(size_t index, Site site) const { return changes_[index * kSites + size_t(site)]; }
+    bool reads_entry(size_t index, Site site) const { return reads_entry_[index * kSites + size_t(site)]; }
     void adapt_site(Team& team, size_t index, Site site, const float* x, int64_t ldx, float* y, int64_t ldy);
     void scale_inputs(Team& team, size_t index);
     const GateRow* adapt_gate(Team& team, size_t index, int64_t rows);
@@ -97,9 +98,10 @@ private:
     AttentionScratch room_;
     Buffer qkv_, queries_, attended_, branch_, rows_, hidden_;
 
-    // For the rows that have adapters: which they are, whether a layer and site changes any, and what is kept of them.
+    // For the rows that have adapters: which they are, whether a layer and site changes any, or what its branch read, and what is
+    // kept of them.
     std::vector<AdaptedRows> adapted_;
-    std::vector<bool> changes_;
+    std::vector<bool> changes_, reads_entry_;
     std::vector<GateRow> gate_rows_;
     Buffer normed_, kept_, gate_added_, up_added_, low_;
     int64_t low_size_ = 0;

@@ -19,6 +19,7 @@ void reserve(Buffer& buffer, int64_t numbers) {
 void Program::plan_adapters(const RunArguments& a) {
     adapted_.clear();
     changes_.assign(layers.size() * kSites, false);
+    reads_entry_.assign(layers.size() * kSites, false);
     gate_rows_.clear();
     if (a.adapters.empty()) return;
     int64_t most_rank = 1;
@@ -43,8 +44,12 @@ void Program::plan_adapters(const RunArguments& a) {
         seen.push_back(adapter);
         most_rank = std::max(most_rank, adapter->most_rank);
         for (size_t layer = 0; layer < layers.size(); ++layer)
-            for (int site = 0; site < kSites; ++site)
-                if (!adapter->layers[layer].sites[site].is_empty()) changes_[layer * kSites + size_t(site)] = true;
+            for (int site = 0; site < kSites; ++site) {
+                const SiteDelta& delta = adapter->layers[layer].sites[site];
+                const size_t at = layer * kSites + size_t(site);
+                if (!delta.is_empty()) changes_[at] = true;
+                if (delta.bottleneck.rank > 0 && !delta.bottleneck.reads_output) reads_entry_[at] = true;
+            }
     }
     int64_t inner = 0;
     for (const Layer& layer : layers) inner = std::max(inner, layer.down.columns);
@@ -64,7 +69,9 @@ void Program::adapt_site(Team& team, size_t index, Site site, const float* x, in
         for (int64_t i = begin; i < end; ++i) {
             const AdaptedRows& of = adapted_[size_t(i)];
             const SiteDelta& delta = of.adapter->layers[index].sites[site];
-            if (!delta.is_empty()) adapt(delta, x + of.first * ldx, ldx, of.count, y + of.first * ldy, ldy, room);
+            // Only the products that end a branch read its entry, and they are as wide.
+            const float* entry = floats_of(normed_) + of.first * width;
+            if (!delta.is_empty()) adapt(delta, x + of.first * ldx, ldx, of.count, y + of.first * ldy, ldy, room, entry);
         }
     });
 }

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from plait.engine.weight_eval import WeightRow
-
-from plait.cli.evaluate import draw
+from plait.cli.evaluate_weights import draw
 from plait.engine.weight_quality import Quality
+from plait.evaluation.weights import WeightRow
 
 HERE = Path(__file__).parent
 

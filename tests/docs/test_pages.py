@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import runpy
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grimp
@@ -72,6 +74,17 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
     for target in targets:
         if not target.startswith(("http://", "https://")):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "docs").rglob("*.py")), ids=lambda path: path.stem)
+def test_scripts_that_make_pages_and_pictures_can_be_imported(script: Path) -> None:
+    runpy.run_path(str(script), run_name="imported")
+
+
+def test_the_picture_of_weights_reads_its_measurements() -> None:
+    rows = runpy.run_path(str(ROOT / "docs/images/weights.py"), run_name="imported")["rows"]()
+    assert len(rows) > 1
+    assert all(row.held_bytes > 0 for row in rows)
 
 
 def rows_of(text: str, heading: str) -> Iterator[list[str]]:

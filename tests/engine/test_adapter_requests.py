@@ -20,6 +20,7 @@ SPECS = {
     "one": "lora:rank=4", "two": "lora:rank=4", "three": "dora:rank=2", "four": "ia3", "five": "vera:rank=16",
     "six": "bitfit", "seven": "lora:rank=9,targets=value+up", "eight": "adalora:first_rank=3,rank=2",
     "nine": "prefix:tokens=5,spread=1.0", "ten": "prompt:tokens=4,spread=1.0",
+    "eleven": "serial:size=4", "twelve": "parallel:size=3",
 }  # fmt: skip
 PROMPT = "A text that is long enough to be shared by several requests, and then some more."
 
@@ -130,7 +131,7 @@ def test_what_an_adapter_puts_before_a_text_is_never_hidden(
 
 
 def test_names_are_checked(adapted: LanguageModel, folders: dict[str, Path]) -> None:
-    with pytest.raises(UnknownNameError, match=r"'on'.*Did you mean 'one'.*There are: eight, five"):
+    with pytest.raises(UnknownNameError, match=r"'on'.*Did you mean 'one'.*There are: eight, eleven, five"):
         adapted.generate(PROMPT, adapter="on")
     with pytest.raises(UnknownNameError, match="Did you mean 'seven'"):
         adapted.session(adapter="sevn")

@@ -60,6 +60,18 @@ def laws(model: Transformer, ids: list[int]) -> torch.Tensor:
         return model.logits(model(torch.tensor(ids), Rows([(len(ids), 0)]))).double().log_softmax(dim=-1)
 
 
+@pytest.mark.parametrize("plot", ["plot.gif", "missing/plot.svg"])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_measured(
+    plot: str, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    given = ["eval", "weights", "no-such-model", "--work", str(work), "--plot", str(tmp_path / plot)]
+    done = CliRunner().invoke(app, given, env={"NO_COLOR": "1"})
+    assert done.exit_code == 1
+    assert "no-such-model" not in done.stderr
+    assert ("plot.gif" if plot == "plot.gif" else "no folder") in done.stderr.replace("\n", " ")
+
+
 def test_numbers_are_those_of_their_definitions(folder: Path) -> None:
     exact, rough = (load(folder, weights=form) for form in ("fp32", "uniform:bits=3,group=32"))
     ids = exact.tokenizer.encode(TEXT)

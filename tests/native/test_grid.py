@@ -17,7 +17,7 @@ KINDS = [
     *((f"uniform{bits}", 64, zeros) for bits in (2, 3, 4, 8) for zeros in (True, False)),
     ("uniform2", 0, True),
     ("uniform4", 96, True),
-    *((name, 64, False) for name in ("fp3", "fp4", "bitmod3", "bitmod4")),
+    *((name, 64, False) for name in ("fp3", "fp4", "bitmod3", "bitmod4", "nf4")),
     ("bitmod3", 128, False),
     ("planes", 64, False),
     ("planes", 96, False),
@@ -130,8 +130,25 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         (8, None, "float16"),
         (9, [0, 1], "one value for each code"),
         (9, [17] * 16, r"\[-16, 16\]"),
+        (9, [2113] * 16, r"\[-16, 16\]"),
+        (10, [17] * 4, r"\[-16, 16\]"),
     ]:
         given = list(good)
         given[place] = wrong
         with pytest.raises(ValueError, match=message):
             extension().GridMatrix(*given)
+
+
+def test_wide_tables_that_do_not_fit_are_refused() -> None:
+    matrix = random_matrix("nf4", 64, False, 20, 64)
+    values = list(matrix.grid.values)
+    good = [20, 64, 4, 64, matrix.codes, matrix.scales, None, None, matrix.row_scales, values, []]
+    assert extension().GridMatrix(*good).shape == (20, 64)
+    for wrong in (2113, -2113):
+        with pytest.raises(ValueError, match=r"\[-2112, 2112\]"):
+            extension().GridMatrix(*good[:9], [*values[:-1], wrong], [])
+    three = random_matrix("fp3", 64, False, 20, 64)
+    with pytest.raises(ValueError, match="beyond"):
+        extension().GridMatrix(
+            20, 64, 3, 64, three.codes, three.scales, None, None, three.row_scales, values[:8], []
+        )

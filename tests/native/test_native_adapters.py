@@ -27,6 +27,10 @@ SPECS = [
     "lora:rank=64,targets=query",
     "prefix:tokens=7,spread=1.0",
     "prompt:tokens=3,spread=1.0",
+    "serial:size=6",
+    "serial:size=3,targets=down,activation=silu",
+    "parallel:size=5",
+    "parallel:size=4,targets=output+down,scale=1.0,activation=gelu",
 ]
 
 
@@ -92,11 +96,11 @@ def test_each_answers_alone_as_in_any_batch(threads: int) -> None:
 def test_every_instruction_set_gives_the_same_bits() -> None:
     base = model("rich")
     assert lower(base)
-    adapters: list[Adapter | None] = list(adapters_of(base, SPECS[:4]))
+    adapters: list[Adapter | None] = list(adapters_of(base, [*SPECS[:4], *SPECS[-4:]]))
     found = []
     for isa in isas():
         with running(isa=isa):
-            found.append(torch.cat(answers(base, adapters, [4, 1, 2, 9])))
+            found.append(torch.cat(answers(base, adapters, [4, 1, 2, 9, 3, 1, 7, 5])))
     assert all(torch.equal(one, found[0]) for one in found)
 
 
@@ -123,6 +127,16 @@ def test_an_adapter_of_other_layers_or_widths_is_refused() -> None:
         made.set(0, 0, 64, 64, None, None, None, [(0, torch.ones(2, 63), torch.ones(2, 64))])
     with pytest.raises(ValueError, match="outputs that its product has"):
         made.set(0, 0, 64, 64, None, None, None, [(1, torch.ones(2, 64), torch.ones(2, 64))])
+    neck = (torch.ones(2, 64), torch.ones(2), torch.ones(2, 64), torch.ones(64), 3, True)
+    with pytest.raises(ValueError, match="ends a branch"):
+        made.set(0, 0, 64, 64, None, None, None, [], neck)
+    for wrong, message in [
+        ((torch.ones(2, 63), *neck[1:]), "down must have shape"),
+        ((neck[0], torch.ones(3), *neck[2:]), "down_bias must have shape"),
+        ((*neck[:4], 4, True), "activation from 0 to 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            made.set(0, 4, 96, 64, None, None, None, [], wrong)
     base = model()
     assert lower(base)
     (adapter,) = adapters_of(base, ["bitfit"])

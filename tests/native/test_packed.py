@@ -113,7 +113,7 @@ def test_parts_norm_bias_and_residual_in_one_call() -> None:
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu"])
 def test_feed_forward_equals_its_parts(activation: str, gated: bool) -> None:
-    from plait.nn.layers import activate
+    from plait.ops import activate
 
     gate, up = (PackedMatrix(random_blocks("q4_0", 96, 64), "q4_0") for _ in range(2))
     down = PackedMatrix(random_blocks("q4_1", 40, 96), "q4_1")

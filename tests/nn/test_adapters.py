@@ -241,6 +241,65 @@ def test_a_beginning_cannot_be_merged() -> None:
             disturbed(spec, model).merge()
 
 
+BOTTLENECKS = ["serial:size=5", "parallel:size=4", "parallel:size=3,targets=output+down,activation=gelu"]
+
+
+@pytest.mark.parametrize("spec", BOTTLENECKS)
+def test_bottlenecks_are_what_the_papers_say(spec: str, models: dict[str, Pair]) -> None:
+    """Houlsby et al. 2019, section 2.1, and He et al. 2022, table 1, computed on hooks of the original modules."""
+    found, ids = models["llama-biases"], random_ids(9)
+    plain = at_once(found.ours, ids)
+    fresh = new_adapter(ADAPTERS.parse(spec), found.ours).eval()
+    assert torch.equal(adapted(found.ours, fresh, ids), plain)
+    adapter = disturbed(spec, found.ours)
+    scale = 4.0 if spec.startswith("parallel") else 1.0
+    f = torch.nn.functional.gelu if "gelu" in spec else torch.relu
+
+    def add(name: str, y: Tensor, read: Tensor) -> Tensor:
+        if name not in adapter.at:
+            return y
+        p = dict(adapter.at[name].named_parameters())
+        z = y if spec.startswith("serial") else read
+        return y + scale * (f(z @ p["down"].T + p["down_bias"]) @ p["up"].T + p["up_bias"])
+
+    def of_attention(name: str) -> Callable[..., Any]:
+        return lambda _, args, kwargs, out: (add(name, out[0], kwargs["hidden_states"]), *out[1:])
+
+    def of_feed_forward(name: str) -> Callable[..., Any]:
+        return lambda _, args, out: add(name, out, args[0])
+
+    handles = []
+    for index, layer in enumerate(found.theirs.model.layers):
+        hook = of_attention(f"blocks.{index}.mixer.output")
+        handles.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
+        handles.append(layer.mlp.register_forward_hook(of_feed_forward(f"blocks.{index}.feed_forward.down")))
+    try:
+        with torch.no_grad():
+            wanted = found.theirs(ids[None]).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert (wanted - plain).abs().max() > 0.01
+    torch.testing.assert_close(adapted(found.ours, adapter, ids), wanted, atol=_TOLERANCE, rtol=_TOLERANCE)
+
+
+@pytest.mark.parametrize("spec", BOTTLENECKS)
+def test_bottlenecks_come_back_from_files_and_are_not_merged(spec: str, tmp_path: Path) -> None:
+    model, ids = Transformer(small_llama(), RandomParameters(1)).eval(), random_ids(7)
+    adapter = disturbed(spec, model)
+    save_adapter(adapter, model, tmp_path)
+    assert inspect_adapter(tmp_path).matrices == len(adapter.at)
+    again = load_adapter(tmp_path, model)
+    assert torch.equal(adapted(model, again, ids), adapted(model, adapter, ids))
+    with pytest.raises(IncompatibleError, match="activation inside"):
+        adapter.merge()
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    name = next(name for name in tensors if name.endswith("adapter_up.bias"))
+    save_file(tensors | {name: tensors[name][1:]}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(ModelFileError, match=r"bias of .* has shape"):
+        load_adapter(tmp_path, model)
+
+
 def test_adalora_keeps_the_rank_of_its_budget() -> None:
     model = Transformer(small_llama(), RandomParameters(1)).eval()
     config = ADAPTERS.parse("adalora:first_rank=6,rank=2,every=1")
@@ -351,6 +410,10 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         ("lora:rank=33", "rank must be from 1 to 32"),
         ("lora:targets=query+qkv", "names 'qkv'.*all, attention"),
         ("adalora:rank=9,first_rank=8", "at most first_rank"),
+        ("serial:targets=query+down", "Serial.targets must be output, down.*Got query"),
+        ("parallel:size=33", "Parallel.size must be at most the model's width, 32"),
+        ("parallel:scale=0", "Parallel.scale must be"),
+        ("serial:activation=tanh", "Serial.activation must be"),
         ("lorra", "Did you mean 'lora'"),
     ],
 )

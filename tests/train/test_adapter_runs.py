@@ -99,7 +99,17 @@ def test_a_run_that_was_left_goes_on_to_the_same_bytes(method: str, counting: Pa
 
 
 @pytest.mark.parametrize(
-    "method", ["dora:rank=2", "vera:rank=16", "ia3", "bitfit", "prefix:tokens=4", "prompt:tokens=4"]
+    "method",
+    [
+        "dora:rank=2",
+        "vera:rank=16",
+        "ia3",
+        "bitfit",
+        "prefix:tokens=4",
+        "prompt:tokens=4",
+        "serial:size=4",
+        "parallel:size=4",
+    ],
 )
 def test_every_method_learns(method: str, counting: Path, tmp_path: Path) -> None:
     trainer = new_run(counting, tmp_path, method)

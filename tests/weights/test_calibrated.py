@@ -120,6 +120,34 @@ def test_best_levels_are_those_of_least_squares(group: int) -> None:
         np.testing.assert_allclose(mine, found, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("group", [0, 8])
+def test_best_levels_have_no_slope_left(group: int) -> None:
+    weight, hessian = weights(7, 24), hessian_of(24)
+    codes = torch.randint(0, 4, (7, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+
+    def slopes(levels: Levels) -> torch.Tensor:
+        sizes = torch.tensor([group or 24] * (24 // (group or 24)))
+        scale, shift = (
+            numbers.double().requires_grad_() for numbers in (levels.scale, -levels.scale * levels.zero)
+        )
+        spread = [numbers.repeat_interleave(sizes, dim=1) for numbers in (scale, shift)]
+        change = spread[0] * codes.double() + spread[1] - weight.double()
+        ((change @ hessian) * change).sum().backward()
+        assert scale.grad is not None
+        assert shift.grad is not None
+        return torch.cat([scale.grad, shift.grad]).norm()
+
+    best = best_levels(weight, codes, hessian, group)
+    # Levels are returned in fp32.
+    assert float(slopes(best)) <= 1e-5 * float(slopes(Levels(2 * best.scale, best.zero)))
+
+
+def test_one_round_has_the_codes_of_gptq() -> None:
+    weight, stats = weights(20, 128), stats_of(128)
+    mine, theirs = (f.pack(weight, stats) for f in (DecoupleQ(rounds=1, epochs=0), GPTQ(bits=2)))
+    assert torch.equal(mine.code_rows(), theirs.code_rows())
+
+
 def test_groups_whose_codes_are_equal_have_levels_too() -> None:
     weight, hessian = weights(3, 32), hessian_of(32)
     codes = torch.randint(0, 4, (3, 32), dtype=torch.uint8)
@@ -169,7 +197,7 @@ def test_a_row_that_lies_on_a_grid_is_recovered() -> None:
 
 
 def test_short_rows_come_near_the_best_of_all_codes() -> None:
-    columns, rows = 6, 100
+    columns, rows = 6, 200
     weight, hessian = weights(rows, columns, seed=6), hessian_of(columns, seed=7)
     stats = Stats(columns)
     stats.add(inputs(columns, 7))
@@ -183,7 +211,7 @@ def test_short_rows_come_near_the_best_of_all_codes() -> None:
         levels = best_levels(repeated, every, hessian, 0)
         best = float(row_losses(repeated, every, levels, hessian, 0).min())
         ratios.append(float(reached[row]) / best)
-
+    # Half of the rows; the mean over rows, which misses that bar, is in the claim "decoupleq".
     assert np.median(ratios) <= 1.25
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plait.errors import ConfigError
-from plait.weights import AWQ, FORMATS, GPTQ, GRIDS, HQQ, BitMoD, Coded, DecoupleQ, Stats, Uniform
+from plait.weights import AWQ, FORMATS, GPTQ, GRIDS, HQQ, NF4, BitMoD, Coded, DecoupleQ, Stats, Uniform
 from plait.weights.tiles import from_tiles, to_tiles
 
 # Every format, and the error that it may have on normal weights, relative to their standard deviation.
@@ -23,6 +23,8 @@ ENTRIES = [
     ("bitmod:bits=3", 0.25),
     ("bitmod:bits=4,group=192", 0.12),
     ("bitmod:bits=3,types=none", 0.3),
+    ("nf4", 0.12),
+    ("nf4:group=40", 0.12),
     ("hqq:bits=3", 0.25),
     ("gptq:bits=3", 0.4),
     ("awq:bits=3", 0.25),
@@ -163,34 +165,39 @@ def test_uniform_takes_the_nearest_of_all_levels(bits: int, symmetric: bool) -> 
             torch.testing.assert_close(packed.unpack()[row, start : start + 48], wanted, rtol=1e-6, atol=1e-9)
 
 
-def searched(group: torch.Tensor, bits: int) -> tuple[float, float, int]:
-    """Brute force over four grids and all values: least error, scale and number of the best grid."""
+def searched(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Brute force over four grids and all values, of rows of one group: least error, scale and number of the best grid."""
     basic = [0, 1, 2, 4] if bits == 3 else [0, 1, 2, 3, 4, 6, 8, 12]
-    best = (math.inf, 0.0, 0)
-    for number, special in enumerate([3, -3, 6, -6] if bits == 3 else [10, -10, 16, -16]):
+    errors, scales = [], []
+    for special in [3, -3, 6, -6] if bits == 3 else [10, -10, 16, -16]:
         values = torch.tensor(sorted({v * sign for v in basic for sign in (1, -1)} | {special})).float()
-        scale = group.abs().max() / values.abs().max()
-        error = float(((group[:, None] - values * scale).abs().amin(dim=1)).square().mean())
-        if error < best[0] * (1 - 1e-6):
-            best = (error, float(scale), number)
-    return best
+        scale = groups.abs().amax(dim=1) / values.abs().max()
+        nearest = (groups[..., None] - values * scale[:, None, None]).abs().amin(dim=2)
+        errors.append(nearest.square().mean(dim=1))
+        scales.append(scale)
+    best, number = errors[0].clone(), torch.zeros(len(groups), dtype=torch.int64)
+    for other in range(1, 4):
+        is_better = errors[other] < best * (1 - 1e-6)
+        best, number = torch.where(is_better, errors[other], best), torch.where(is_better, other, number)
+    return best, torch.stack(scales).gather(0, number[None])[0], number
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_bitmod_finds_the_grid_that_brute_force_finds(bits: int) -> None:
+    count = 10_000
     generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(300, 32, generator=generator) * (
-        10.0 ** torch.randint(-3, 3, (300, 1), generator=generator)
+    weight = torch.randn(count, 32, generator=generator) * (
+        10.0 ** torch.randint(-3, 3, (count, 1), generator=generator)
     )
     weight[0], weight[1] = torch.arange(32) - 16.0, torch.arange(32) % 5 * 0.5
     packed = BitMoD(bits=bits, group=32).pack(weight)
-    types = packed.type_rows()[:, 0]
-    for row in range(300):
-        error, scale, number = searched(weight[row], bits)
-        assert int(types[row]) == number
-        # One group a row: its scale is 255 steps of the row's.
-        assert float(packed.row_scales.reshape(-1)[row]) * 255 == pytest.approx(scale, rel=1e-6)
-        assert float((packed.unpack()[row] - weight[row]).square().mean()) == pytest.approx(error, rel=1e-3)
+    error, scale, number = searched(weight, bits)
+    assert packed.row_scales is not None
+    assert torch.equal(packed.type_rows()[:, 0].long(), number)
+    # One group a row: its scale is 255 steps of the row's.
+    torch.testing.assert_close(packed.row_scales.reshape(-1)[:count] * 255, scale, rtol=1e-6, atol=0)
+    found = (packed.unpack() - weight).square().mean(dim=1)
+    torch.testing.assert_close(found, error, rtol=1e-3, atol=1e-12)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -231,6 +238,52 @@ def test_more_grids_to_choose_from_are_never_worse(types: str) -> None:
     assert bool((errors[0] <= errors[1] * (1 + 1e-5)).all())
 
 
+# The quantiles of appendix E of the QLoRA paper, as the bitsandbytes package publishes them.
+PUBLISHED_NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+# Levels are whole numbers up to 2112, and the published ones are rounded to them.
+NF4_STEP = 1 / 2112
+
+
+def test_nf4_has_the_published_levels_and_takes_the_nearest() -> None:
+    values, published = torch.tensor(GRIDS["nf4"].values) * NF4_STEP, torch.tensor(PUBLISHED_NF4)
+    assert float((values - published).abs().max()) <= NF4_STEP / 2
+    # One group a row, so that its scale is its largest magnitude.
+    weight = weights(50, 96)
+    packed = NF4(group=0).pack(weight)
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    nearest = published[(weight[..., None] / largest[..., None] - published).abs().argmin(dim=2)] * largest
+    # A weight halfway between two levels may go to either, at the same distance.
+    errors = [(found - weight).abs() / largest for found in (packed.unpack(), nearest)]
+    assert float((errors[0] - errors[1]).abs().max()) <= NF4_STEP / 2 + 1e-6
+    assert packed.code_rows().unique().tolist() == list(range(16))
+
+
+def test_nf4_quantises_scales_to_steps_of_the_rows_largest() -> None:
+    weight = weights(9, 200) * torch.linspace(0.1, 3.0, 200)
+    packed = NF4(group=64).pack(weight)
+    assert packed.row_scales is not None
+    steps = packed.row_scales.reshape(-1)[:9, None]
+    largest = torch.stack([part.abs().amax(dim=1) for part in weight.split(64, dim=1)], dim=1) * NF4_STEP
+    torch.testing.assert_close(steps[:, 0] * 255, largest.amax(dim=1))
+    assert torch.equal(packed.per_group(packed.scales).float(), (largest / steps).round())
+    codes, values = packed.code_rows().long(), torch.tensor(GRIDS["nf4"].values).float()
+    scales = packed.per_group(packed.scales).float().repeat_interleave(64, dim=1)[:, :200]
+    assert torch.equal(packed.unpack(), values[codes] * scales * steps)
+
+
+def test_nf4_fits_normal_weights_better_than_evenly_spaced_levels() -> None:
+    weight = weights(64, 256)
+    errors = [
+        float((FORMATS.parse(spec).pack(weight).unpack() - weight).square().mean())
+        for spec in ("nf4", "uniform:bits=4,symmetric=true", "bitmod:bits=4,types=none")
+    ]
+    assert errors[0] < min(errors[1:])
+
+
 def test_hqq_lowers_the_error_that_it_is_about() -> None:
     weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(3)) ** 3 * 0.02
     fitted = (HQQ(bits=2, rounds=20).pack(weight).unpack() - weight).abs()
@@ -259,6 +312,7 @@ def test_bad_settings_name_what_is_allowed() -> None:
     for make, message in [
         (lambda: BitMoD(bits=5), "3 or 4"),
         (lambda: Uniform(bits=7), "2, 3, 4 or 8"),
+        (lambda: NF4(group=-1), "group"),
         (lambda: GPTQ(damping=0.0), "damping"),
         (lambda: AWQ(bits=2, grid="bitmod"), "3 or 4 with grid=bitmod"),
         (lambda: DecoupleQ(rounds=0), "rounds"),

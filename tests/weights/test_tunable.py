@@ -18,6 +18,7 @@ KINDS = [
     "decoupleq:bits=2,epochs=0",
     "bitmod:bits=3",
     "bitmod:bits=4,types=none",
+    "nf4",
     "db-llm",
     "vq:books=2,group=8",
     "vq:books=1,group=4",

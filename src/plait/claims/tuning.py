@@ -6,6 +6,8 @@ Shapes: N predicted tokens, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
+import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,9 +17,19 @@ if TYPE_CHECKING:
 
     from plait.claims.claim import Run
     from plait.nn import Transformer
-    from plait.train import Corpus, TokenData
+    from plait.text import Tokenizer
+    from plait.train import Corpus, Recipe, TokenData
 
-__all__ = ["Tuning", "small_model", "tuned", "unsure_nats", "windows_of"]
+__all__ = [
+    "Learned",
+    "Tuning",
+    "adapter_learned",
+    "model_learned",
+    "small_model",
+    "tuned",
+    "unsure_nats",
+    "windows_of",
+]
 
 
 class Tuning(NamedTuple):
@@ -34,8 +46,88 @@ class Tuning(NamedTuple):
     losses: list[float]
 
 
-def small_model(run: Run, folder: Path) -> Generator[str, None, tuple[Path, Corpus]]:
-    """A model of 0.9 million parameters on Python's library and manual, and what it was trained on.
+class Learned(NamedTuple):
+    """What a short run on SmolLM2 came to.
+
+    Attributes:
+        before, after: nats a token of held-out text.
+        parameters: numbers that were trained.
+        nbytes: of the file of the adapter; 0 for a whole model.
+        seconds: of the run, with both measurements.
+    """
+
+    before: float
+    after: float
+    parameters: int
+    nbytes: int
+    seconds: float
+
+
+def adapter_learned(
+    run: Run, method: str, weights: str, *, steps: int = 40, learning_rate: float = 1e-3
+) -> Learned:
+    """Train an adapter beside SmolLM2 kept in `weights`, on steps of 256 tokens of Python's library, and measure it."""
+    from plait.train import finish, tune_adapter
+    from plait.weights.adapters import ADAPTERS
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = tune_adapter(
+            ADAPTERS.parse(method),
+            "smollm2",
+            lambda tokenizer: _library(run, tokenizer),
+            Path(folder),
+            weights=weights,
+            recipe=_short(run, steps, learning_rate),
+        )
+        result = finish(trainer, Path(folder))
+        assert result.held_out_before is not None
+        assert result.held_out is not None
+        nbytes = (Path(folder) / "adapter_model.safetensors").stat().st_size
+        return Learned(result.held_out_before, result.held_out, result.parameters, nbytes, result.seconds)
+
+
+def model_learned(run: Run, *, steps: int = 40, learning_rate: float = 1e-4) -> Learned:
+    """Train all of SmolLM2 in fp32 on the same steps, and measure it on the same text."""
+    from plait.train import open_start, tune
+
+    model, tokenizer, _ = open_start("smollm2")
+    learned, held_out = _library(run, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = tune(
+            _short(run, steps, learning_rate), "smollm2", model, tokenizer, learned, held_out, Path(folder),
+            corpus="Python's library",
+        )  # fmt: skip
+        started = time.perf_counter()
+        held = trainer.run("the whole model").held_out
+        seconds = time.perf_counter() - started
+    count = sum(parameter.numel() for parameter in trainer.trained.parameters())
+    return Learned(held[0][1], held[-1][1], count, 0, seconds)
+
+
+def _short(run: Run, steps: int, learning_rate: float) -> Recipe:
+    from plait.train import adapter
+
+    recipe = adapter()
+    training = dataclasses.replace(
+        recipe.training, steps=run.pick(steps, 1), rows=run.pick(256, 32), warmup=run.pick(5, 1),
+        learning_rate=learning_rate, evaluate_every=10_000, save_every=10_000, seed=run.seed,
+    )  # fmt: skip
+    return dataclasses.replace(recipe, training=training, measured=run.pick(2048, 64))
+
+
+def _library(run: Run, tokenizer: Tokenizer) -> tuple[TokenData, TokenData]:
+    """Modules of Python's library to learn from, and others with chapters of the manual to measure on."""
+    from plait.train import encoded, python_corpus
+
+    corpus = python_corpus(code=0.05)
+    return (
+        encoded(corpus.learned[: run.pick(100, 3)], tokenizer),
+        encoded(corpus.held_out[-run.pick(20, 2) :], tokenizer),
+    )
+
+
+def small_model(run: Run, folder: Path, blocks: int = 4) -> Generator[str, None, tuple[Path, Corpus]]:
+    """A model of 0.9 million parameters on Python's library and manual, and what it was trained on; 1.3 with 6 blocks.
 
     Its matrices are wide enough for codebooks of 256 runs of 8 weights.
     """
@@ -46,7 +138,7 @@ def small_model(run: Run, folder: Path) -> Generator[str, None, tuple[Path, Corp
     recipe = dataclasses.replace(
         language_model(),
         shape=ModelShape(
-            width=128, blocks=4, heads=4, kv_heads=2, inner=384, vocab_size=run.pick(512, 300), context=128
+            width=128, blocks=blocks, heads=4, kv_heads=2, inner=384, vocab_size=run.pick(512, 300), context=128
         ),
         training=Training(
             steps=run.pick(1200, 40), rows=run.pick(1024, 256), context=128, learning_rate=3e-3,

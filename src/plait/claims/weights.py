@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from plait.claims.claim import Run
     from plait.engine import LanguageModel
     from plait.engine.weight_quality import WeightJudge
 
-__all__ = ["calibration_text", "judge_of", "packed"]
+__all__ = ["calibration_text", "judge_of", "matrices_of", "output_errors_of", "packed"]
 
 _WINDOW = 512
 
@@ -44,3 +46,76 @@ def packed(
         made[format] = folder / str(number)
         quantize(model, format, made[format], calibration=text, samples=samples)
     return made
+
+
+def matrices_of(lm: LanguageModel) -> dict[str, Tensor]:
+    """The matrices of a model in fp32 by the names of files, as views that can be written to."""
+    from plait.nn.mixers import Attention
+    from plait.nn.transformer import Block
+    from plait.weights import Dense, Linear
+
+    found: dict[str, Tensor] = {}
+
+    def add(linear: Linear, names: list[str], sizes: list[int]) -> None:
+        assert isinstance(linear.weight, Dense)
+        parts = linear.weight.weight.detach().split(sizes)
+        found.update({f"{name}.weight": part for name, part in zip(names, parts, strict=True)})
+
+    for index, block in enumerate(lm.model.blocks):
+        assert isinstance(block, Block)
+        assert isinstance(block.mixer, Attention)
+        mixer, inner = block.mixer.config, block.feed_forward.config.size
+        q, kv = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
+        width, name = lm.model.config.width, f"blocks.{index}"
+        add(block.mixer.qkv, [f"{name}.mixer.{part}" for part in ("query", "key", "value")], [q, kv, kv])
+        add(block.mixer.output, [f"{name}.mixer.output"], [width])
+        add(block.feed_forward.up, [f"{name}.feed_forward.{part}" for part in ("gate", "up")], [inner, inner])
+        add(block.feed_forward.down, [f"{name}.feed_forward.down"], [width])
+    return found
+
+
+def output_errors_of(
+    lm: LanguageModel, packed_models: Mapping[str, Path], texts: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """What packing changes in the outputs of matrices, for the inputs that they have in the model as it was.
+
+    Args:
+        lm: in fp32.
+        packed_models: folders of the same model, packed without factors on its columns.
+        texts: token ids that the model reads.
+
+    Returns:
+        By the names of `packed_models`, the sum over all matrices of the blocks of D H D^T, with D the change of a
+        matrix and H the mean of x x^T over its inputs.
+    """
+    import torch
+
+    from plait.memory import Rows
+    from plait.nn.checkpoints import PackedCheckpoint
+    from plait.weights import Linear, Stats
+
+    dense = matrices_of(lm)
+    linears = {name: module for name, module in lm.model.blocks.named_modules() if isinstance(module, Linear)}
+    stats = {name: Stats(module.weight.shape[1]) for name, module in linears.items()}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: stats[name].add(given[0]))
+        for name, module in linears.items()
+    ]
+    try:
+        with torch.no_grad():
+            for ids in texts:
+                lm.model(torch.as_tensor(ids, dtype=torch.int64), Rows([(len(ids), 0)]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Of fused layers, the parts have the inputs of the whole.
+    fused = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "up"}
+    errors = dict.fromkeys(packed_models, 0.0)
+    for label, folder in packed_models.items():
+        with PackedCheckpoint(folder) as file:
+            for name, weight in dense.items():
+                parent, _, place = name.removeprefix("blocks.").removesuffix(".weight").rpartition(".")
+                hessian = stats[f"{parent}.{fused.get(place, place)}"].hessian
+                change = (file.load_packed(name).unpack() - weight).double()
+                errors[label] += float(((change @ hessian) * change).sum())
+    return errors

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "facts", "weights"]
 
-_DEFAULTS = ["file", "bitmod:bits=4,group=192", "bitmod:bits=3,group=192", "uniform:bits=4,group=192"]
+_DEFAULTS = [
+    "file",
+    "bitmod:bits=4,group=192",
+    "bitmod:bits=3,group=192",
+    "nf4:group=192",
+    "uniform:bits=4,group=192",
+]
 
 # Nats below which a form is drawn as the model itself: activations in 15 bits cause about a tenth of it.
 _SAME = 1e-5
@@ -53,7 +59,7 @@ def weights(
         typer.Option("--work", help="Folder to keep packed models in; made and removed when left out."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw quality against bytes into this .svg or .png.")
+        Path | None, typer.Option("--plot", help="Draw quality against bytes into this .svg, .png or .pdf.")
     ] = None,
     offline: Offline = False,
     json_output: Json = False,
@@ -70,8 +76,11 @@ def weights(
 
       plait eval weights smollm2 -f file -f ./smollm2.Q2_K.gguf --speed-tokens 64 --json
     """
+    from plait.evaluation.picture import check_picture
     from plait.evaluation.weights import compare_weights, pareto
 
+    if plot is not None:
+        check_picture(plot)
     given = calibration and read_file(calibration)
     rows: list[WeightRow] = []
     folder = tempfile.TemporaryDirectory() if work is None else nullcontext(str(work))
@@ -138,10 +147,11 @@ def draw(rows: Sequence[WeightRow], path: Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
+        ConfigError: a file that no picture can be written to.
     """
-    from plait.errors import import_extra
+    from plait.evaluation.picture import check_picture, save_picture
 
-    import_extra("matplotlib", extra="plot", purpose="A plot")
+    check_picture(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -167,4 +177,4 @@ def draw(rows: Sequence[WeightRow], path: Path) -> None:
     axes.set_ylabel("divergence from the model's own weights, nats")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(path)
+    save_picture(figure, path)

@@ -181,7 +181,11 @@ def adapter(
     texts: Texts = None,
     model: Start = "smollm2",
     method: Annotated[
-        str, typer.Option("--method", help="What is trained: lora:rank=8, dora, vera, adalora, ia3, bitfit.")
+        str,
+        typer.Option(
+            "--method",
+            help="What is trained: lora:rank=8, dora, vera, adalora, ia3, bitfit, serial, parallel.",
+        ),
     ] = "lora",
     weights: Annotated[
         str, typer.Option("--weights", help="How the model is kept meanwhile; packed matrices stay packed.")

@@ -11,9 +11,11 @@ from plait.evaluation.long_tasks import TASKS
 from plait.files import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from plait.evaluation.long import Report
 
-__all__ = ["check_picture", "draw"]
+__all__ = ["check_picture", "draw", "save_picture"]
 
 _STRETCH = 512
 _LABELS = {
@@ -28,11 +30,26 @@ def check_picture(path: Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ConfigError: a suffix that is none of .svg, .png and .pdf.
+        ConfigError: a suffix that is none of .svg, .png and .pdf, or a folder that is not there.
     """
     if path.suffix not in (".svg", ".png", ".pdf"):
         raise ConfigError(f"A picture is a .svg, .png or .pdf file. Got {path.name!r}.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be drawn, since there is no folder {path.parent}. Make it first.")
     import_extra("matplotlib", extra="plot", purpose="Drawing a picture")
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure into a file that `check_picture` allows, whole or not at all.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        with replacing(path) as beside:
+            figure.savefig(beside, format=path.suffix[1:])
+    except OSError as error:
+        raise ConfigError(f"{path} could not be written: {error.strerror}.") from None
 
 
 def draw(report: Report, path: Path) -> None:
@@ -90,11 +107,7 @@ def draw(report: Report, path: Path) -> None:
     for axis in axes[panels:]:
         axis.set_axis_off()
     figure.legend(*held.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    try:
-        with replacing(path) as beside:
-            figure.savefig(beside, format=path.suffix[1:])
-    except OSError as error:
-        raise ConfigError(f"{path} could not be written: {error.strerror}.") from None
+    save_picture(figure, path)
 
 
 def _curve(report: Report, task: str, memory: str) -> list[tuple[float, float]]:

@@ -66,8 +66,10 @@ def inspect_adapter(folder: str | Path) -> AdapterFacts:
     config = _method(path, raw)
     with SafetensorsCheckpoint(path / WEIGHTS_NAME) as file:
         sizes = [(name, info.shape) for name, info in file.tensors().items()]
-    modules = {name.rpartition(".")[0].removesuffix(".lora_A").removesuffix(".lora_B") for name, _ in sizes}
-    modules -= {"base_model", ""}
+    endings = (
+        [f".{theirs}" for theirs in config.changes.peft_names.values()] if hasattr(config, "changes") else []
+    )
+    modules = {name.removesuffix(ending) for name, _ in sizes for ending in endings if name.endswith(ending)}
     count = 0
     for _, shape in sizes:
         numbers = 1

@@ -231,6 +231,10 @@ class Adapter(nn.Module):
         with torch.no_grad():
             for name, change in self.at.items():
                 matrix, delta = self._sites[name].matrix, change.delta()
+                if delta.bottleneck is not None:
+                    raise IncompatibleError(
+                        f"{self.config.name} has an activation inside, which no matrix can. Use it as an adapter."
+                    )
                 weight, bias = matrix.rows(slice(None)), matrix.bias
                 if delta.input_scale is not None:
                     weight = weight * delta.input_scale
@@ -402,6 +406,7 @@ def _native_form(adapter: Adapter) -> Any:
         has_scale = has_bias = False
         input_scale: Tensor | None = None
         low: list[tuple[int, Tensor, Tensor]] = []
+        neck: tuple[Tensor, Tensor, Tensor, Tensor, int, bool] | None = None
         for first, site, change in parts:
             delta, rows = change.fixed(), slice(first, first + site.matrix.outputs)
             if delta.input_scale is not None:
@@ -414,7 +419,18 @@ def _native_form(adapter: Adapter) -> Any:
                 bias[rows], has_bias = delta.bias, True
             if delta.down is not None and delta.up is not None:
                 low.append((first, delta.down.contiguous(), delta.up.t().contiguous()))
+            if delta.bottleneck is not None:
+                down, down_bias, up, up_bias, activation, reads_output = delta.bottleneck
+                neck = (
+                    down,
+                    down_bias,
+                    up.t().contiguous(),
+                    up_bias,
+                    native.ACTIVATIONS[activation],
+                    reads_output,
+                )
         made.set(
-            layer, number, inputs, outputs, input_scale, scale if has_scale else None, bias if has_bias else None, low
+            layer, number, inputs, outputs, input_scale, scale if has_scale else None, bias if has_bias else None, low,
+            neck,
         )  # fmt: skip
     return made

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plait import ops
 from plait.nn.config import FeedForwardConfig, NormConfig
 from plait.nn.parameters import Parameters
 
-__all__ = ["FeedForward", "Norm", "activate"]
+__all__ = ["FeedForward", "Norm"]
 
 
 class Norm(nn.Module):
@@ -45,17 +44,8 @@ class FeedForward(nn.Module):
         inner = self.up(x)
         if self.config.gated:
             gate, up = inner.chunk(2, dim=-1)
-            return self.down(activate(gate, self.config.activation) * up)
-        return self.down(activate(inner, self.config.activation))
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply a named activation: `silu`, `gelu` (exact), `gelu_tanh` or `relu`."""
-    if activation == "silu":
-        return F.silu(x)
-    if activation == "relu":
-        return F.relu(x)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+            return self.down(ops.activate(gate, self.config.activation) * up, entry=x)
+        return self.down(ops.activate(inner, self.config.activation), entry=x)
 
 
 def _parameter(values: Tensor) -> nn.Parameter:

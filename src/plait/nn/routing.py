@@ -92,16 +92,21 @@ class PartHook:
             self.parts.append((name, start, start + count))
             start += count
 
-    def __call__(self, x: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
-        """`product(x)` (N, O) of rows x (N, I), changed where rows have adapters."""
+    def __call__(self, x: Tensor, product: Callable[[Tensor], Tensor], entry: Tensor | None = None) -> Tensor:
+        """`product(x)` (N, O) of rows x (N, I), changed where rows have adapters.
+
+        Args:
+            entry: (N, O), what the branch read that the product ends; None for other products.
+        """
         y = product(x)
         for rows, adapter in _ROUTES.get():
             if not any(name in adapter.at for name, _, _ in self.parts):
                 continue
             own = x if rows is None else x[rows]
             before = y if rows is None else y[rows]
+            read = entry if rows is None or entry is None else entry[rows]
             pieces = [
-                self._changed(adapter.at.get(name), own, before, start, stop, product)
+                self._changed(adapter.at.get(name), own, before, start, stop, product, read)
                 for name, start, stop in self.parts
             ]
             after = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
@@ -119,6 +124,9 @@ class PartHook:
         start: int,
         stop: int,
         product: Callable[[Tensor], Tensor],
+        entry: Tensor | None,
     ) -> Tensor:
         part = y[:, start:stop]
-        return part if change is None else change.apply_to(x, part, lambda z: product(z)[:, start:stop])
+        if change is None:
+            return part
+        return change.apply_to(x, part, lambda z: product(z)[:, start:stop], entry)

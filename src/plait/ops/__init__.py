@@ -24,7 +24,7 @@ from plait.ops.grid import GridMatrix, has_native_grids
 from plait.ops.masks import Causal, Everything, Far, Mask, SomeQueries, Tree, View
 from plait.ops.native import PackedMatrix, has_packed_form
 from plait.ops.partial import Partial, empty_partial, merge_all
-from plait.ops.reference import layer_norm
+from plait.ops.reference import activate, layer_norm
 from plait.ops.rope import Angles, Rope
 from plait.ops.stack import StackMatrix, has_native_stacks
 
@@ -44,6 +44,7 @@ __all__ = [
     "StackMatrix",
     "Tree",
     "View",
+    "activate",
     "binary_linear",
     "binary_product",
     "bits_of_words",

@@ -14,7 +14,7 @@ from torch import Tensor
 from plait.ops.masks import Everything, Mask
 from plait.ops.partial import Partial, empty_partial
 
-__all__ = ["layer_norm", "linear", "partial_attention", "rms_norm"]
+__all__ = ["activate", "layer_norm", "linear", "partial_attention", "rms_norm"]
 
 # Scores of one block of queries stay under this many numbers (32 MB), so that memory does not
 # grow with the square of a prompt.
@@ -67,6 +67,15 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
     """`(x - mean) / sqrt(variance + epsilon) * weight + bias` over the last axis."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply a named activation: `silu`, `gelu` (exact), `gelu_tanh` or `relu`."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def partial_attention(

@@ -24,6 +24,7 @@ from plait.weights.format import (
 from plait.weights.ggml import Blocks
 from plait.weights.gptq import GPTQ
 from plait.weights.hqq import HQQ
+from plait.weights.nf4 import NF4
 from plait.weights.stacked_blocks import BlockStack
 from plait.weights.stats import Stats
 from plait.weights.tunable import Tunable, TunableCodes, tunable
@@ -37,6 +38,7 @@ __all__ = [
     "GPTQ",
     "GRIDS",
     "HQQ",
+    "NF4",
     "PACKED_KINDS",
     "VQ",
     "Additive",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ConfigError
-from plait.weights.coded import GRIDS, Coded, Grid, from_groups, grouped
+from plait.weights.coded import GRIDS, Coded, Grid, from_groups, grouped, stepped
 from plait.weights.format import WeightFormat, check_matrix
 from plait.weights.stats import Stats
 from plait.weights.uniform import Group, coded_bits
@@ -113,10 +113,7 @@ def _encode(
     parts = grouped(weight, group)
     choices = [_best_grid(part, grids) for part in parts]
     scales = torch.cat([scale for scale, _ in choices], dim=1)
-    steps = scales.amax(dim=1) / 255
-    # Tiny weights would give a subnormal step, whose multiples are not exact.
-    steps = torch.where(steps < 2.0**-120, 0.0, steps)
-    rounded = torch.where(steps[:, None] > 0, (scales / steps[:, None].clamp(min=2.0**-120)).round(), 0.0)
+    rounded, steps = stepped(scales)
     codes, start = [], 0
     for part, (_, types) in zip(parts, choices, strict=True):
         real = (rounded[:, start : start + part.shape[1]] * steps[:, None])[..., None]

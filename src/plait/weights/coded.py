@@ -21,7 +21,7 @@ from plait.errors import ConfigError
 from plait.weights.format import Packed, take_tensors
 from plait.weights.tiles import BLOCK, TILE, from_tiles, num_blocks, num_tiles, to_tiles
 
-__all__ = ["GRIDS", "Coded", "Grid", "from_groups", "group_sizes", "grouped", "half", "num_groups"]
+__all__ = ["GRIDS", "Coded", "Grid", "from_groups", "group_sizes", "grouped", "half", "num_groups", "stepped"]
 
 _MAX_COLUMNS, _MAX_ROWS = 1 << 20, 1 << 28
 
@@ -43,8 +43,15 @@ class Grid(NamedTuple):
     specials: tuple[int, ...] = ()
     has_planes: bool = False
 
+    @property
+    def num_codes(self) -> int:
+        """How many codes are used: all, but for the last of a table in which it stands for what another one does."""
+        return (1 << self.bits) if self.specials or not self.values else len(set(self.values))
+
 
 _FP3, _FP4 = (-4, -2, -1, 0, 1, 2, 4), (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
+# Of normal-float 4 in steps of 1/2112 of the largest, the finest that the native form multiplies in whole numbers.
+_NF4 = (-2112, -1470, -1109, -834, -601, -390, -192, 0, 168, 340, 520, 714, 931, 1188, 1527, 2112)
 GRIDS = {
     grid.name: grid
     for grid in (
@@ -53,6 +60,7 @@ GRIDS = {
         # The last code of a table without special values is never used.
         Grid("fp3", 3, (*_FP3, 0)),
         Grid("fp4", 4, (*_FP4, 0)),
+        Grid("nf4", 4, _NF4),
         Grid("bitmod3", 3, (*_FP3, 0), (3, -3, 6, -6)),
         Grid("bitmod4", 4, (*_FP4, 0), (10, -10, 16, -16)),
     )
@@ -259,6 +267,14 @@ def half(numbers: Tensor, what: str) -> Tensor:
             f"{what} are kept in fp16, up to 65504. The weight has NaN, infinite or larger values."
         )
     return rounded
+
+
+def stepped(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales (O, G) in steps of 1/255 of the largest of each row: whole numbers up to 255 in fp32, and steps fp32 (O,)."""
+    steps = scales.amax(dim=1) / 255
+    # Tiny weights would give a subnormal step, whose multiples are not exact.
+    steps = torch.where(steps < 2.0**-120, 0.0, steps)
+    return torch.where(steps[:, None] > 0, (scales / steps[:, None].clamp(min=2.0**-120)).round(), 0.0), steps
 
 
 def from_groups(

@@ -315,7 +315,8 @@ class Linear(nn.Module):
         bias: (O,) or None.
 
     Attributes:
-        hook: computes y from x and the plain product, for rows that have adapters; None for the product alone.
+        hook: computes y from x, the plain product and what the branch read that this product ends, for rows that have
+            adapters; None for the product alone.
     """
 
     weight: Packed
@@ -324,10 +325,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=torch.is_grad_enabled())
-        self.hook: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
+        self.hook: Callable[[Tensor, Callable[[Tensor], Tensor], Tensor | None], Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x) if self.hook is None else self.hook(x, self.product)
+    def forward(self, x: Tensor, entry: Tensor | None = None) -> Tensor:
+        """`x W^T + b`; `entry` is what the branch read that this product ends, for adapters beside all of it."""
+        return self.product(x) if self.hook is None else self.hook(x, self.product, entry)
 
     def product(self, x: Tensor) -> Tensor:
         """The product itself, whatever `hook` makes of it."""

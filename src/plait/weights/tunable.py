@@ -172,9 +172,7 @@ class TunableCodes(Tunable):
         levels, places = self.levels().flatten(0, 1), self._places_of(groups)
         wanted, best = target[:, 0], self.codes[groups, 0]
         error = (levels.flatten().take(places * levels.shape[1] + best) - wanted).abs_()
-        # The last code of a table without special values is never used.
-        unused = int(bool(self.grid.values and not self.grid.specials))
-        for code in range(levels.shape[1] - unused):
+        for code in range(self.grid.num_codes):
             other = (levels[:, code].take(places) - wanted).abs_()
             best = torch.where(other < error, code, best)
             error = torch.minimum(error, other)

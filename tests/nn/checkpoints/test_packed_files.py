@@ -39,7 +39,7 @@ def opened(folder: Path) -> Transformer:
         return load_transformer(checkpoint, None)
 
 
-@pytest.mark.parametrize("spec", ["uniform:bits=8", "bitmod:bits=4,group=32", "hqq:bits=4", "gptq:bits=4", "awq:bits=4", "decoupleq:bits=4,epochs=1"])  # fmt: skip
+@pytest.mark.parametrize("spec", ["uniform:bits=8", "bitmod:bits=4,group=32", "nf4:group=32", "hqq:bits=4", "gptq:bits=4", "awq:bits=4", "decoupleq:bits=4,epochs=1"])  # fmt: skip
 def test_a_model_answers_from_its_file_nearly_as_before(source: Path, tmp_path: Path, spec: str) -> None:
     quantized(source, tmp_path, spec)
     model = opened(tmp_path)
@@ -137,7 +137,7 @@ def test_bytes_of_the_file_are_those_of_the_matrices(source: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "spec", ["bitmod:bits=3,group=32", "bitstack:blocks=3", "db-llm:group=32", "vq:books=1"]
+    "spec", ["bitmod:bits=3,group=32", "nf4:group=32", "bitstack:blocks=3", "db-llm:group=32", "vq:books=1"]
 )
 def test_a_mutated_file_is_a_model_or_one_error(source: Path, tmp_path: Path, spec: str) -> None:
     path = quantized(source, tmp_path / "whole", spec)

@@ -20,43 +20,12 @@ _METHODS = (
     "adalora:rank=4,first_rank=8",
     "ia3",
     "bitfit",
+    "serial:size=16",
+    "parallel:size=16",
     "lora:rank=8,targets=attention",
     "lora:rank=16,targets=feed_forward",
 )
 _PROMPT = "The adapter that answers this was chosen by its name, and the text goes on as follows:"
-
-
-def _trained(run: Run, weights: str) -> tuple[float, float, int]:
-    """Held-out loss before and after training LoRA on a model kept in `weights`, and the numbers trained."""
-    import dataclasses
-    import tempfile
-    from pathlib import Path
-
-    from plait.train import adapter, encoded, finish, python_corpus, tune_adapter
-    from plait.weights.adapters import LoRA
-
-    recipe = adapter()
-    training = dataclasses.replace(
-        recipe.training, steps=run.pick(40, 1), rows=run.pick(256, 32), warmup=run.pick(5, 1),
-        evaluate_every=10_000, save_every=10_000, seed=run.seed,
-    )  # fmt: skip
-    corpus = python_corpus(code=0.05)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = tune_adapter(
-            LoRA(),
-            "smollm2",
-            lambda tokenizer: (
-                encoded(corpus.learned[: run.pick(100, 3)], tokenizer),
-                encoded(corpus.held_out[-run.pick(20, 2) :], tokenizer),
-            ),
-            Path(folder),
-            weights=weights,
-            recipe=dataclasses.replace(recipe, training=training, measured=run.pick(2048, 64)),
-        )
-        result = finish(trainer, Path(folder))
-    assert result.held_out_before is not None
-    assert result.held_out is not None
-    return result.held_out_before, result.held_out, result.parameters
 
 
 def _add_random(lm: LanguageModel, specs: Sequence[str], seed: int) -> list[str]:
@@ -94,11 +63,12 @@ def _answers(
 
 
 def _measure(run: Run) -> Measurements:
+    from plait.claims.tuning import adapter_learned
     from plait.engine import load
     from plait.weights import Packed
 
     lm = load("smollm2")
-    yield "eight adapters in one batch, and each alone"
+    yield "ten adapters in one batch, and each alone"
     tokens = run.pick(24, 3)
     names = _add_random(lm, _METHODS, run.seed)
     together = _answers(lm, [*names, "none"], tokens)
@@ -124,11 +94,11 @@ def _measure(run: Run) -> Measurements:
     plain = [a / b for a, b in zip(without, in_batch, strict=True)]
 
     yield "training on full precision"
-    before, full, parameters = _trained(run, "fp32")
+    before, full, parameters, *_ = adapter_learned(run, "lora", "fp32")
     yield "training on the file's own four bits"
-    file_before, in_file, _ = _trained(run, "auto")
+    file_before, in_file, *_ = adapter_learned(run, "lora", "auto")
     yield "training on other four bits"
-    packed_before, packed, _ = _trained(run, "bitmod:bits=4,group=64")
+    packed_before, packed, *_ = adapter_learned(run, "lora", "bitmod:bits=4,group=64")
     sizes = [module.shape for module in lm.model.modules() if isinstance(module, Packed)]
     return {
         "same_bits_in_a_batch": Quantity(equal, "of answers", samples=len(alone)),
@@ -142,6 +112,7 @@ def _measure(run: Run) -> Measurements:
         "loss_packed": Quantity(packed, "nats/token"),
         "loss_file_over_fp32": Quantity(in_file / full, "x"),
         "loss_packed_over_fp32": Quantity(packed / full, "x"),
+        "nats_packed_above_fp32": Quantity(packed - full, "nats/token"),
         "trained_share": Quantity(
             parameters / sum(rows * columns for rows, columns in sizes), "of the model"
         ),
@@ -160,7 +131,7 @@ CLAIM = Claim(
         "SmolLM2-135M-Instruct. LoRA of rank 8 on all matrices of the blocks, 40 steps of 256 tokens of Python's standard "
         "library (modules a to m) from the same start on the same batches, the model in fp32, as the file has it (Q4_1) and packed again in "
         "bitmod:bits=4,group=64; "
-        "loss on 2,048 tokens of other modules and the manual. Eight adapters of six methods and the plain model in one "
+        "loss on 2,048 tokens of other modules and the manual. Ten adapters of eight methods and the plain model in one "
         "batch, 24 tokens with log-probabilities, against each alone. Sixteen requests of 24 tokens with eight adapters "
         "of rank 8: all in one engine, two at a time, and without adapters, in turns."
     ),
@@ -178,6 +149,13 @@ CLAIM = Claim(
             value=1.02,
             unit="x",
             why="The same where the model was packed a second time, in 4 bits of another grid.",
+        ),
+        Bar(
+            quantity="nats_packed_above_fp32",
+            relation="<=",
+            value=0.05,
+            unit="nats/token",
+            why="The same in nats, as the card of the survey has it.",
         ),
         Bar(
             quantity="same_bits_in_a_batch",

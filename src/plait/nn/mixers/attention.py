@@ -101,7 +101,7 @@ class Attention(Mixer):
         else:
             memories = [memory for memory in past if isinstance(memory, Memory)]
             mixed = attend(memories, q, k, v, rows)
-        return self.output(mixed.reshape(-1, h * d))
+        return self.output(mixed.reshape(-1, h * d), entry=x)
 
     def new_memory(self, plan: MemoryPlan) -> Memory:
         return Memory(self.heads, plan, self.config.window)

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plait import ops
 from plait.errors import ConfigError, IncompatibleError
 from plait.memory import Causal, LinearState, Memory, MemoryPlan, Rows, State, check_pasts
 from plait.nn.config import Count, MixerConfig, NormConfig
-from plait.nn.layers import Norm, activate
+from plait.nn.layers import Norm
 from plait.nn.mixers.base import Mixer
 from plait.nn.parameters import Parameters
 
@@ -258,4 +259,4 @@ class LinearAttention(Mixer):
         if self.gate is None:
             return mixed
         gate = self.gate(x)
-        return mixed * (torch.sigmoid(gate) if self.config.gate == "sigmoid" else activate(gate, "silu"))
+        return mixed * (torch.sigmoid(gate) if self.config.gate == "sigmoid" else ops.activate(gate, "silu"))

@@ -8,6 +8,7 @@ from plait.weights.adapters.base import (
     PLACES,
     AdapterConfig,
     Beginning,
+    Bottleneck,
     Change,
     Delta,
     Geometry,
@@ -17,8 +18,10 @@ from plait.weights.adapters.bitfit import BitFit
 from plait.weights.adapters.dora import DoRA
 from plait.weights.adapters.ia3 import IA3
 from plait.weights.adapters.lora import LoRA
+from plait.weights.adapters.parallel import Parallel
 from plait.weights.adapters.prefix import KeysAndValues, Prefix
 from plait.weights.adapters.prompt import Embeddings, Prompt
+from plait.weights.adapters.serial import Serial
 from plait.weights.adapters.vera import VeRA
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "AdaLoRA",
     "AdapterConfig",
     "Beginning",
+    "Bottleneck",
     "BitFit",
     "Change",
     "Delta",
@@ -37,7 +41,9 @@ __all__ = [
     "KeysAndValues",
     "LoRA",
     "Matrix",
+    "Parallel",
     "Prefix",
     "Prompt",
+    "Serial",
     "VeRA",
 ]

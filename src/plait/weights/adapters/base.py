@@ -1,6 +1,6 @@
 """What every adapter method offers: small changes of a frozen matrix's product, one at each place it is put.
 
-Shapes: O outputs, I inputs, R rank, N rows.
+Shapes: O outputs, I inputs, R rank, N rows; at the end of a branch O is the width of the model.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from plait import ops
 from plait.errors import ConfigError
 from plait.spec import Axis, Spec
 
@@ -20,6 +21,7 @@ __all__ = [
     "PLACES",
     "AdapterConfig",
     "Beginning",
+    "Bottleneck",
     "Change",
     "Delta",
     "Geometry",
@@ -60,14 +62,41 @@ class Matrix(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
-class Delta(NamedTuple):
-    """A change in the one form that every mergeable method comes to, and that the native program computes:
+class Bottleneck(NamedTuple):
+    """Two thin matrices with an activation between them, at the end of a branch: `y + up f(down z + b) + c`.
 
-    `y = output_scale * (W (input_scale * x) + b) + bias + up (down x)`.
+    Shapes: W the width of the model, R the numbers inside.
+
+    Attributes:
+        down: (R, W), and `down_bias`, b: (R,).
+        up: (W, R), and `up_bias`, c: (W,).
+        activation: f, a name that `ops.activate` knows.
+        reads_output: whether z is y, what the branch comes to; else it is what the branch read.
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    activation: str
+    reads_output: bool
+
+    def of(self, z: Tensor) -> Tensor:
+        """What is added to y."""
+        inside = ops.activate(z @ self.down.t() + self.down_bias, self.activation)
+        return inside @ self.up.t() + self.up_bias
+
+
+class Delta(NamedTuple):
+    """A change in the one form that every method comes to, and that the native program computes:
+
+    `y = output_scale * (W (input_scale * x) + b) + bias + up (down x)`, and behind that a bottleneck, which is the
+    only part that cannot be merged.
 
     Attributes:
         down: (R, I), and `up`: (O, R); None for no low-rank part.
         output_scale: (O,), `input_scale`: (I,), `bias`: (O,); None for none.
+        bottleneck: of the products that end a branch, `output` and `down`; None for none.
     """
 
     down: Tensor | None = None
@@ -75,6 +104,20 @@ class Delta(NamedTuple):
     output_scale: Tensor | None = None
     input_scale: Tensor | None = None
     bias: Tensor | None = None
+    bottleneck: Bottleneck | None = None
+
+    def detached(self) -> Delta:
+        """The same numbers, contiguous and without gradients."""
+        neck = self.bottleneck
+        return self._replace(
+            bottleneck=None if neck is None else neck._replace(**_still(neck._asdict())),
+            **_still(self._asdict()),
+        )
+
+
+def _still(parts: Mapping[str, object]) -> dict[str, Any]:
+    """The tensors among them, contiguous and without gradients."""
+    return {name: part.detach().contiguous() for name, part in parts.items() if isinstance(part, Tensor)}
 
 
 class Change(nn.Module):
@@ -102,7 +145,7 @@ class Change(nn.Module):
     def fix(self) -> None:
         """Compute the change once, for use without gradients."""
         with torch.inference_mode(False), torch.no_grad():
-            self._fixed = Delta(*(None if t is None else t.detach().contiguous() for t in self.delta()))
+            self._fixed = self.delta().detached()
 
     def fixed(self) -> Delta:
         """The change without gradients; computed once."""
@@ -111,13 +154,16 @@ class Change(nn.Module):
         assert self._fixed is not None
         return self._fixed
 
-    def apply_to(self, x: Tensor, y: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    def apply_to(
+        self, x: Tensor, y: Tensor, product: Callable[[Tensor], Tensor], entry: Tensor | None = None
+    ) -> Tensor:
         """Change what a product gave.
 
         Args:
             x: (N, I).
             y: (N, O), what the frozen matrix makes of them.
             product: makes y of other inputs.
+            entry: (N, O), what the branch read that the product ends; None for other products.
         """
         found = self.delta() if self.training or torch.is_grad_enabled() else self.fixed()
         if found.input_scale is not None:
@@ -126,11 +172,15 @@ class Change(nn.Module):
             y = y * found.output_scale
         if found.bias is not None:
             y = y + found.bias
-        if found.down is None or found.up is None:
+        if found.down is not None and found.up is not None:
+            if self.dropout and self.training and torch.is_grad_enabled():
+                x = nn.functional.dropout(x, self.dropout)
+            y = y + (x @ found.down.t()) @ found.up.t()
+        if found.bottleneck is None:
             return y
-        if self.dropout and self.training and torch.is_grad_enabled():
-            x = nn.functional.dropout(x, self.dropout)
-        return y + (x @ found.down.t()) @ found.up.t()
+        read = y if found.bottleneck.reads_output else entry
+        assert read is not None, "a bottleneck beside a branch, at a product that does not end one"
+        return y + found.bottleneck.of(read)
 
     def stored(self, name: str) -> Tensor:
         """A parameter in the shape in which files have it."""
