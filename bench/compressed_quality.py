@@ -33,6 +33,7 @@ from plait.claims.machine import Machine
 from plait.claims.memories import fidelity
 from plait.claims.texts import token_runs
 from plait.engine import LanguageModel
+from plait.evaluation.picture import check_picture, save_picture
 from plait.files import write_text
 from plait.memory import MemoryPlan, Rows
 
@@ -126,6 +127,9 @@ def main() -> int:
     if not peers.PEERS["kvpress"].is_installed:
         print("error: kvpress is not installed; run `python bench/peers.py install kvpress`", file=sys.stderr)
         return 1
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if options.picture:
+        check_picture(options.picture)
     torch.set_num_threads(options.threads)
     lm = load("smollm2", weights="fp32")
     windows = token_runs(lm.tokenizer, [options.prompt + FOLLOWING] * options.windows)
@@ -155,7 +159,6 @@ def main() -> int:
             )
     settings = {name: getattr(options, name) for name in ("windows", "prompt", "steps", "threads")}
     result = {"machine": str(Machine.this()), **settings, "rows": rows}
-    RESULTS.mkdir(parents=True, exist_ok=True)
     write_text(RESULTS / "compressed_quality.json", json.dumps(result, indent=1) + "\n")
     if options.picture:
         picture(rows, options.picture)
@@ -186,7 +189,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     figure.legend(loc="outside lower center", fontsize=6)
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 
 from contest import RESULTS
 from plait.claims.machine import Machine
+from plait.evaluation.picture import check_picture, save_picture
 from plait.files import write_text
 from plait.memory import Heads, Memory, MemoryPlan, Rows, attend
 
@@ -89,6 +90,9 @@ def main() -> int:
         for row in stream(options.only, options.tokens, options.stretches):
             print(json.dumps(row), flush=True)
         return 0
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if options.picture:
+        check_picture(options.picture)
     curves: dict[str, list[dict[str, Any]]] = {}
     for memory in options.memory or MEMORIES:
         print(f"{memory} ...", file=sys.stderr)
@@ -97,7 +101,6 @@ def main() -> int:
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=dict(os.environ))
         curves[memory] = [json.loads(line) for line in done.stdout.splitlines()]
     result = {"machine": str(Machine.this()), "tokens": options.tokens, "curves": curves}
-    RESULTS.mkdir(parents=True, exist_ok=True)
     write_text(RESULTS / "long_stream.json", json.dumps(result, indent=1) + "\n")
     if options.picture:
         picture(curves, options.picture)
@@ -132,7 +135,7 @@ def picture(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", fontsize=7)
-    figure.savefig(path)
+    save_picture(figure, path)
 
 
 if __name__ == "__main__":

@@ -70,20 +70,20 @@ class Peer:
         subprocess.run([sys.executable, "-m", "venv", path], check=True)
         fresh = ["--no-cache-dir"] if self.compiled else []
         for command in (["install", *fresh, *self.packages], ["uninstall", "--yes", *self.without]):
-            if command[-1] != "--yes":
-                made = self._pip(command)
-                if made.returncode:
-                    return (made.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            if command[-1] != "--yes" and (reason := self._pip(command)):
+                return reason
         return None
 
-    def _pip(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def _pip(self, command: list[str]) -> str | None:
+        """Run pip in its environment; None, or why that failed."""
+        made = subprocess.run(
             [self.python, "-m", "pip", "--quiet", "--disable-pip-version-check", *command],
             capture_output=True,
             text=True,
             check=False,
             env={**os.environ, **(without_matrix_tiles() if self.compiled else {})},
         )
+        return (made.stderr.strip().splitlines() or ["pip gave no reason"])[-1] if made.returncode else None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class AnyOrder(Peer):
         (site,) = path.glob("lib/python*/site-packages")
         # As a plain path: what makes this environment's own Plait importable is not read then.
         (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        made = self._pip(
+        return self._pip(
             [
                 "install",
                 "--no-deps",
@@ -106,7 +106,6 @@ class AnyOrder(Peer):
                 str(HERE.parent),
             ]
         )
-        return (made.stderr.strip().splitlines() or ["pip gave no reason"])[-1] if made.returncode else None
 
 
 def without_matrix_tiles() -> dict[str, str]:
@@ -262,7 +261,7 @@ def main() -> int:
         state = (
             "installed" if PEERS[name].is_installed else f"not installed{(reason and f': {reason}') or ''}"
         )
-        print(f"{name:14}{state}")
+        print(f"{name:17}{state}")
     return 0
 
 
