@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from plait.claims.claim import Run
     from plait.engine import LanguageModel
     from plait.engine.weight_quality import WeightJudge
+    from plait.weights import DecoupleQ, Stats
 
-__all__ = ["calibration_text", "judge_of", "matrices_of", "output_errors_of", "packed"]
+__all__ = ["calibration_text", "judge_of", "matrices_of", "of_best_codes", "output_errors_of", "packed"]
 
 _WINDOW = 512
 
@@ -74,6 +75,32 @@ def matrices_of(lm: LanguageModel) -> dict[str, Tensor]:
     return found
 
 
+def of_best_codes(format: DecoupleQ, weight: Tensor, stats: Stats) -> list[float]:
+    """The loss of each row in 2 bits, without groups, in that of the best of all its codes, each with its best levels.
+
+    Args:
+        format: what packs the rows.
+        weight: (O, I), short rows: all 4^I codes are tried.
+        stats: of the inputs.
+    """
+    import itertools
+
+    import torch
+
+    from plait.weights.decoupleq import best_levels, output_errors, row_losses
+    from plait.weights.gptq import damped
+
+    hessian = damped(stats.hessian, format.damping)
+    reached = output_errors(format.pack(weight, stats).unpack() - weight, hessian)
+    every = torch.tensor(list(itertools.product(range(4), repeat=weight.shape[1])), dtype=torch.uint8)
+    ratios = []
+    for row, loss in zip(weight, reached, strict=True):
+        repeated = row.expand(len(every), -1)
+        losses = row_losses(repeated, every, best_levels(repeated, every, hessian, 0), hessian, 0)
+        ratios.append(float(loss / losses.min()))
+    return ratios
+
+
 def output_errors_of(
     lm: LanguageModel, packed_models: Mapping[str, Path], texts: Sequence[Sequence[int]]
 ) -> dict[str, float]:
@@ -93,6 +120,7 @@ def output_errors_of(
     from plait.memory import Rows
     from plait.nn.checkpoints import PackedCheckpoint
     from plait.weights import Linear, Stats
+    from plait.weights.decoupleq import output_errors
 
     dense = matrices_of(lm)
     linears = {name: module for name, module in lm.model.blocks.named_modules() if isinstance(module, Linear)}
@@ -116,6 +144,5 @@ def output_errors_of(
             for name, weight in dense.items():
                 parent, _, place = name.removeprefix("blocks.").removesuffix(".weight").rpartition(".")
                 hessian = stats[f"{parent}.{fused.get(place, place)}"].hessian
-                change = (file.load_packed(name).unpack() - weight).double()
-                errors[label] += float(((change @ hessian) * change).sum())
+                errors[label] += float(output_errors(file.load_packed(name).unpack() - weight, hessian).sum())
     return errors

@@ -22,28 +22,17 @@ _FOUR_BITS = {"gptq4": "gptq:bits=4", "layers4": "decoupleq:bits=4,epochs=0"}
 
 def _of_best_codes(rows: int) -> Quantity:
     """Losses of short rows in those of the best of all codes, each with its best levels; their mean."""
-    import itertools
-
     import torch
 
+    from plait.claims.weights import of_best_codes
     from plait.weights import DecoupleQ, Stats
-    from plait.weights.decoupleq import best_levels, output_errors, row_losses
-    from plait.weights.gptq import damped
 
     columns, format = 6, DecoupleQ(group=0, epochs=0, rounds=10)
     generator = torch.Generator().manual_seed(7)
     mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
     stats = Stats(columns)
     stats.add(torch.randn(400, columns, generator=generator) @ mixing)
-    hessian = damped(stats.hessian, format.damping)
-    weight = torch.randn(rows, columns, generator=generator)
-    reached = output_errors(format.pack(weight, stats).unpack() - weight, hessian)
-    every = torch.tensor(list(itertools.product(range(4), repeat=columns)), dtype=torch.uint8)
-    ratios = []
-    for row in range(rows):
-        repeated = weight[row].expand(len(every), -1)
-        losses = row_losses(repeated, every, best_levels(repeated, every, hessian, 0), hessian, 0)
-        ratios.append(float(reached[row] / losses.min()))
+    ratios = of_best_codes(format, torch.randn(rows, columns, generator=generator), stats)
     return Quantity(sum(ratios) / rows, "x", (min(ratios), max(ratios)), rows)
 
 
