@@ -40,6 +40,19 @@ def test_a_batch_is_one_forward_pass_a_step_without_padding(make_small: Make) ->
     assert rows == [sum(len(lm.encode(text)) for text in TEXTS), 4, 4, 4, 4]
 
 
+def test_one_model_answers_with_several_memories(make_small: Make) -> None:
+    lm = make_small()
+    narrow = lm.with_memory("window:size=4,sinks=1")
+    assert narrow.model is lm.model
+    assert narrow.plan == MemoryPlan.parse("window:size=4,sinks=1")
+    assert lm.plan == MemoryPlan()
+    exact = [lm.generate(text, max_new_tokens=20).tokens for text in TEXTS]
+    assert [lm.with_memory(MemoryPlan()).generate(text, max_new_tokens=20).tokens for text in TEXTS] == exact
+    assert [narrow.generate(text, max_new_tokens=20).tokens for text in TEXTS] != exact
+    with pytest.raises(UnknownNameError, match="windw"):
+        lm.with_memory("windw")
+
+
 def test_streamed_text_is_the_text(make_small: Make) -> None:
     lm = make_small()
     for text in TEXTS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import random
 import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -11,11 +11,22 @@ if TYPE_CHECKING:
     from plait.engine import LanguageModel
     from plait.memory import Memory, Past
 
-__all__ = ["decode_times", "fill", "filled_past", "pass_keys_found", "token_nats"]
+__all__ = [
+    "FILLER",
+    "PASS_KEY_BEGIN",
+    "PASS_KEY_QUESTION",
+    "decode_times",
+    "fill",
+    "filled_past",
+    "pass_key_said",
+    "pass_keys",
+    "pass_keys_found",
+    "token_nats",
+]
 
-_BEGIN = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and remember it.\n"
-_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-_QUESTION = "\nWhat is the pass key? The pass key is"
+PASS_KEY_BEGIN = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and remember it.\n"
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+PASS_KEY_QUESTION = "\nWhat is the pass key? The pass key is"
 
 
 def token_nats(lm: LanguageModel, memory: str | Past, ids: Sequence[int], chunk: int = 256) -> list[float]:
@@ -69,6 +80,18 @@ def filled_past(lm: LanguageModel, memory: str, length: int) -> Past:
     return past
 
 
+def pass_key_said(key: str) -> str:
+    """The sentences that hide a pass key in a text."""
+    return f"The pass key is {key}. Remember it. {key} is the pass key. "
+
+
+def pass_keys(seed: int, count: int, deepest: float) -> dict[str, float]:
+    """Random keys of five digits and their depths in a text, in rising order from 0.05 to the deepest."""
+    draw = random.Random(seed)
+    depths = sorted(draw.uniform(0.05, deepest) for _ in range(count))
+    return {str(draw.randrange(10_000, 100_000)): depth for depth in depths}
+
+
 def pass_keys_found(lm: LanguageModel, memory: str, length: int, keys: Mapping[str, float]) -> list[bool]:
     """Whether the answer behind a text in which a pass key is hidden is that key, for each key.
 
@@ -78,20 +101,16 @@ def pass_keys_found(lm: LanguageModel, memory: str, length: int, keys: Mapping[s
         length: tokens of the text.
         keys: pass keys and their depths, as a part of the length and in rising order; what stands before one is read once.
     """
-    from plait.memory import MemoryPlan
-
-    lm = copy.copy(lm)
-    lm.plan = MemoryPlan.parse(memory)
-    filler = lm.tokenizer.encode(_FILLER)
-    question = lm.tokenizer.encode(_QUESTION)
+    filler = lm.tokenizer.encode(FILLER)
+    question = lm.tokenizer.encode(PASS_KEY_QUESTION)
     found = []
-    with lm.session() as trunk:
-        trunk.read(_BEGIN)
+    with lm.with_memory(memory).session() as trunk:
+        trunk.read(PASS_KEY_BEGIN)
         for key, depth in keys.items():
             trunk.read_tokens(filler * max((int(length * depth) - len(trunk)) // len(filler), 0))
             (branch,) = trunk.fork()
             with branch:
-                branch.read(f"The pass key is {key}. Remember it. {key} is the pass key. ")
+                branch.read(pass_key_said(key))
                 rest = max((length - len(branch) - len(question)) // len(filler), 0)
                 branch.read_tokens(filler * rest)
                 # Read apart from the text before it, as the question of a conversation would be.

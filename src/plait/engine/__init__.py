@@ -9,11 +9,11 @@ from plait.engine.context_store import ContextStore
 from plait.engine.contexts import APE, ContextReport, ParallelExample
 from plait.engine.edits import Edit, EditReport, TokenEdit
 from plait.engine.engine import Engine
-from plait.engine.language_model import Beam, LanguageModel, Message, Suggestion
+from plait.engine.language_model import LanguageModel, Message
 from plait.engine.loading import load, merge_adapter
 from plait.engine.metrics import Metrics
 from plait.engine.quantizing import quantize
-from plait.engine.request import FinishReason, Generation, Piece, Request
+from plait.engine.request import Beam, FinishReason, Generation, Piece, Request, Suggestion
 from plait.engine.scoring import Score
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args, overload
+from typing import Any, Literal, Self, TypeAlias, get_args, overload
 
 import torch
 
@@ -18,7 +19,7 @@ from plait.engine.byte_model import ByteLM, Settled
 from plait.engine.engine import Engine
 from plait.engine.passes import Timer, one_torch_thread
 from plait.engine.prefill import ROWS_PER_PASS, read_packed
-from plait.engine.request import Generation, Piece, Request
+from plait.engine.request import Beam, Generation, Piece, Request, Suggestion
 from plait.engine.scoring import Score, score_windows, windows_of
 from plait.engine.sequence import RunningSequence
 from plait.engine.session import Session
@@ -29,41 +30,9 @@ from plait.text import ByteVocabulary, ChatTemplate, Tokenizer, byte_vocabulary
 
 PromptBoundary: TypeAlias = Literal["token", "exact", "healed"]
 
-__all__ = ["Beam", "LanguageModel", "Message", "Suggestion"]
+__all__ = ["LanguageModel", "Message"]
 
 Message = Mapping[str, Any]
-
-
-class Beam(NamedTuple):
-    """A continuation that a beam search found.
-
-    Attributes:
-        text: without the end token.
-        tokens: ids, the end token included where there is one.
-        logprob: sum of the model's log-probabilities of the tokens, in nats.
-        score: that sum with the diversity penalties, divided by the length to the length penalty.
-        group: which group found it, from 0 on.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    logprob: float
-    score: float
-    group: int
-
-
-class Suggestion(NamedTuple):
-    """A short draft of what may follow.
-
-    Attributes:
-        text: without the end token.
-        tokens: ids, the end token included where there is one.
-        logprob: sum of the model's log-probabilities, in nats, when the draft is read alone.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    logprob: float
 
 
 class LanguageModel:
@@ -143,6 +112,19 @@ class LanguageModel:
             adapters=self.adapters,
             **options,
         )
+
+    def with_memory(self, plan: MemoryPlan | str) -> Self:
+        """The same model, which keeps the past of a sequence in another way; all else is shared.
+
+        Args:
+            plan: a plan, or a spec string such as `window:size=1024`.
+
+        Raises:
+            ConfigError: no such memory.
+        """
+        twin = copy.copy(self)
+        twin.plan = MemoryPlan.parse(plan) if isinstance(plan, str) else plan
+        return twin
 
     def session(self, adapter: str = "") -> Session:
         """A conversation or document that is read once and continued many times.

@@ -10,7 +10,7 @@ from plait.decode import Choice, Constraint, Sampling
 from plait.engine.trace import Trace
 from plait.errors import ConfigError
 
-__all__ = ["FinishReason", "Generation", "Piece", "Request"]
+__all__ = ["Beam", "FinishReason", "Generation", "Piece", "Request", "Suggestion"]
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -102,3 +102,35 @@ class Generation:
 
     def __str__(self) -> str:
         return self.text
+
+
+class Beam(NamedTuple):
+    """A continuation that a beam search found.
+
+    Attributes:
+        text: without the end token.
+        tokens: ids, the end token included where there is one.
+        logprob: sum of the model's log-probabilities of the tokens, in nats.
+        score: that sum with the diversity penalties, divided by the length to the length penalty.
+        group: which group found it, from 0 on.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+    score: float
+    group: int
+
+
+class Suggestion(NamedTuple):
+    """A short draft of what may follow.
+
+    Attributes:
+        text: without the end token.
+        tokens: ids, the end token included where there is one.
+        logprob: sum of the model's log-probabilities, in nats, when the draft is read alone.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 import random
@@ -181,8 +180,7 @@ def evaluate(
 
 
 def _outcome(lm: LanguageModel, plan: MemoryPlan, task: Task, case: Case, blank: Outcome) -> Outcome:
-    twin = copy.copy(lm)
-    twin.plan = plan
+    twin = lm.with_memory(plan)
     began = time.perf_counter()
     settled = asdict(blank)
     try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from plait.claims.reading import FILLER, PASS_KEY_BEGIN, PASS_KEY_QUESTION, pass_key_said
 from plait.claims.texts import chapters
 from plait.errors import ConfigError, UnknownNameError, suggestion
 from plait.text import Tokenizer
@@ -71,9 +72,6 @@ _PLACES = (
     "museum",
     "harbour",
 )
-
-_HIDDEN = "There is an important piece of information hidden inside a lot of irrelevant text. Find it and remember it.\n"
-_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
 _DEFINITION = re.compile(r"^(?:def|class) ([A-Za-z]\w{5,})", re.MULTILINE)
 
@@ -207,13 +205,12 @@ def _hidden(
 
 def _pass_keys(material: Material, draw: random.Random, length: int, count: int) -> Iterator[Case]:
     """A number in repeated sentences (Mohtashami and Jaggi 2023, arXiv:2305.16300)."""
-    filler = material.tokenizer.encode(_FILLER)
+    filler = material.tokenizer.encode(FILLER)
     around = filler * (length // len(filler) + 1)
     for depth in _depths(draw, count):
         key = str(draw.randrange(10_000, 100_000))
-        said = f"The pass key is {key}. Remember it. {key} is the pass key. "
         read, asked, at = _hidden(
-            material, _HIDDEN, around, said, "\nWhat is the pass key? The pass key is", length, depth
+            material, PASS_KEY_BEGIN, around, pass_key_said(key), PASS_KEY_QUESTION, length, depth
         )
         yield Case(read, asked, (f" {key}",), at)
 

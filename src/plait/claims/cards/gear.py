@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -30,9 +29,7 @@ _MEMORIES = {
 
 def _greedy(lm: LanguageModel, plan: MemoryPlan, prompt: list[int], count: int) -> tuple[int, ...]:
     """The likeliest tokens behind a prompt, read through a memory."""
-    lm = copy.copy(lm)
-    lm.plan = plan
-    with lm.session() as session:
+    with lm.with_memory(plan).session() as session:
         session.read_tokens(prompt)
         return session.generate(max_new_tokens=count, ignore_end=True).tokens
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
-
 from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
-from plait.claims.reading import decode_times, filled_past, pass_keys_found, token_nats
+from plait.claims.reading import decode_times, filled_past, pass_keys, pass_keys_found, token_nats
 
 __all__ = ["CLAIM"]
 
@@ -19,10 +17,8 @@ def _measure(run: Run) -> Measurements:
     lm = load("smollm2")
     ours = f"infllm:local={local},{blocks},execution={min(256, local)}"
     equal = f"lm-infinite:local={run.pick(1206, 256)},initial=10"
-    draw = random.Random(run.seed)
     # Everywhere but in the window of the question.
-    depths = sorted(draw.uniform(0.05, 1 - (local + 300) / length) for _ in range(count))
-    keys = {str(draw.randrange(10_000, 100_000)): depth for depth in depths}
+    keys = pass_keys(run.seed, count, 1 - (local + 300) / length)
     middle = dict(list(keys.items())[count // 2 :][:1])
     far = run.pick(16_000, 900)
     found: dict[str, Quantity] = {}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from statistics import mean
 from typing import TYPE_CHECKING
 
 from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
-from plait.claims.reading import pass_keys_found
+from plait.claims.reading import pass_keys, pass_keys_found
 
 if TYPE_CHECKING:
     from plait.memory import MemoryPlan
@@ -70,11 +69,7 @@ def _measure(run: Run) -> Measurements:
     for name in ("think_and_codes", "think_and_gear"):
         quantities[f"{name}_fewer_bytes_than_fp16"] = Quantity(fp16 / found[name].nbytes[0], "x")
 
-    draw = random.Random(run.seed)
-    keys = {
-        str(draw.randrange(10_000, 100_000)): depth
-        for depth in sorted(draw.uniform(0.05, 0.9) for _ in range(run.pick(10, 1)))
-    }
+    keys = pass_keys(run.seed, run.pick(10, 1), 0.9)
     hits = {}
     for name, memory in (("dense", "full"), ("think", "think:ratio=0.4")):
         yield f"looking for {len(keys)} pass keys with {name}"
