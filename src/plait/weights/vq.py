@@ -21,10 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from plait import ops
 from plait.errors import ConfigError
 from plait.weights.coded import half
 from plait.weights.format import Packed, WeightFormat, check_matrix, take_tensors
 from plait.weights.stats import Stats
+from plait.weights.tiles import BLOCK
 from plait.weights.tunable import Tunable
 
 __all__ = ["VQ", "Additive", "TunableAdditive", "beam_search", "k_means"]
@@ -40,8 +42,8 @@ class VQ(WeightFormat, name="vq"):
     """Runs of `group` weights as the sum of entries of `books` codebooks of 256 each: `8 books / group` bits a weight.
 
     Codebooks cost `256 * books * group * 16` bits for each matrix, which is 0.2 bits a weight of one of 576 x 576, and 0.6 of
-    192 x 576; they are counted. Products decode the matrix piece by piece; there is no native kernel, and a model in
-    this format does not run as a native program. As it starts it is coarse; tune it (`plait train weights`).
+    192 x 576; they are counted. Native products need a multiple of 32 columns; other matrices are decoded piece by piece.
+    As it starts it is coarse; tune it (`plait train weights`).
 
     Args:
         books: codebooks whose entries are added.
@@ -95,7 +97,10 @@ class VQ(WeightFormat, name="vq"):
 
 
 class Additive(Packed, kind="additive"):
-    """A matrix of vector codes.
+    """A matrix of vector codes. In native form it is multiplied as it lies here, without another copy.
+
+    Products with activations in 15 bits (see `ops.PackedMatrix`) belong to a lowered model; `matmul` itself multiplies in
+    fp32. A row's result has the same bits in any batch.
 
     Args:
         shape: (O, I).
@@ -130,7 +135,7 @@ class Additive(Packed, kind="additive"):
             },
         )
         for name, tensor in (("codes", codes), ("books", books), ("scales", scales)):
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor.contiguous())
 
     def unpack_rows(self, rows: Tensor | slice) -> Tensor:
         numbers = torch.arange(self.shape[0])[rows]
@@ -138,6 +143,27 @@ class Additive(Packed, kind="additive"):
         runs = _summed(self.books.float(), self.codes[flat].flatten(0, 1))
         values = runs.view(len(flat), self.shape[1]) * self.scales.float()[flat, None]
         return values.view(*numbers.shape, self.shape[1])
+
+    @property
+    def has_native_form(self) -> bool:
+        return self.native is not None or (
+            self.codes.device.type == "cpu"
+            and self.shape[1] > 0
+            and self.shape[1] % BLOCK == 0
+            and ops.has_native_vectors()
+        )
+
+    def to_native(self) -> ops.PackedMatrix:
+        if self.native is None:
+            self.native = ops.AdditiveMatrix(self.shape, self.codes, self.books, self.scales)
+        return self.native
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if self.has_native_form and not (torch.is_grad_enabled() and x.requires_grad):
+            native = self.to_native()
+            assert isinstance(native, ops.AdditiveMatrix)
+            return native.matmul_exact(x)
+        return super().matmul(x)
 
     def select(self, rows: Tensor) -> Additive:
         return Additive((len(rows), self.shape[1]), self.codes[rows], self.books, self.scales[rows])
