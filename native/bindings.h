@@ -11,6 +11,7 @@
 
 namespace plait {
 
+void bind_additive(nanobind::module_& m);
 void bind_adapter(nanobind::module_& m);
 void bind_packed(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);

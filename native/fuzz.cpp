@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "adapter.h"
+#include "additive.h"
 #include "attention.h"
 #include "dispatch.h"
 #include "grid.h"
@@ -399,6 +400,21 @@ void fuzz_stack() {
     });
 }
 
+void fuzz_additive() {
+    const int64_t widths[] = {1, 2, 3, 4, 6, 8, 12, 16, 32, 48};
+    const int64_t width = widths[pick(0, 9)], columns = (width % 3 == 0 ? 96 : 32) * pick(1, 6), rows = pick(0, 50), batch = pick(0, 40), books = pick(1, 4);
+    const std::vector<uint8_t> codes = bytes(rows * (columns / width) * books);
+    const std::vector<uint16_t> entries = halves(books * kEntries * width), scales = halves(rows);
+    const AdditiveMatrix matrix({rows, columns, width, books, codes.data(), entries.data(), scales.data()});
+    compare_matrix("a matrix of vector codes", matrix, rows, columns, batch);
+    const int64_t ldx = columns + pick(0, 3);
+    const std::vector<float> x = numbers(batch * ldx);
+    compare("an exact product of vector codes", batch * rows, [&](float* out) {
+        std::vector<float> room(static_cast<size_t>(kMadeRows * columns));
+        multiply_additive(matrix.codes(), 0, rows, x.data(), ldx, batch, out, rows, room.data());
+    });
+}
+
 void fuzz_adapter() {
     const int64_t inputs = pick(1, 70), outputs = pick(1, 70), rows = pick(1, kRowChunk);
     const int64_t ldx = inputs + pick(0, 3), ldy = outputs + pick(0, 3);
@@ -475,6 +491,7 @@ int main(int argc, char** argv) {
         fuzz_coded();
         fuzz_grid();
         fuzz_stack();
+        fuzz_additive();
         fuzz_adapter();
         fuzz_bits();
     }

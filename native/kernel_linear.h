@@ -1,6 +1,8 @@
 // Products with packed matrices (activations in two bytes, exact integer sums) and with dense ones (fp32).
 #pragma once
 
+#include <cstring>
+
 #include "kernel_pairs.h"
 
 namespace plait {
@@ -240,6 +242,27 @@ struct Linear {
             block = {scale, scale * (sum_low + sum_high), scale * sum_low, scale * sum_high,
                      -int32_t(sum_low + sum_high), -int32_t(sum_low), -int32_t(sum_high), 0};
         }
+    }
+
+    static void dequantize_chunk(const int8_t* codes, const RowBlock* blocks, int rows, int64_t num_blocks, float* y) {
+        for (int64_t b = 0; b < num_blocks; ++b)
+            for (int m = 0; m < rows; ++m, codes += kBlockCodes) {
+                const float scale = blocks[b * rows + m].scale;
+                float* out = y + (m * num_blocks + b) * kBlock;
+                if (rows < S::kPairRows) {
+                    for (int c = 0; c < kBlock; ++c)
+                        out[c] = scale * float(128 * int32_t(codes[c]) + int32_t(codes[kBlock + c]));
+                    continue;
+                }
+                int16_t whole[kBlock];
+                std::memcpy(whole, codes, sizeof whole);
+                for (int c = 0; c < kBlock; c += 4) {
+                    out[c] = scale * float(whole[c]);
+                    out[c + 1] = scale * float(whole[c + 2]);
+                    out[c + 2] = scale * float(whole[c + 1]);
+                    out[c + 3] = scale * float(whole[c + 3]);
+                }
+            }
     }
 
     // Lane l sums the products of columns l, l + 16, l + 32, ...; the lanes are added by `sum`.

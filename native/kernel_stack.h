@@ -62,19 +62,18 @@ struct Stacks {
         }
     }
 
-    // out[row][16] from a tile in fp32. Sums run over every fourth column, in four chains, whatever the number of rows.
-    template <class Read>
-    static void product(const float* w, int64_t columns, int rows, Read read, float* out) {
+    // out[row][16] from a tile in fp32 and rows of fp32, ldx apart. Sums run over every fourth column, in four chains,
+    // whatever the number of rows.
+    static void made_exact(const float* w, int64_t columns, const float* x, int64_t ldx, int rows, float* out) {
         alignas(64) float sums[kRowChunk][4 * kTile];
         std::memset(sums, 0, size_t(rows) * sizeof(sums[0]));
-        alignas(64) float room[kBlock];
         for (int64_t b = 0; b < columns / kBlock; ++b, w += kBlock * kTile) {
             for (int m = 0; m < rows; ++m) {
-                const float* x = read(b, m, room);
+                const float* row = x + m * ldx + b * kBlock;
                 F a[4];
                 for (int i = 0; i < 4; ++i) a[i] = S::load(sums[m] + i * kTile);
                 for (int c = 0; c < kBlock; c += 4)
-                    for (int i = 0; i < 4; ++i) a[i] = S::fma(S::load(w + (c + i) * kTile), S::set1(x[c + i]), a[i]);
+                    for (int i = 0; i < 4; ++i) a[i] = S::fma(S::load(w + (c + i) * kTile), S::set1(row[c + i]), a[i]);
                 for (int i = 0; i < 4; ++i) S::store(sums[m] + i * kTile, a[i]);
             }
         }
@@ -83,35 +82,6 @@ struct Stacks {
             const F odd = S::add(S::load(sums[m] + kTile), S::load(sums[m] + 3 * kTile));
             S::store(out + m * kTile, S::add(even, odd));
         }
-    }
-
-    // A chunk of quantised activations; see `QuantizedRows`.
-    static void made_tile(const float* w, int64_t columns, const int8_t* codes, const RowBlock* blocks, int rows,
-                          float* out) {
-        product(w, columns, rows,
-                [=](int64_t b, int m, float* room) -> const float* {
-                    const int8_t* q = codes + (b * rows + m) * kBlockCodes;
-                    const float scale = blocks[b * rows + m].scale;
-                    if (rows < S::kPairRows) {
-                        for (int c = 0; c < kBlock; ++c)
-                            room[c] = scale * float(128 * int32_t(q[c]) + int32_t(q[kBlock + c]));
-                        return room;
-                    }
-                    const auto* whole = reinterpret_cast<const int16_t*>(q);
-                    for (int c = 0; c < kBlock; c += 4) {
-                        room[c] = scale * float(whole[c]);
-                        room[c + 1] = scale * float(whole[c + 2]);
-                        room[c + 2] = scale * float(whole[c + 1]);
-                        room[c + 3] = scale * float(whole[c + 3]);
-                    }
-                    return room;
-                },
-                out);
-    }
-
-    // Rows of fp32, ldx apart.
-    static void made_exact(const float* w, int64_t columns, const float* x, int64_t ldx, int rows, float* out) {
-        product(w, columns, rows, [=](int64_t b, int m, float*) { return x + m * ldx + b * kBlock; }, out);
     }
 };
 

@@ -76,6 +76,7 @@ struct PackedView {
     int64_t code_bytes, parameter_bytes;  // of one block of one tile
     const struct GridView* grid;          // where the matrix is one of these, and only its shape is given here
     const struct StackView* stack;
+    const struct AdditiveView* additive;
 };
 
 constexpr int kGridOffset = 16;  // makes entries of a table bytes from 0 on
@@ -112,6 +113,16 @@ constexpr int kMaxStackRank = 16;
 struct StackView {
     int64_t rows, columns, rank, count;
     const uint8_t* const* blocks;
+};
+
+constexpr int64_t kEntries = 256;  // of a codebook
+
+// A matrix of vector codes: a run of `width` columns is the sum of an entry of each book, times the scale of its row.
+struct AdditiveView {
+    int64_t rows, columns, width, books;
+    const uint8_t* codes;     // [row][run][book]
+    const uint16_t* entries;  // fp16 [book][256][column of the run]
+    const uint16_t* scales;   // fp16 [row]
 };
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2, relu = 3 };
@@ -168,10 +179,10 @@ struct Kernels {
     void (*grid_exact)(const GridView&, int64_t tile, const float* x, int64_t ldx, int rows, float* out);
     // Tile `tile` of a stack in fp32: out[column][16].
     void (*stack_rows)(const StackView&, int64_t tile, float* out);
-    // Such a tile times a chunk of activations: out[row][16].
-    void (*made_tile)(const float* tile, int64_t columns, const int8_t* codes, const RowBlock* blocks, int rows, float* out);
-    // The same with `rows` (up to 8) activations in fp32, ldx apart.
+    // Such a tile times `rows` (up to 8) activations in fp32, ldx apart: out[row][16].
     void (*made_exact)(const float* tile, int64_t columns, const float* x, int64_t ldx, int rows, float* out);
+    // Rows [first, first + count) of a matrix of vector codes in fp32: out[row][column].
+    void (*additive_rows)(const AdditiveView&, int64_t first, int64_t count, float* out);
     // How many bits of `words` words of x differ from those of each of 16 rows, [word][16]: out[16].
     void (*differing_bits)(const uint64_t* rows, const uint64_t* x, int64_t words, int32_t* out);
     // Bit i is set where x[i] + shift[i] is below 0 or NaN, for up to 64 numbers; a null shift is 0.
@@ -181,6 +192,8 @@ struct Kernels {
                        Number number, int64_t columns, int64_t begin, int64_t end, float* y, int64_t ldy);
     // Quantise 32 * num_blocks numbers of one row into its place in a chunk of `rows`.
     void (*quantize_row)(const float* x, int64_t num_blocks, int row, int rows, int8_t* codes, RowBlock* blocks);
+    // What a chunk of `rows` such rows stands for: y[row][32 * num_blocks].
+    void (*dequantize_chunk)(const int8_t* codes, const RowBlock* blocks, int rows, int64_t num_blocks, float* y);
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t n, float* y);
     void (*add)(const float* a, const float* b, int64_t n, float* y);
     void (*scale)(const float* a, float factor, int64_t n, float* y);

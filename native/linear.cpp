@@ -4,6 +4,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "additive.h"
+
 namespace plait {
 namespace {
 
@@ -21,31 +23,70 @@ const Part& part_of(const Projection& projection, int64_t& tile) {
     return projection.parts[index];
 }
 
+float* room_of(Buffer& buffer, int64_t numbers) {
+    const size_t bytes = size_t(numbers) * sizeof(float);
+    if (buffer.size() < bytes) buffer = Buffer(bytes);
+    return reinterpret_cast<float*>(buffer.data());
+}
+
+// Rows [first, last) of activations, whole chunks, as they were quantised; in fp32 for those matrices that are made in fp32.
+class Rows {
+public:
+    Rows(const QuantizedRows& x, int64_t first, int64_t last) : x(x), first(first), last(last) {}
+
+    const QuantizedRows& x;
+    const int64_t first, last;
+
+    // [row - first][column], made when it is first asked for; until another is made on this thread.
+    const float* plain() {
+        if (plain_ != nullptr) return plain_;
+        thread_local Buffer room;
+        float* made = room_of(room, (last - first) * x.columns);
+        for (int64_t row = first; row < last;) {
+            const int rows = chunk_rows(x.rows - row);
+            kernels().dequantize_chunk(x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), rows, x.columns / kBlock,
+                                       made + (row - first) * x.columns);
+            row += rows;
+        }
+        return plain_ = made;
+    }
+
+private:
+    const float* plain_ = nullptr;
+};
+
 // A tile of a stack is made in fp32 once for all rows that meet it.
-void multiply_stack(const StackView& stack, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+void multiply_stack(const StackView& stack, int64_t tile, Rows& rows, float* out) {
     thread_local Buffer room;
-    const size_t bytes = size_t(kTile * stack.columns) * sizeof(float);
-    if (room.size() < bytes) room = Buffer(bytes);
-    float* made = reinterpret_cast<float*>(room.data());
+    float* made = room_of(room, kTile * stack.columns);
     kernels().stack_rows(stack, tile, made);
-    for (int64_t row = first; row < last;) {
-        const int rows = chunk_rows(x.rows - row);
-        kernels().made_tile(made, stack.columns, x.codes_of(row, 0, rows), x.blocks_of(row, 0, rows), rows,
-                            out + (row - first) * kTile);
-        row += rows;
+    const float* x = rows.plain();
+    for (int64_t row = 0, count = rows.last - rows.first; row < count;) {
+        const int taken = chunk_rows(count - row);
+        kernels().made_exact(made, stack.columns, x + row * stack.columns, stack.columns, taken, out + row * kTile);
+        row += taken;
     }
 }
 
-// A tile times rows [first, last), with bias: out[row - first][16].
-void multiply(const Projection& projection, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+void multiply_vectors(const AdditiveView& w, int64_t tile, Rows& rows, float* out) {
+    thread_local Buffer room;
+    const int64_t begin = tile * kTile;
+    multiply_additive(w, begin, std::min(begin + kTile, w.rows), rows.plain(), w.columns, rows.last - rows.first, out, kTile,
+                      room_of(room, kMadeRows * w.columns));
+}
+
+// A tile times some rows, with bias: out[row][16].
+void multiply(const Projection& projection, int64_t tile, Rows& rows, float* out) {
     const Part& part = part_of(projection, tile);
+    const PackedView& w = *part.matrix;
     const int64_t at_tile = part.first_tile + tile;
-    if (part.matrix->stack != nullptr) multiply_stack(*part.matrix->stack, at_tile, x, first, last, out);
-    else if (part.matrix->grid != nullptr) kernels().grid_tile(*part.matrix->grid, at_tile, x, first, last, out);
-    else kernels().packed_tile(*part.matrix, at_tile, x, first, last, out);
+    if (w.additive != nullptr) multiply_vectors(*w.additive, at_tile, rows, out);
+    else if (w.stack != nullptr) multiply_stack(*w.stack, at_tile, rows, out);
+    else if (w.grid != nullptr) kernels().grid_tile(*w.grid, at_tile, rows.x, rows.first, rows.last, out);
+    else kernels().packed_tile(w, at_tile, rows.x, rows.first, rows.last, out);
     if (projection.bias == nullptr) return;
     const int64_t at = part.out + tile * kTile, count = std::min<int64_t>(kTile, part.num_outputs - tile * kTile);
-    for (int64_t m = 0; m < last - first; ++m)
+    for (int64_t m = 0; m < rows.last - rows.first; ++m)
         for (int64_t i = 0; i < count; ++i) out[m * kTile + i] += projection.bias[at + i];
 }
 
@@ -110,7 +151,7 @@ void Projection::ask(int64_t begin, int64_t end) const {
     if (begin >= end) return;
     const Part& part = part_of(*this, begin);
     const PackedView& w = *part.matrix;
-    if (w.grid != nullptr || w.stack != nullptr) return;
+    if (w.grid != nullptr || w.stack != nullptr || w.additive != nullptr) return;
     const int64_t num_blocks = std::min(w.columns / kBlock * (end - begin), kBlocksAsked);
     const int64_t first = (part.first_tile + begin) * (w.columns / kBlock);
     for (int64_t at = 0; at < num_blocks * w.code_bytes; at += 64) __builtin_prefetch(w.codes + first * w.code_bytes + at, 0, 2);
@@ -120,15 +161,16 @@ void Projection::ask(int64_t begin, int64_t end) const {
 
 void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y, int64_t ldy, bool is_sum) const {
     alignas(64) float out[kRowsAtOnce * kTile];
-    const QuantizedRows rows = x.view();
-    for (int64_t first = 0; first < rows.rows; first += kRowsAtOnce) {
-        const int64_t last = std::min(first + kRowsAtOnce, rows.rows);
+    const QuantizedRows all = x.view();
+    for (int64_t first = 0; first < all.rows; first += kRowsAtOnce) {
+        const int64_t last = std::min(first + kRowsAtOnce, all.rows);
+        Rows rows(all, first, last);
         for (int64_t t = begin; t < end; ++t) {
             int64_t tile = t;
             const Part& part = part_of(*this, tile);
             const int64_t at = part.out + tile * kTile;
             const int64_t count = std::min<int64_t>(kTile, part.num_outputs - tile * kTile);
-            multiply(*this, t, rows, first, last, out);
+            multiply(*this, t, rows, out);
             for (int64_t row = first; row < last; ++row) {
                 float* to = y + row * ldy + at;
                 const float* from = out + (row - first) * kTile;
@@ -145,14 +187,15 @@ void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y,
 void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activations& h, const GateRow* adapted) const {
     const Kernels& k = kernels();
     alignas(64) float opened[kRowsAtOnce * kTile], carried[kRowsAtOnce * kTile], block[kRowsAtOnce * kBlock];
-    const QuantizedRows rows = x.view();
+    const QuantizedRows all = x.view();
     const bool is_gated = !gate.parts.empty();
-    for (int64_t first = 0; first < rows.rows; first += kRowsAtOnce) {
-        const int64_t last = std::min(first + kRowsAtOnce, rows.rows);
+    for (int64_t first = 0; first < all.rows; first += kRowsAtOnce) {
+        const int64_t last = std::min(first + kRowsAtOnce, all.rows);
+        Rows rows(all, first, last);
         for (int64_t b = begin; b < end; ++b) {
             for (int half = 0; half < 2; ++half) {
-                multiply(up, 2 * b + half, rows, first, last, carried);
-                if (is_gated) multiply(gate, 2 * b + half, rows, first, last, opened);
+                multiply(up, 2 * b + half, rows, carried);
+                if (is_gated) multiply(gate, 2 * b + half, rows, opened);
                 for (int64_t m = 0; adapted != nullptr && m < last - first; ++m) {
                     const GateRow& of = adapted[first + m];
                     const int64_t at = (2 * b + half) * kTile;

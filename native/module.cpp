@@ -257,6 +257,7 @@ NB_MODULE(_native, m) {
     bind_rows(m);
     bind_grid(m);
     bind_stack(m);
+    bind_additive(m);
     bind_bits(m);
     bind_linear(m);
     bind_attention(m);

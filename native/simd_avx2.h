@@ -63,6 +63,15 @@ struct Avx2 : CountBits<Words256> {
         return _mm256_cvtph_ps(bits);
     }
     static F load(const uint16_t* p, bool is_bf16) { return {load8(p, is_bf16), load8(p + 8, is_bf16)}; }
+    // Numbers of fp16 from two places, eight each, and from four.
+    static F load_halves(const uint16_t* a, const uint16_t* b) { return {load8(a, false), load8(b, false)}; }
+    static __m256 load4(const uint16_t* a, const uint16_t* b) {
+        return _mm256_cvtph_ps(_mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)),
+                                                  _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b))));
+    }
+    static F load_quarters(const uint16_t* a, const uint16_t* b, const uint16_t* c, const uint16_t* d) {
+        return {load4(a, b), load4(c, d)};
+    }
     static void store(float* p, F x) {
         _mm256_storeu_ps(p, x.lo);
         _mm256_storeu_ps(p + 8, x.hi);

@@ -58,6 +58,18 @@ struct Avx512 : CountBits<Words512> {
         if (is_bf16) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
         return _mm512_cvtph_ps(bits);
     }
+    // Numbers of fp16 from two places, eight each, and from four.
+    static F load_halves(const uint16_t* a, const uint16_t* b) {
+        return _mm512_cvtph_ps(_mm256_set_m128i(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)),
+                                                _mm_loadu_si128(reinterpret_cast<const __m128i*>(a))));
+    }
+    static __m128i bits4(const uint16_t* a, const uint16_t* b) {
+        return _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)),
+                                  _mm_loadl_epi64(reinterpret_cast<const __m128i*>(b)));
+    }
+    static F load_quarters(const uint16_t* a, const uint16_t* b, const uint16_t* c, const uint16_t* d) {
+        return _mm512_cvtph_ps(_mm256_set_m128i(bits4(c, d), bits4(a, b)));
+    }
     static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
     static void store(uint16_t* p, F x, bool is_bf16) {
         __m256i result;

@@ -46,6 +46,14 @@ struct Scalar {
     static F load(const uint16_t* p, bool is_bf16) {
         return each([&](int i) { return is_bf16 ? bf16_to_float(p[i]) : fp16_to_float(p[i]); });
     }
+    // Numbers of fp16 from two places, eight each, and from four.
+    static F load_halves(const uint16_t* a, const uint16_t* b) {
+        return each([&](int i) { return fp16_to_float(i < 8 ? a[i] : b[i - 8]); });
+    }
+    static F load_quarters(const uint16_t* a, const uint16_t* b, const uint16_t* c, const uint16_t* d) {
+        const uint16_t* from[4] = {a, b, c, d};
+        return each([&](int i) { return fp16_to_float(from[i / 4][i % 4]); });
+    }
     static void store(float* p, F x) {
         for (int i = 0; i < 16; ++i) p[i] = x.at[i];
     }

@@ -20,6 +20,7 @@ from plait.nn.parameters import RandomParameters
 from plait.nn.rotary import RopeConfig
 from plait.nn.transformer import Transformer
 from plait.ops import Causal, Tree
+from plait.weights import VQ, WeightFormat
 from plait.weights.ggml import Q4_1, Q8_0
 
 pytestmark = switched_off
@@ -29,7 +30,7 @@ pytestmark = switched_off
 TOLERANCE = 0.03
 
 
-def model(kind: str = "plain", **changes: Any) -> Transformer:
+def model(kind: str = "plain", format: WeightFormat | None = None, **changes: Any) -> Transformer:
     is_rich = kind == "rich"
     mixers = [
         AttentionConfig(
@@ -51,7 +52,7 @@ def model(kind: str = "plain", **changes: Any) -> Transformer:
         logit_softcap=9.0 if is_rich else None, **changes,
     )  # fmt: skip
     with torch.no_grad():
-        return Transformer(config, RandomParameters(1, Q8_0() if is_rich else Q4_1())).eval()
+        return Transformer(config, RandomParameters(1, format or (Q8_0() if is_rich else Q4_1()))).eval()
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -124,6 +125,22 @@ def test_a_row_has_the_same_bits_in_200_mixes_of_batch_chunks_verify_widths_and_
                     assert torch.equal(found, alone[chosen[i]][done[i] : done[i] + take[i]])
                     pasts[i].commit(range(take[i]))
                     done[i] += take[i]
+
+
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+@torch.inference_mode()
+def test_a_model_of_vector_codes_runs_as_a_program(kind: str) -> None:
+    plain = model(kind, VQ(books=1, group=4))
+    lowered = Lowered(plain)
+    tokens = torch.randint(0, 101, (40,))
+    wanted = plain.logits(plain(tokens, Rows([(40, 0)]), None))
+    whole = lowered(tokens, Rows([(40, 0)]), [new_past(plain)], with_logits=True)[1]
+    assert distance(whole, wanted) <= TOLERANCE
+    past = new_past(plain)
+    for start, stop in [(0, 37), (37, 38), (38, 39), (39, 40)]:
+        step = lowered(tokens[start:stop], Rows([(stop - start, start)]), [past], with_logits=True)[1]
+        past.commit()
+        assert torch.equal(step, whole[start:stop])
 
 
 @torch.inference_mode()

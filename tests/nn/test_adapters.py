@@ -221,6 +221,42 @@ def test_a_new_adapter_changes_nothing_and_merging_is_undone_to_the_bit(
     assert torch.equal(at_once(model, ids), plain)
 
 
+@pytest.mark.parametrize("spec", ["lora:rank=4,alpha=3,start=loftq", "dora:rank=4,start=loftq"])
+def test_a_start_from_what_packing_lost_is_nearer_to_the_original(
+    spec: str, models: dict[str, Pair], tmp_path: Path
+) -> None:
+    found, ids = models["llama-biases"], random_ids(20)
+    with SafetensorsCheckpoint(found.folder) as checkpoint:
+        packed = load_transformer(checkpoint, FORMATS.parse("loftq:bits=3,group=16,rank=4"))
+    wanted = at_once(found.ours, ids)
+    adapter = new_adapter(ADAPTERS.parse(spec), packed, original=found.ours).eval()
+    near = adapted(packed, adapter, ids)
+    assert (near - wanted).norm() < 0.8 * (at_once(packed, ids) - wanted).norm()
+    # The files are those of any LoRA: what reads them need not know how it began.
+    save_adapter(adapter, packed, tmp_path, base="somewhere/model")
+    again = load_adapter(tmp_path, packed)
+    torch.testing.assert_close(adapted(packed, again, ids), near, atol=1e-6, rtol=1e-6)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(found.theirs, str(tmp_path)).eval()
+        logits = theirs(ids[None]).logits[0]
+        theirs.unload()
+    of_plain = adapted(found.ours, load_adapter(tmp_path, found.ours), ids)
+    torch.testing.assert_close(of_plain, logits, atol=_TOLERANCE, rtol=_TOLERANCE)
+
+
+def test_a_start_from_what_packing_lost_needs_the_right_original(models: dict[str, Pair]) -> None:
+    found, config = models["llama-biases"], ADAPTERS.parse("lora:rank=2,start=loftq")
+    with pytest.raises(ConfigError, match=r"original=model"):
+        new_adapter(config, found.ours)
+    small = Transformer(small_llama(), RandomParameters(1)).eval()
+    with pytest.raises(IncompatibleError, match="not the model that this one was packed from"):
+        new_adapter(config, found.ours, original=small)
+    # Of the same shape and last norm, but with other matrices.
+    with pytest.raises(ConfigError, match=r"blocks\.0\.mixer\.query differs .* awq"):
+        new_adapter(config, small, original=Transformer(small_llama(), RandomParameters(2)).eval())
+
+
 def test_merging_into_packed_weights_is_refused(models: dict[str, Pair]) -> None:
     with SafetensorsCheckpoint(models["llama-biases"].folder) as checkpoint:
         packed = load_transformer(checkpoint, FORMATS.parse("uniform:bits=4,group=16"))

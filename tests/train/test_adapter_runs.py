@@ -48,7 +48,11 @@ def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def new_run(
-    counting: Path, out: Path, method: str = "lora:rank=4", weights: str = "bitmod:bits=4,group=32"
+    counting: Path,
+    out: Path,
+    method: str = "lora:rank=4",
+    weights: str = "bitmod:bits=4,group=32",
+    original: str = "",
 ) -> Trainer:
     recipe = adapter()
     recipe = replace(recipe, training=changed(recipe.training, TRAINING))
@@ -58,6 +62,7 @@ def new_run(
         lambda tokenizer: (encoded([OTHER], tokenizer), encoded([OTHER[:300]], tokenizer)),
         out,
         weights=weights,
+        original=original,
         recipe=recipe,
     )
 
@@ -115,6 +120,26 @@ def test_every_method_learns(method: str, counting: Path, tmp_path: Path) -> Non
     trainer = new_run(counting, tmp_path, method)
     result = trainer.run()
     assert result.held_out[-1][1] < result.held_out[0][1]
+
+
+def test_a_run_starts_from_what_packing_lost(counting: Path, tmp_path: Path) -> None:
+    packed = "loftq:bits=2,group=32,rank=4"
+    method = "lora:rank=4,start=loftq"
+    near = new_run(counting, tmp_path / "near", method, packed, str(counting))
+    assert near.adapter is not None
+    ups = [parameter for name, parameter in near.adapter.named_parameters() if name.endswith("up")]
+    assert all(float(up.detach().norm()) > 0 for up in ups)
+    near.save()
+    again = resume(tmp_path / "near")
+    assert all(
+        torch.equal(mine, other)
+        for mine, other in zip(near.adapter.parameters(), again.adapter.parameters(), strict=True)  # type: ignore[union-attr]
+    )
+    finish(again, tmp_path / "near")
+    with pytest.raises(ConfigError, match="--original"):
+        new_run(counting, tmp_path / "none", method, packed)
+    with pytest.raises(ConfigError, match="start=loftq"):
+        new_run(counting, tmp_path / "superfluous", "lora:rank=4", packed, str(counting))
 
 
 def test_a_run_is_bound_to_its_model(counting: Path, tmp_path: Path) -> None:

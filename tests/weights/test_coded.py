@@ -29,6 +29,7 @@ ENTRIES = [
     ("gptq:bits=3", 0.4),
     ("awq:bits=3", 0.25),
     ("awq:bits=4,grid=bitmod", 0.12),
+    ("awq:bits=4,grid=nf4", 0.12),
     ("decoupleq:bits=2,epochs=0", 0.9),
     ("db-llm", 0.5),
     ("db-llm:start=nearest,group=40", 0.7),

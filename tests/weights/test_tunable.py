@@ -10,7 +10,7 @@ from test_coded import stats_of, weights
 
 from plait.errors import ConfigError, IncompatibleError
 from plait.weights import FORMATS, VQ, Additive, Packed, Tunable, tunable
-from plait.weights.vq import beam_search, k_means
+from plait.weights.codebooks import beam_search, k_means
 
 KINDS = [
     "uniform:bits=2,group=40",

@@ -190,6 +190,10 @@ def adapter(
     weights: Annotated[
         str, typer.Option("--weights", help="How the model is kept meanwhile; packed matrices stay packed.")
     ] = "auto",
+    original: Annotated[
+        str,
+        typer.Option("--original", help="Model that it was packed from; needed by lora:start=loftq."),
+    ] = "",
     training: TrainingSpec = "",
     resume: Resume = False,
     json_output: Json = False,
@@ -215,10 +219,10 @@ def adapter(
                 encoded(corpus.learned, tokenizer),
                 encoded(corpus.held_out, tokenizer) if corpus.held_out else None,
             ),
-            out, weights=weights, recipe=_changed(recipe(), training), corpus=corpus.description,
+            out, weights=weights, original=original, recipe=_changed(recipe(), training), corpus=corpus.description,
         )  # fmt: skip
 
-    given = bool(texts or training or method != "lora" or weights != "auto")
+    given = bool(texts or training or original or method != "lora" or weights != "auto")
     _run(out, start, resume=resume, given=given, json_output=json_output)
 
 

@@ -317,17 +317,24 @@ class Merged:
 
 
 def new_adapter(
-    config: AdapterConfig, model: Transformer, *, seed: int = 0, name: str = "adapter"
+    config: AdapterConfig,
+    model: Transformer,
+    *,
+    seed: int = 0,
+    name: str = "adapter",
+    original: Transformer | None = None,
 ) -> Adapter:
-    """An adapter to be trained, which leaves the model's answers as they are.
+    """An adapter to be trained, which leaves the model's answers as they are or brings them nearer to the original's.
 
     Args:
         config: the method.
         model: that it is for; it is not changed.
         seed: of its random numbers.
+        original: the model that this one was packed from, for methods that start from what packing lost.
 
     Raises:
-        ConfigError: no matrix of the model is a target, or the rank is too large for one.
+        ConfigError: no matrix of the model is a target, the rank is too large for one, or the method needs the original.
+        IncompatibleError: the original is another model.
     """
     generator = torch.Generator().manual_seed(seed)
     geometry = geometry_of(model)
@@ -340,6 +347,11 @@ def new_adapter(
         raise ConfigError(
             f"{config} targets {config.targets}, and the model has no such matrix in its blocks."
         )
+    if original is not None:
+        if fingerprint(original) != fingerprint(model):
+            raise IncompatibleError("The original is not the model that this one was packed from.")
+        before = sites_of(original)
+        chosen = [matrix._replace(original=before[matrix.name].matrix.rows) for matrix in chosen]
     shared = config.shared(chosen)
     changes = {matrix.name: config.change(matrix, generator, shared) for matrix in chosen}
     made = Adapter(config, model, changes, name)

@@ -11,6 +11,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from plait.ops import attention, native, partial, reference, rope
+from plait.ops.additive import AdditiveMatrix, has_native_vectors
 from plait.ops.bits import (
     WORD,
     WORD_TILE,
@@ -31,6 +32,7 @@ from plait.ops.stack import StackMatrix, has_native_stacks
 __all__ = [
     "WORD",
     "WORD_TILE",
+    "AdditiveMatrix",
     "Angles",
     "Causal",
     "Everything",
@@ -51,6 +53,7 @@ __all__ = [
     "empty_partial",
     "has_native_grids",
     "has_native_stacks",
+    "has_native_vectors",
     "has_packed_form",
     "layer_norm",
     "linear",

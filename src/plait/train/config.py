@@ -127,6 +127,7 @@ class RunConfig(Spec):
         adapter: what is trained beside a model that is not; None where the model itself is.
         weights: how that model is kept, as `plait.load` takes it.
         base: fingerprint of that model.
+        original: the model that it was packed from, where the adapter starts from what packing lost.
         tuner: how codes are chosen anew, where `start` is a packed model whose numbers are trained; None elsewhere.
         teacher: the model that it was packed from.
     """
@@ -139,6 +140,7 @@ class RunConfig(Spec):
     adapter: AdapterConfig | None = None
     weights: str = "auto"
     base: str = ""
+    original: str = ""
     tuner: Tuner | None = None
     teacher: str = ""
 

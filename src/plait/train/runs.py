@@ -234,6 +234,7 @@ def tune_adapter(
     folder: Path,
     *,
     weights: str = "auto",
+    original: str = "",
     recipe: Recipe,
     corpus: str = "",
 ) -> Trainer:
@@ -245,23 +246,30 @@ def tune_adapter(
         data: makes what is learned from, and what is measured on, with the model's tokenizer.
         folder: where to.
         weights: how the model is kept, as `plait.load` takes it.
+        original: the model that it was packed from, for methods that start from what packing lost; else empty.
         recipe: how to train.
         corpus: what the data is, in words.
 
     Raises:
-        ConfigError: the folder holds a run, the model has none of the targets, or its adapters are not written.
+        ConfigError: the folder holds a run, the model has none of the targets, its adapters are not written, or the
+            original is missing or superfluous.
     """
     state = folder / _STATE
     if (state / CHECKPOINT).exists():
         raise ConfigError(f"{folder} holds a run. Resume it, or choose another folder.")
     model, tokenizer, _ = open_model(resolve(start), weights)
-    adapter = new_adapter(method, model, seed=recipe.training.seed)
+    if original and not method.needs_original:
+        raise ConfigError(
+            f"{method} starts without the original. Leave it out, or choose a method that needs it, such as "
+            "lora:start=loftq."
+        )
+    adapter = new_adapter(method, model, seed=recipe.training.seed, original=_original(original))
     written_names(adapter, model)
     learned, held_out = data(tokenizer)
     held_out = None if held_out is None else held_out.first(recipe.measured)
     config = RunConfig(
         model=model.config, objective=recipe.objective, training=recipe.training, start=start, corpus=corpus,
-        adapter=method, weights=weights, base=adapter.base,
+        adapter=method, weights=weights, base=adapter.base, original=original,
     )  # fmt: skip
     state.mkdir(parents=True, exist_ok=True)
     learned.save(state / _DATA)
@@ -351,10 +359,17 @@ def _open_base(config: RunConfig) -> tuple[Transformer, Adapter | None, Tuned | 
         return model, None, tuned
     assert config.adapter is not None
     model, _, _ = open_model(resolve(config.start), config.weights)
-    adapter = new_adapter(config.adapter, model, seed=config.training.seed)
+    adapter = new_adapter(
+        config.adapter, model, seed=config.training.seed, original=_original(config.original)
+    )
     if adapter.base != config.base:
         raise ConfigError(changed)
     return model, adapter, None
+
+
+def _original(name: str) -> Transformer | None:
+    """The model that another was packed from, as its file has it; None for no name."""
+    return open_model(resolve(name), "file")[0] if name else None
 
 
 def spread(chosen: int, count: int) -> list[int]:

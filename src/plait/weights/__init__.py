@@ -24,6 +24,7 @@ from plait.weights.format import (
 from plait.weights.ggml import Blocks
 from plait.weights.gptq import GPTQ
 from plait.weights.hqq import HQQ
+from plait.weights.loftq import LoftQ
 from plait.weights.nf4 import NF4
 from plait.weights.stacked_blocks import BlockStack
 from plait.weights.stats import Stats
@@ -53,6 +54,7 @@ __all__ = [
     "Elastic",
     "Embedding",
     "Linear",
+    "LoftQ",
     "ModelRun",
     "Packed",
     "Stacked",

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from plait.errors import ConfigError
-from plait.weights.bitmod import BitMoD
 from plait.weights.coded import Coded
 from plait.weights.format import WeightFormat
+from plait.weights.rounding import Bits, GridName, rounding
 from plait.weights.stats import Stats
-from plait.weights.uniform import Group, Uniform
+from plait.weights.uniform import Group
 
 __all__ = ["AWQ"]
 
@@ -32,37 +31,35 @@ __all__ = ["AWQ"]
 class AWQ(WeightFormat, name="awq"):
     """Round to nearest after columns were scaled by how large their inputs are on a calibration text.
 
-    Kept as the grid is kept: `uniform`, or `bitmod` with 3 or 4 bits. Where nothing before a matrix can be
+    Kept as the grid is kept: `uniform`, `bitmod` with 3 or 4 bits, or `nf4` with 4. Where nothing before a matrix can be
     divided by the factors, it is rounded as it is: attention's output projection, and layers of models that
     normalise behind the sum.
 
     Args:
         bits: of a code.
         group: columns that share a scale; 0 for the whole row.
-        grid: what the codes stand for, `uniform` or `bitmod`.
+        grid: what the codes stand for, `uniform`, `bitmod` or `nf4`.
         steps: exponents a that are tried: 0, 1 / steps, 2 / steps, ... below 1.
 
     Raises:
-        ConfigError: `bitmod` with other than 3 or 4 bits; from `pack`, as the grid says.
+        ConfigError: bits that the grid does not have; from `pack`, as the grid says.
     """
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Bits = 4
     group: Group = 64
-    grid: Literal["uniform", "bitmod"] = "uniform"
+    grid: GridName = "uniform"
     steps: Annotated[int, Field(ge=1, le=100)] = 20
 
     needs = frozenset({"norms", "hessian"})
     packs_embeddings = False
 
     def check(self) -> None:
-        if self.grid == "bitmod" and self.bits not in (3, 4):
-            raise ConfigError(f"AWQ.bits must be 3 or 4 with grid=bitmod. Got {self.bits}.")
+        rounding(type(self).__name__, self.grid, self.bits, self.group)
 
     @property
     def base(self) -> WeightFormat:
         """The format that rounds."""
-        kind = Uniform if self.grid == "uniform" else BitMoD
-        return kind(bits=self.bits, group=self.group)  # type: ignore[arg-type]
+        return rounding(type(self).__name__, self.grid, self.bits, self.group)
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         return self.base.bits_per_weight(shape)

@@ -48,6 +48,7 @@ class Matrix(NamedTuple):
         outputs, inputs: O and I.
         rows: gives the rows of the frozen matrix, dense fp32; at most as many at once as are asked for.
         bias: (O,) of the product, or None.
+        original: gives rows of the matrix that the frozen one was packed from, as `rows` does; None where it is not known.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Matrix(NamedTuple):
     inputs: int
     rows: Callable[[slice], Tensor]
     bias: Tensor | None = None
+    original: Callable[[slice], Tensor] | None = None
 
     @property
     def place(self) -> str:
@@ -235,6 +237,7 @@ class AdapterConfig(Spec, axis=ADAPTERS):
         peft_type: what `adapter_config.json` of the `peft` package calls it; empty for methods it has not.
         changes: the class of its changes.
         peft_shared: what files call the shared tensors.
+        needs_original: whether new changes are made from the matrices that the frozen ones were packed from.
     """
 
     targets: str = "all"
@@ -245,6 +248,10 @@ class AdapterConfig(Spec, axis=ADAPTERS):
 
     def check(self) -> None:
         self.places()
+
+    @property
+    def needs_original(self) -> bool:
+        return False
 
     def places(self) -> frozenset[str]:
         """The places that `targets` names.
@@ -268,7 +275,7 @@ class AdapterConfig(Spec, axis=ADAPTERS):
         return {}
 
     def change(self, matrix: Matrix, generator: torch.Generator, shared: Mapping[str, Tensor]) -> Change:
-        """A new change of a matrix, which leaves its product as it is.
+        """A new change of a matrix, which leaves its product as it is, or brings it nearer to the original's.
 
         Args:
             generator: of its random numbers.

@@ -81,7 +81,9 @@ class DoRA(LoRA, name="dora"):
     def change(self, matrix: Matrix, generator: torch.Generator, shared: Mapping[str, Tensor]) -> Directed:
         plain = super().change(matrix, generator, shared)
         down, up = plain.down.detach(), plain.up.detach()
-        made = Directed(down, up, row_norms(matrix, up, down), plain.scale, self.dropout, matrix)
+        length = row_norms(matrix, up * plain.scale, down)
+        # The original is not held on to.
+        made = Directed(down, up, length, plain.scale, self.dropout, matrix._replace(original=None))
         made.down.requires_grad_(plain.down.requires_grad)
         return made
 

@@ -1,7 +1,8 @@
 """LoRA: a product of two thin matrices beside each frozen one.
 
 Source: Hu et al. 2021, arXiv:2106.09685; the scale of rsLoRA is Kalajdzievski 2023, arXiv:2312.03732, the
-learning rates of LoRA+ Hayou et al. 2024, arXiv:2402.12354, and a frozen A is LoRA-FA, arXiv:2308.03303.
+learning rates of LoRA+ Hayou et al. 2024, arXiv:2402.12354, a frozen A is LoRA-FA, arXiv:2308.03303, and the start from what
+packing lost is LoftQ, Li et al. 2023, arXiv:2310.08659.
 
 Shapes: O outputs, I inputs, R rank. `y = W x + scale * B (A x)` with A (R, I) and B (O, R).
 """
@@ -28,6 +29,7 @@ from plait.weights.adapters.base import (
     peft_settings,
     uniform_,
 )
+from plait.weights.loftq import nearest_product
 
 __all__ = ["LoRA", "LowRank", "checked_pair"]
 
@@ -71,12 +73,34 @@ def checked_pair(matrix: Matrix, tensors: Mapping[str, Tensor]) -> tuple[Tensor,
     )
 
 
+@torch.no_grad()
+def _lost(matrix: Matrix) -> Tensor:
+    """What packing took from a matrix, (O, I).
+
+    Raises:
+        ConfigError: the original is not known, or is another matrix.
+    """
+    if matrix.original is None:
+        raise ConfigError(
+            "LoRA.start=loftq starts from what packing lost, which needs the model as it was before. Give it with "
+            "plait train adapter --original MODEL, or new_adapter(..., original=model)."
+        )
+    original = matrix.original(slice(None))
+    lost = original - matrix.rows(slice(None))
+    if float(lost.norm()) > float(original.norm()):
+        raise ConfigError(
+            f"{matrix.name} differs from the original by more than its own size, so it was not packed from that, or its "
+            "columns were scaled first, as awq and bitstack do. Choose start=zero."
+        )
+    return lost
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(AdapterConfig, name="lora"):
     """Two thin matrices beside each frozen one: the default choice, with nothing lost when merged.
 
     Costs rank * (inputs + outputs) numbers for each matrix, and as many multiplications a token. Starts as the
-    model it is put on, since B is 0.
+    model it is put on, since B is 0; or nearer to the model that this one was packed from.
 
     Args:
         rank: R, at most the smaller side of every target.
@@ -84,6 +108,8 @@ class LoRA(AdapterConfig, name="lora"):
         scaling: `rank` for that, or `root` for alpha / sqrt(rank), which suits ranks above 32 (rsLoRA).
         dropout: share of inputs that the adapter does not see in a training step.
         up_rate: how much faster B learns than A; 16 is LoRA+.
+        start: `zero`, or `loftq` for the product that comes nearest to what packing took from the matrix, which needs the
+            original model.
         trains: `both`, or `up` to keep A as it was drawn (LoRA-FA): half the numbers to train.
     """
 
@@ -92,10 +118,15 @@ class LoRA(AdapterConfig, name="lora"):
     scaling: Literal["rank", "root"] = "rank"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     up_rate: Positive = 1.0
+    start: Literal["zero", "loftq"] = "zero"
     trains: Literal["both", "up"] = "both"
 
     peft_type: ClassVar[str] = "LORA"
     changes: ClassVar[type[Change]] = LowRank
+
+    @property
+    def needs_original(self) -> bool:
+        return self.start == "loftq"
 
     def scale_of(self, rank: int) -> float:
         """The factor on the product of matrices of this rank."""
@@ -103,8 +134,14 @@ class LoRA(AdapterConfig, name="lora"):
 
     def change(self, matrix: Matrix, generator: torch.Generator, shared: Mapping[str, Tensor]) -> LowRank:
         check_rank(self.rank, matrix)
-        down = uniform_(torch.empty(self.rank, matrix.inputs), matrix.inputs, generator)
-        made = LowRank(down, torch.zeros(matrix.outputs, self.rank), self.scale_of(self.rank), self.dropout)
+        scale = self.scale_of(self.rank)
+        if self.start == "loftq":
+            down, up = nearest_product(_lost(matrix), self.rank)
+            up = up / scale
+        else:
+            down = uniform_(torch.empty(self.rank, matrix.inputs), matrix.inputs, generator)
+            up = torch.zeros(matrix.outputs, self.rank)
+        made = LowRank(down, up, scale, self.dropout)
         made.down.requires_grad_(self.trains == "both")
         return made
 
