@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from memory_methods import CODEC_ENTRIES, MODEL_WINDOWS, POLICY_ENTRIES, PolicyEntry, both
-from memory_oracle import GROUPED, TokenTable, assert_equal_to, ids_of, new_memory, random_tree, within
+from memory_oracle import GROUPED, TokenTable, assert_equal_to, ids_of, random_tree, within
 
 from plait.errors import IncompatibleError
 from plait.memory import POLICIES, Memory, MemoryPlan, Rows, attend
@@ -49,7 +49,9 @@ def test_gradients_are_those_of_what_is_seen(entry: PolicyEntry, window: int | N
     wanted = torch.autograd.grad((oracle * direction.double()).sum(), numbers)
     for name, one, other in zip("qkv", given, wanted, strict=True):
         assert name != "v" or other.abs().max() > 0.1
-        torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            one, other, atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_several_sequences_of_a_batch_have_their_own_gradients() -> None:
@@ -75,7 +77,9 @@ def test_a_second_pass_and_a_path_of_a_tree_keep_the_graph_of_the_first() -> Non
     memory.commit()
     second = memory.attend(*table.rows(IDS[8:13]), mask=tree)
     path = [0]
-    while (child := next((n for n, parent in enumerate(tree.parents) if parent == path[-1]), None)) is not None:
+    while (
+        child := next((n for n, parent in enumerate(tree.parents) if parent == path[-1]), None)
+    ) is not None:
         path.append(child)
     memory.commit(path)
     kept = IDS[:8] + [IDS[8 + node] for node in path]
@@ -96,7 +100,7 @@ def test_a_second_pass_and_a_path_of_a_tree_keep_the_graph_of_the_first() -> Non
     + ["infllm"],
 )
 def test_tokens_in_another_form_have_no_gradient_and_are_refused(spec: str) -> None:
-    with pytest.raises(IncompatibleError, match="No gradient flows through .*Train through a policy"):
+    with pytest.raises(IncompatibleError, match=r"No gradient flows through .*Train through a policy"):
         differentiable(spec)
 
 
