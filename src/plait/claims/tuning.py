@@ -149,6 +149,7 @@ def byte_model(
             steps=run.pick(steps, 4), rows=rows, context=context, learning_rate=3e-3, save_every=10_000,
             evaluate_every=10_000, seed=run.seed,
         ),
+        measured=run.pick(2048, 256),
         memory=memory,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
