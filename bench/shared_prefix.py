@@ -1,9 +1,11 @@
 """How fast are many sequences with a long common beginning answered, from start to end?
 
 16 questions behind one text of 1,000 tokens, 64 new tokens each. Every side shares the beginning in its own way:
-Plait finds it by itself, vLLM and OpenVINO by their prefix caches (empty at the start), llama.cpp by a copy.
+Plait finds it by itself, vLLM and OpenVINO by their prefix caches (empty at the start), llama.cpp by a copy, and
+Transformers by a cache that is read once and repeated for all.
 
     python bench/shared_prefix.py
+    python bench/shared_prefix.py --prefix 4096 --sequences 32 --tokens 32 --sides plait,llama.cpp,transformers
     python bench/shared_prefix.py --rounds 1 --sides plait,vllm
 """
 
@@ -22,11 +24,12 @@ def speeds(task: contest.Task, answer: dict[str, Any]) -> dict[str, float]:
     return {
         "end-to-end tokens/s": made / answer["seconds"],
         "decode tokens/s": decoded / sum(answer["steps"]),
+        "peak MB": answer["peak"] / 1e6,
     }
 
 
 def main() -> int:
-    parser = contest.parser(__doc__, "plait,llama.cpp,openvino,vllm")
+    parser = contest.parser(__doc__, "plait,llama.cpp,openvino,vllm,transformers")
     parser.add_argument("--prefix", type=int, default=1000, help="tokens of the common beginning")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each")

@@ -1,6 +1,7 @@
 """The side of Hugging Face Transformers, with the weights of a folder in fp32; see `protocol.py`.
 
-Tuned as its users would: fused attention, padding on the left, no gradients, a cache. Speculation `lookup` is its
+Tuned as its users would: fused attention, padding on the left, no gradients, a cache. A beginning that all prompts share
+is read once, and its cache is repeated for all of them, as the library's guide to caches does. Speculation `lookup` is its
 `prompt_lookup_num_tokens`, `draft` its assisted generation with a draft model. It is the reference too: a task with `continuations` is answered with how far, in nats, each of their tokens is below the best one.
 """
 
@@ -40,11 +41,15 @@ def main() -> None:
         guessing["assistant_model"] = assistant
 
     def answer(
-        prompts: list[list[int]], tokens: int = 0, continuations: Sequence[list[int]] = (), **_: Any
+        prompts: list[list[int]],
+        tokens: int = 0,
+        continuations: Sequence[list[int]] = (),
+        shared: int = 0,
+        **_: Any,
     ) -> dict[str, Any]:
         if continuations:
             return {"gaps": [gaps(model, p, c) for p, c in zip(prompts, continuations, strict=True)]}
-        return generated(model, prompts, tokens, guessing)
+        return generated(model, prompts, tokens, guessing, shared)
 
     serve(f"Transformers {transformers.__version__}, torch {torch.__version__}", answer)
 
@@ -79,7 +84,9 @@ class Stream(transformers.generation.BaseStreamer):  # type: ignore[misc]
         pass
 
 
-def generated(model: Any, prompts: list[list[int]], tokens: int, guessing: dict[str, Any]) -> dict[str, Any]:
+def generated(
+    model: Any, prompts: list[list[int]], tokens: int, guessing: dict[str, Any], shared: int
+) -> dict[str, Any]:
     longest = max(map(len, prompts))
     clock = Clock(len(prompts))
     watching: dict[str, Any] = (
@@ -87,9 +94,19 @@ def generated(model: Any, prompts: list[list[int]], tokens: int, guessing: dict[
         if len(prompts) == 1
         else {"stopping_criteria": transformers.StoppingCriteriaList([Watch(clock)])}
     )
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    # Padding stands behind the shared beginning, which all rows then have at the same place.
+    ids = torch.tensor(
+        [prompt[:shared] + [0] * (longest - len(prompt)) + prompt[shared:] for prompt in prompts]
+    )
+    mask = torch.tensor(
+        [[1] * shared + [0] * (longest - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts]
+    )
     with torch.inference_mode():
+        if shared and len(prompts) > 1:
+            cache = transformers.DynamicCache(config=model.config)
+            model(ids[:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(prompts))
+            watching["past_key_values"] = cache
         found = model.generate(
             ids,
             attention_mask=mask,

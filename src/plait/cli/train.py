@@ -30,6 +30,12 @@ TrainingSpec = Annotated[
         "--training", "-t", help="Settings of the run as key=value,...: steps, rows, learning_rate, seed, ..."
     ),
 ]
+Memory = Annotated[
+    str,
+    typer.Option(
+        "--memory", help="What the model learns to read through, as for plait run: prflash:block=16, ..."
+    ),
+]
 Start = Annotated[str, typer.Option("--model", "-m", help="The model to start from.")]
 
 
@@ -54,6 +60,7 @@ def lm(
     shape: Annotated[
         str, typer.Option("--shape", help="Size of the model: width, blocks, heads, vocab_size, ...")
     ] = "",
+    memory: Memory = "full",
     training: TrainingSpec = "",
     resume: Resume = False,
     json_output: Json = False,
@@ -69,13 +76,14 @@ def lm(
     from plait.train import changed, language_model, train_new
 
     def start() -> Trainer:
-        recipe = _changed(language_model(), training)
+        recipe = _changed(language_model(), training, memory)
         assert recipe.shape is not None
         return train_new(
             dataclasses.replace(recipe, shape=changed(recipe.shape, shape)), _read(texts or []), out
         )
 
-    _run(out, start, resume=resume, given=bool(texts or shape or training), json_output=json_output)
+    given = bool(texts or shape or training or memory != "full")
+    _run(out, start, resume=resume, given=given, json_output=json_output)
 
 
 @app.command()
@@ -194,6 +202,7 @@ def adapter(
         str,
         typer.Option("--original", help="Model that it was packed from; needed by lora:start=loftq."),
     ] = "",
+    memory: Memory = "full",
     training: TrainingSpec = "",
     resume: Resume = False,
     json_output: Json = False,
@@ -219,10 +228,10 @@ def adapter(
                 encoded(corpus.learned, tokenizer),
                 encoded(corpus.held_out, tokenizer) if corpus.held_out else None,
             ),
-            out, weights=weights, original=original, recipe=_changed(recipe(), training), corpus=corpus.description,
+            out, weights=weights, original=original, recipe=_changed(recipe(), training, memory), corpus=corpus.description,
         )  # fmt: skip
 
-    given = bool(texts or training or original or method != "lora" or weights != "auto")
+    given = bool(texts or training or original or method != "lora" or weights != "auto" or memory != "full")
     _run(out, start, resume=resume, given=given, json_output=json_output)
 
 
@@ -326,10 +335,10 @@ def draft(
     _run(out, start, resume=resume, given=bool(training), json_output=json_output)
 
 
-def _changed(recipe: Recipe, training: str) -> Recipe:
+def _changed(recipe: Recipe, training: str, memory: str = "full") -> Recipe:
     from plait.train import changed
 
-    return dataclasses.replace(recipe, training=changed(recipe.training, training))
+    return dataclasses.replace(recipe, training=changed(recipe.training, training), memory=memory)
 
 
 def _run(out: Path, start: Callable[[], Trainer], *, resume: bool, given: bool, json_output: bool) -> None:

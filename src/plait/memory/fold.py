@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,8 +93,8 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     value_dim = v.shape[-1]
     outs = []
     for memory, segment, of_segment, visits in zip(memories, rows.segments, parts, visits_of, strict=True):
-        new_empty = partial(empty_partial, segment.length, heads.num_heads, value_dim, q.device)
-        merged = _merged(of_segment, visits, new_empty)
+        new_empty = partial(empty_partial, num_heads=heads.num_heads, head_dim=value_dim, device=q.device)
+        merged = _merged(of_segment, visits, segment.length, new_empty)
         if memory.watcher is not None:
             memory.watcher(memory, segment, visits, of_segment, merged)
         memory.observe(Seen(segment, partial(in_frame.of_segment, segment), merged))
@@ -136,28 +137,33 @@ def _visit(visit: Visit, segment: Segment, queries: Tensor) -> Partial:
 
 
 def _merged(
-    parts: Sequence[Partial | None], visits: Sequence[Visit], new_empty: Callable[[], Partial]
+    parts: Sequence[Partial | None], visits: Sequence[Visit], length: int, new_empty: Callable[[int], Partial]
 ) -> Partial:
-    """Merge the parts of a segment in the order of its visits; some are of a run of its queries only."""
-    merged: Partial | None = None
-    is_own = False
-    for part, visit in zip(parts, visits, strict=True):
+    """Merge the parts of a segment in the order of its visits; some are of a run of its queries only.
+
+    Nothing is written to in place, so that gradients flow and parts that others see stay as they are.
+    """
+    runs = [range(length) if visit.queries is None else visit.queries for visit in visits]
+    borders = sorted({0, length, *(edge for run in runs for edge in (run.start, run.stop))})
+    number_of = {border: number for number, border in enumerate(borders)}
+    # One for each stretch of queries between two borders.
+    merged: list[Partial | None] = [None] * (len(borders) - 1)
+    for part, visit, run in zip(parts, visits, runs, strict=True):
         assert part is not None
         if visit.log_weight:
             part = Partial(part.out, part.lse + visit.log_weight)
-        if visit.queries is None:
-            merged = part if merged is None else merge(merged, part)
-            is_own = False
-            continue
-        if merged is None:
-            merged = new_empty()
-        elif not is_own:
-            # What is written to below may be seen by others.
-            merged = Partial(merged.out.clone(), merged.lse.clone())
-        is_own = True
-        run = slice(visit.queries.start, visit.queries.stop)
-        merged.out[run], merged.lse[run] = merge(Partial(merged.out[run], merged.lse[run]), part)
-    return new_empty() if merged is None else merged
+        for number in range(number_of[run.start], number_of[run.stop]):
+            low, high = borders[number] - run.start, borders[number + 1] - run.start
+            own = part if high - low == len(run) else Partial(part.out[low:high], part.lse[low:high])
+            before = merged[number]
+            merged[number] = own if before is None else merge(before, own)
+    whole = [
+        new_empty(high - low) if one is None else one
+        for one, (low, high) in zip(merged, pairwise(borders), strict=True)
+    ]
+    if len(whole) < 2:
+        return whole[0] if whole else new_empty(0)
+    return Partial(torch.cat([one.out for one in whole]), torch.cat([one.lse for one in whole]))
 
 
 class _Frames:

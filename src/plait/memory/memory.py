@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError
+from plait.memory.differentiable import DifferentiableStrand
 from plait.memory.fold import attend
 from plait.memory.plan import MemoryPlan, Notes, Seen, Watcher
 from plait.memory.rows import Rows, Segment
@@ -28,7 +29,8 @@ class Memory:
     """One layer's past: strands in the order of the sequence, the last of them a dense tail.
 
     New tokens are written to the tail. Rows written since the last `commit` are *pending*: they may
-    be a draft tree of which `commit` keeps one path. What is remembered carries no gradient.
+    be a draft tree of which `commit` keeps one path. What is remembered carries no gradient, unless the plan is
+    `differentiable`.
 
     Args:
         heads: the layer's geometry.
@@ -456,9 +458,8 @@ class Memory:
         self.strands = kept
 
     def _new_tail(self, position: int) -> DenseStrand:
-        return DenseStrand(
-            self.heads, start=position, dtype=self.plan.codec.tail_dtype, device=self.plan.device
-        )
+        kind = DifferentiableStrand if self.plan.differentiable else DenseStrand
+        return kind(self.heads, start=position, dtype=self.plan.codec.tail_dtype, device=self.plan.device)
 
 
 def check_precede(plan: MemoryPlan) -> None:

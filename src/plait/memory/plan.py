@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -253,6 +253,13 @@ class Policy(Spec, axis=POLICIES):
         """Whether this policy has tokens stored itself (`Codec.encode`); the codec seals none then."""
         return False
 
+    def redrawn(self, number: int) -> Self:
+        """This policy with the draws of a step of training, counted from 0; itself where nothing is drawn.
+
+        A model that met the same draws in every step would learn those, and not what the policy is.
+        """
+        return self
+
     def check_layer(self, heads: Heads) -> None:
         """Raise `IncompatibleError` if this policy cannot serve a layer of that geometry."""
         if self.max_distance is not None and heads.rope is not None and heads.rope.rule is not None:
@@ -320,16 +327,25 @@ class MemoryPlan:
         codec: how strands are stored.
         policy: which strands a query sees.
         device: where strands live.
+        differentiable: whether pending rows keep the graph that computed them, so that a model is trained
+            through the memory: queries see what they will see in use. What a commit moves elsewhere is detached.
 
     Raises:
-        IncompatibleError: the policy has tokens stored while a prompt is read, the codec only behind it.
+        IncompatibleError: the policy has tokens stored while a prompt is read, the codec only behind it; or
+            gradients are to flow through tokens that are stored in another form.
     """
 
     codec: Codec = field(default_factory=lambda: CODECS.parse("dense"))
     policy: Policy = field(default_factory=lambda: POLICIES.parse("full"))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    differentiable: bool = False
 
     def __post_init__(self) -> None:
+        if self.differentiable and (self.policy.stores or not self.codec.seals_nothing):
+            raise IncompatibleError(
+                f"No gradient flows through {self}, which stores tokens in another form. Train through a policy that "
+                "keeps plain numbers, such as prflash, lm-infinite or window, without a codec."
+            )
         if self.policy.stores and self.codec.learns_from_prompt:
             raise IncompatibleError(
                 f"Policy {self.policy.name} stores blocks while a prompt is read, but codec {self.codec.name} chooses "

@@ -364,7 +364,7 @@ class DenseStrand(FrozenStrand):
     """Keys and values as plain numbers; the only strand that can be appended to.
 
     Storage grows by a quarter at a time, so appending n tokens one by one costs O(n). What is written
-    is detached: no gradient flows through a strand.
+    is detached: no gradient flows through it.
 
     Args:
         heads: the layer's geometry.

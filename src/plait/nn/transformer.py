@@ -86,6 +86,8 @@ class Transformer(nn.Module):
         program: a faster form of the whole model, used where it applies; see `plait.nn.lower`.
         elastic: what changes the size of its matrices, where they are stacks of blocks.
         guard: held while the model computes; nobody else changes its parameters meanwhile.
+        learns_through: a differentiable plan; the parallel form reads every segment through a memory of it. None
+            for full attention.
     """
 
     def __init__(self, config: TransformerConfig, parameters: Parameters) -> None:
@@ -121,6 +123,7 @@ class Transformer(nn.Module):
         self.program: Program | None = None
         self.elastic: ElasticWeights | None = None
         self.guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        self.learns_through: MemoryPlan | None = None
         self._active: list[Adapter | None] = [None]
 
     def resizable(self) -> ElasticWeights:
@@ -192,7 +195,7 @@ class Transformer(nn.Module):
         twin.config = dataclasses.replace(
             self.config, blocks=tuple(self.config.blocks[index] for index in indices)
         )
-        twin.program, twin._active = None, [None]
+        twin.program, twin.learns_through, twin._active = None, None, [None]
         return twin
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -222,7 +225,8 @@ class Transformer(nn.Module):
             tokens: (N,) int64 ids; None when `embeddings` is given.
             rows: which segment and position each row belongs to.
             pasts: what each segment remembers; the rows are added to it as pending (`Past.commit`).
-                None for the parallel form, in which a segment sees only itself and gradients flow.
+                None for the parallel form, in which a segment sees only itself and gradients flow; see
+                `learns_through`.
             embeddings: (N, embedding width) rows to use in place of `embed(tokens)`.
 
         Returns:
@@ -231,6 +235,7 @@ class Transformer(nn.Module):
         Raises:
             ConfigError: an id is outside the vocabulary, or there are more or fewer tokens than rows.
             CapacityError: a position lies behind the end of a learned position table.
+            IncompatibleError: an adapter or a mixer has no gradient through memories.
         """
         with self.guard:
             return self._hidden(tokens, rows, pasts, embeddings)
@@ -238,6 +243,8 @@ class Transformer(nn.Module):
     def _hidden(
         self, tokens: Tensor | None, rows: Rows, pasts: Sequence[Past] | None, embeddings: Tensor | None
     ) -> Tensor:
+        if pasts is None and self.learns_through is not None:
+            pasts = [self.new_past(self.learns_through) for _ in rows.segments]
         found = self._by_program(tokens, rows, pasts, embeddings=embeddings)
         if found is not None:
             return found[0]

@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 from pydantic import Field
 
 from plait.errors import ConfigError
+from plait.memory import MemoryPlan
 from plait.nn import BlockConfig, FeedForwardConfig, NormConfig, TransformerConfig
 from plait.nn.mixers import AttentionConfig
 from plait.nn.rotary import RopeConfig
@@ -18,12 +19,15 @@ from plait.train.objectives import Objective
 from plait.train.tuners import Tuner
 from plait.weights.adapters import AdapterConfig
 
-__all__ = ["ModelShape", "RunConfig", "Training", "changed"]
+__all__ = ["FULL", "ModelShape", "RunConfig", "Training", "changed"]
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 S = TypeVar("S", bound=Spec)
+
+# Attention that sees everything, which the parallel form of a model computes in one operation.
+FULL = "full"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +134,7 @@ class RunConfig(Spec):
         original: the model that it was packed from, where the adapter starts from what packing lost.
         tuner: how codes are chosen anew, where `start` is a packed model whose numbers are trained; None elsewhere.
         teacher: the model that it was packed from.
+        memory: what the model learns to read through, as `plait.load` takes it.
     """
 
     model: TransformerConfig
@@ -143,6 +148,29 @@ class RunConfig(Spec):
     original: str = ""
     tuner: Tuner | None = None
     teacher: str = ""
+    memory: str = FULL
+
+    def check(self) -> None:
+        self.plan()
+
+    def plan(self, step: int | None = None) -> MemoryPlan | None:
+        """The memory of a step, counted from 0, with the draws of that step; of measurements when left out.
+
+        Returns:
+            None for full attention.
+
+        Raises:
+            ConfigError: an unknown method or setting.
+            IncompatibleError: no gradient flows through it.
+        """
+        if self.memory == FULL:
+            return None
+        plan = MemoryPlan.parse(self.memory)
+        if step is not None:
+            plan = dataclasses.replace(
+                plan, policy=plan.policy.redrawn(self.training.seed * 1_000_003 + step)
+            )
+        return dataclasses.replace(plan, differentiable=True)
 
 
 def changed(base: S, settings: str) -> S:

@@ -190,6 +190,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = training.learning_rate_at(self.step) * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.learns_through = self.config.plan(self.step)
         adapter = self.adapter
         # What dropout draws is a function of the step, as everything else is.
         with torch.random.fork_rng(devices=[], enabled=adapter is not None):
@@ -226,6 +227,7 @@ class Trainer:
         rows = min(training.rows, len(self.held_out))
         batches = Batches(self.held_out, rows=rows, context=training.context, seed=0)
         random = torch.Generator().manual_seed(0)
+        self.model.learns_through = self.config.plan()
         losses = [
             float(self.config.objective.loss(self.model, batches[number], random).value.detach())
             for number in range(batches.per_epoch)

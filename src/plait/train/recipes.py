@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from plait.spec import Spec
-from plait.train.config import ModelShape, Training
+from plait.train.config import FULL, ModelShape, Training
 from plait.train.objectives import DeviationAware, Distillation, LexicalUnits, NextToken, Objective
 
 __all__ = ["Recipe", "adapter", "draft", "language_model", "lexical_units", "packed", "reference"]
@@ -24,6 +24,8 @@ class Recipe(Spec):
         shape: of a new model; None for a run that starts from a model.
         blocks: for a draft model, how many of the starting model's blocks it is made of.
         measured: held-out tokens that are measured on.
+        memory: what the model learns to read through, as `plait.load` takes it: a policy, such as
+            `prflash:block=16`. What it draws is drawn anew in every step, and as in use for measurements.
     """
 
     objective: Objective
@@ -31,6 +33,7 @@ class Recipe(Spec):
     shape: ModelShape | None = None
     blocks: Annotated[int, Field(ge=1)] | None = None
     measured: Annotated[int, Field(ge=2)] = 8192
+    memory: str = FULL
 
 
 def language_model() -> Recipe:

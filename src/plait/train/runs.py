@@ -174,7 +174,11 @@ def train_new(recipe: Recipe, corpus: Corpus, folder: Path) -> Trainer:
     tokenizer = learn_byte_bpe(corpus.learned, recipe.shape.vocab_size)
     model = recipe.shape.transformer(tokenizer.vocab_size, tokenizer.id_of(PLACEHOLDER))
     config = RunConfig(
-        model=model, objective=recipe.objective, training=recipe.training, corpus=corpus.description
+        model=model,
+        objective=recipe.objective,
+        training=recipe.training,
+        corpus=corpus.description,
+        memory=recipe.memory,
     )
     data, held_out = _encoded(corpus, tokenizer, recipe)
     fresh = Transformer(model, fresh_parameters(model.blocks, recipe.training.seed))
@@ -217,7 +221,12 @@ def tune(
     own = Transformer(model.config, GivenParameters(named_tensors(model)))
     objective: Objective = recipe.objective
     config = RunConfig(
-        model=own.config, objective=objective, training=recipe.training, start=start, corpus=corpus
+        model=own.config,
+        objective=objective,
+        training=recipe.training,
+        start=start,
+        corpus=corpus,
+        memory=recipe.memory,
     )
     data = objective.annotate(data, teacher)
     held_out = None if held_out is None else objective.annotate(held_out.first(recipe.measured), teacher)
@@ -269,7 +278,7 @@ def tune_adapter(
     held_out = None if held_out is None else held_out.first(recipe.measured)
     config = RunConfig(
         model=model.config, objective=recipe.objective, training=recipe.training, start=start, corpus=corpus,
-        adapter=method, weights=weights, base=adapter.base, original=original,
+        adapter=method, weights=weights, base=adapter.base, original=original, memory=recipe.memory,
     )  # fmt: skip
     state.mkdir(parents=True, exist_ok=True)
     learned.save(state / _DATA)
@@ -326,7 +335,7 @@ def tune_weights(
     del original, dense
     config = RunConfig(
         model=model.config, objective=recipe.objective, training=recipe.training, start=str(start), corpus=corpus,
-        base=_packed_base(start), tuner=method, teacher=teacher,
+        base=_packed_base(start), tuner=method, teacher=teacher, memory=recipe.memory,
     )  # fmt: skip
     state.mkdir(parents=True, exist_ok=True)
     with open_checkpoint(Path(start)) as checkpoint:

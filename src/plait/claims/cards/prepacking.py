@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from plait.claims.claim import Bar, Claim, MeasurementError, Measurements, Quantity, Run
 from plait.claims.greedy import NEEDS
@@ -106,6 +110,67 @@ def _difference(one: list[Past], other: list[Past]) -> float:
     return max(worst)
 
 
+class _Peak(NamedTuple):
+    """What reading prompts takes.
+
+    Attributes:
+        held: bytes of keys and values, counted.
+        resident: bytes by which the process grew at its highest, keys and values included.
+    """
+
+    held: int
+    resident: int
+
+
+# A process of its own, so that no memory is reused that another way of reading has let go.
+_CHILD = "from plait.claims.cards.prepacking import tell_peak; tell_peak()"
+
+
+def tell_peak() -> None:
+    """In a fresh process: read the prompts on standard input in one way, and print what that took."""
+    import torch
+
+    from plait.engine import load
+    from plait.memory import allocated_bytes
+
+    task = json.loads(sys.stdin.read())
+    torch.set_num_threads(task["threads"])
+    lm = load("smollm2", weights="fp32")
+    way = {"packed": _packed, "padded": _padded}[task["way"]]
+    # What the first pass allocates for good is no part of it.
+    way(lm, [prompt[:2] for prompt in task["prompts"][:2]])
+    Path("/proc/self/clear_refs").write_text("5")  # the highest is the present one
+    before = _status("VmRSS")
+    pasts = way(lm, task["prompts"])
+    resident = _status("VmHWM") - before
+    strands = [strand for past in pasts for memory in past.memories("counted") for strand in memory.held()]
+    sys.stdout.write(json.dumps([allocated_bytes(strands), resident]))
+
+
+def _status(name: str) -> int:
+    """A number of bytes from the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def _peak(way: str, prompts: list[list[int]]) -> _Peak:
+    """What a fresh process takes to read the prompts in one way.
+
+    Raises:
+        MeasurementError: the process failed, or this system does not count what a process takes.
+    """
+    import torch
+
+    task = json.dumps({"way": way, "prompts": prompts, "threads": torch.get_num_threads()})
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD], input=task, capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MeasurementError(f"A fresh process could not read {way} prompts: {last}")
+    return _Peak(*json.loads(child.stdout))
+
+
 def _peer(prompts: list[list[int]]) -> Callable[[], Tensor]:
     """Transformers' forward pass over the prompts, padded as its users pad them."""
     import torch
@@ -149,6 +214,10 @@ def _measure(run: Run) -> Measurements:
         raise MeasurementError(
             f"Keys or values of packed and of single prompts differ by {difference:.2g}, so no speed is reported."
         )
+    peaks = {}
+    for way in ("packed", "padded"):
+        yield f"what a process takes to read {way} prompts"
+        peaks[way] = _peak(way, prompts)
     ways: dict[str, Callable[[], object]] = {
         "packed": lambda: _packed(lm, prompts),
         "padded": lambda: _padded(lm, prompts),
@@ -185,6 +254,10 @@ def _measure(run: Run) -> Measurements:
     return {
         "padding_ratio": Quantity(padding, "x", samples=len(prompts)),
         "max_difference": Quantity(difference, ""),
+        **{f"peak_{way}": Quantity(peak.resident / 1e6, "MB") for way, peak in peaks.items()},
+        **{f"held_{way}": Quantity(peak.held / 1e6, "MB") for way, peak in peaks.items()},
+        "peak_over_padded": Quantity(peaks["packed"].resident / peaks["padded"].resident, "x"),
+        "held_over_padded": Quantity(peaks["packed"].held / peaks["padded"].held, "x"),
         "speedup_over_padded": ratio("padded", "packed"),
         "share_of_padding_saved": ratio("padded", "packed", 1 / padding),
         "speedup_over_sorted": ratio("sorted", "packed"),
@@ -207,7 +280,8 @@ CLAIM = Claim(
     scale=(
         "SmolLM2-135M-Instruct in fp32; 32 runs of Python's manual, log-normal lengths of median 60, the longest 512; keys and "
         "values of every prompt compared with those of reading it alone. Padded to the longest, and in batches of 8 sorted by "
-        "length, in the same engine; Transformers padded on the left. Mixed: 16 requests of 8 to 1,024 tokens that come together, the mean time to their first tokens, against one padded pass. Turns in 3 rounds after a warm-up, medians of ratios."
+        "length, in the same engine; Transformers padded on the left. Memory: what a fresh process takes for "
+        "one such pass at its highest, and the keys and values that it holds then. Mixed: 16 requests of 8 to 1,024 tokens that come together, the mean time to their first tokens, against one padded pass. Turns in 3 rounds after a warm-up, medians of ratios."
     ),
     bars=(
         Bar(
@@ -223,6 +297,20 @@ CLAIM = Claim(
             value=3.0,
             unit="x",
             why="Lengths must be as uneven as the method is for; equal ones are measured apart.",
+        ),
+        Bar(
+            quantity="peak_over_padded",
+            relation="<=",
+            value=0.5,
+            unit="x",
+            why="What a process takes for rows, keys and values grows with the tokens that are read, and most of the padded are none.",
+        ),
+        Bar(
+            quantity="held_over_padded",
+            relation="<=",
+            value=0.5,
+            unit="x",
+            why="Keys and values of padding are stored too, until they are forgotten.",
         ),
         Bar(
             quantity="share_of_padding_saved",

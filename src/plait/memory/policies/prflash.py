@@ -6,6 +6,7 @@ Shapes: I and J number blocks of queries and keys.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ class PrFlash(Policy, name="prflash"):
 
     The draw depends on the seed, the layer and the two blocks alone, so it is the same in any chunking, for
     drafts and in every run. Nothing is dropped: memory grows as with full attention, and time a token with
-    the number of blocks that are kept. Loses quality on a model that was not trained with it.
+    the number of blocks that are kept. Loses quality on a model that was not trained with it; in training
+    (`plait train --memory`) every step has draws of its own.
 
     Parallel contexts are seen whole, because blocks of their positions are not one run of tokens.
 
@@ -67,6 +69,10 @@ class PrFlash(Policy, name="prflash"):
             raise ConfigError(
                 "PrFlash.correct needs mode=bernoulli; with a budget no block has a known weight."
             )
+
+    def redrawn(self, number: int) -> PrFlash:
+        # The draws of this policy itself are those of use, and of measurements.
+        return dataclasses.replace(self, seed=self.seed + 1 + number)
 
     def probabilities(self, row: int) -> Tensor:
         """Probability (I + 1,), float64, that row I keeps each of blocks 0 to I; 1 for those always kept."""
