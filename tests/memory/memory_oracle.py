@@ -35,7 +35,7 @@ LAYERS = {
     "harmonic": Heads(
         4, 2, 8, scale=8**-0.5, rope=Rope(frequencies(8)), bias=DistanceBias(SLOPES, "harmonic", limit=30)
     ),
-    "alibi": Heads(4, 4, 6, scale=0.5, bias=DistanceBias(SLOPES, "linear")),
+    "alibi": Heads(4, 4, 8, scale=0.5, bias=DistanceBias(SLOPES, "linear")),
 }
 GROUPED = LAYERS["grouped"]
 

@@ -10,12 +10,13 @@ import tempfile
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from plait.claims.claim import Run
+    from plait.engine import LanguageModel
     from plait.nn import Transformer
     from plait.text import Tokenizer
     from plait.train import Corpus, Recipe, TokenData
@@ -24,6 +25,7 @@ __all__ = [
     "Learned",
     "Tuning",
     "adapter_learned",
+    "byte_model",
     "model_learned",
     "small_model",
     "tuned",
@@ -124,6 +126,30 @@ def _library(run: Run, tokenizer: Tokenizer) -> tuple[TokenData, TokenData]:
         encoded(corpus.learned[: run.pick(100, 3)], tokenizer),
         encoded(corpus.held_out[-run.pick(20, 2) :], tokenizer),
     )
+
+
+def byte_model(run: Run, corpus: Corpus, *, rows: int, trained: int, **shape: Any) -> LanguageModel:
+    """A model of bytes with 2 blocks of width 96, trained for 600 steps, and loaded.
+
+    Args:
+        rows: bytes of a step.
+        trained: bytes of the longest piece of text in training.
+        shape: further fields of `plait.train.ModelShape`.
+    """
+    from plait.engine import load
+    from plait.train import ModelShape, Training, finish, language_model, train_new
+
+    recipe = dataclasses.replace(
+        language_model(),
+        shape=ModelShape(width=96, blocks=2, heads=4, kv_heads=4, inner=256, vocab_size=258, **shape),
+        training=Training(
+            steps=run.pick(600, 4), rows=rows, context=trained, learning_rate=3e-3, save_every=10_000,
+            evaluate_every=10_000, seed=run.seed,
+        ),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        finish(train_new(recipe, corpus, Path(folder)), Path(folder))
+        return load(folder)
 
 
 def small_model(run: Run, folder: Path, blocks: int = 4) -> Generator[str, None, tuple[Path, Corpus]]:

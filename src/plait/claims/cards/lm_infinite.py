@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
 from collections.abc import Generator
-from pathlib import Path
 
 from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
 from plait.claims.reading import decode_times, fill, filled_past, token_nats
@@ -15,23 +12,13 @@ __all__ = ["CLAIM"]
 
 def _far_beyond(run: Run) -> Generator[str, None, dict[str, Quantity]]:
     """What each part of the method does for a model of bytes that reads 16 times the length it was trained on."""
-    from plait.engine import load
-    from plait.train import ModelShape, Training, finish, language_model, python_corpus, train_new
+    from plait.claims.tuning import byte_model
+    from plait.train import python_corpus
 
     local, times, num_texts = 128, run.pick(16, 3), run.pick(6, 1)
     corpus = python_corpus(code=run.pick(0.5, 0.01))
-    recipe = dataclasses.replace(
-        language_model(),
-        shape=ModelShape(width=96, blocks=2, heads=4, kv_heads=4, inner=256, vocab_size=258, context=local),
-        training=Training(
-            steps=run.pick(600, 4), rows=8 * local, context=local, learning_rate=3e-3, save_every=10_000,
-            evaluate_every=10_000, seed=run.seed,
-        ),
-    )  # fmt: skip
     yield f"training a small model on {local} bytes"
-    with tempfile.TemporaryDirectory() as folder:
-        finish(train_new(recipe, corpus, Path(folder)), Path(folder))
-        lm = load(folder)
+    lm = byte_model(run, corpus, rows=8 * local, trained=local, context=local)
     long = [ids for ids in map(lm.tokenizer.encode, corpus.held_out) if len(ids) >= local * times]
     texts = [ids[: local * times] for ids in long[-num_texts:]]
     memories = {

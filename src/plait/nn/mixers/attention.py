@@ -17,7 +17,7 @@ from plait import ops
 from plait.errors import ConfigError
 from plait.memory import Heads, Memory, MemoryPlan, Rows, State, attend
 from plait.nn.config import Count, MixerConfig, NormConfig
-from plait.nn.distance_bias import DistanceBiasConfig, bias_of
+from plait.nn.distance_bias import BIASES, DistanceBiasConfig, bias_of
 from plait.nn.layers import Norm
 from plait.nn.mixers.base import Mixer
 from plait.nn.parameters import Parameters
@@ -65,6 +65,10 @@ class AttentionConfig(MixerConfig, name="attention"):
             raise ConfigError(
                 f"AttentionConfig.rope rotates {self.rope.dim} channels of heads of {self.head_dim}. "
                 "It must not rotate more than there are."
+            )
+        if self.distance_bias is not None and not hasattr(self.distance_bias, "name"):
+            raise ConfigError(
+                f"AttentionConfig.distance_bias must be one of {', '.join(BIASES.names())}. Got {self.distance_bias!r}."
             )
 
     def build(self, width: int, norm: NormConfig, parameters: Parameters) -> Attention:
