@@ -53,7 +53,8 @@ def test_answers_do_not_depend_on_batch_chunks_or_drafts(
         other = around(bias, rotary, byte_tokenizer, memory, draft)
         engine = other.new_engine(rows_per_step=13)
         running = [
-            engine.submit(other.request(other.encode(prompt), max_new_tokens=10, ignore_end=True)) for prompt in PROMPTS
+            engine.submit(other.request(other.encode(prompt), max_new_tokens=10, ignore_end=True))
+            for prompt in PROMPTS
         ]
         for _ in engine.run():
             pass
