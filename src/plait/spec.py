@@ -8,7 +8,8 @@ from `Spec`. Its fields declare what is allowed, in the annotation, and one plac
         size: Annotated[int, Field(ge=1)] = 1024
 
 `Window(size=64)` and the string `"window:size=64"` make the same object. Several methods are joined
-by commas, and a name without settings takes the defaults: `"infllm:local=4096,topk=16,gear:bits=4"`.
+by commas, and a name without settings takes the defaults: `"infllm:local=4096,topk=16,gear:bits=4"`. A setting that is
+a method itself is written by its name, `distance_bias=harmonic`, or as JSON, `distance_bias={"name":"harmonic","limit":64}`.
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ class Spec:
                 return value
             if isinstance(value, Mapping):
                 return cls.from_json(value)
+            if isinstance(value, str) and hasattr(cls, "axis") and not hasattr(cls, "name"):
+                return cls.axis.parse(value)
             raise ValueError(f"a {cls.__name__}")
 
         return core_schema.no_info_plain_validator_function(read)

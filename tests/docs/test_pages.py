@@ -19,6 +19,7 @@ from plait.claims import with_short_ledger
 from plait.decode.speculate import SPECULATORS
 from plait.memory import CODECS, POLICIES
 from plait.nn.config import MIXERS
+from plait.nn.distance_bias import BIASES
 from plait.weights import FORMATS
 
 PAGES = sorted(
@@ -129,7 +130,7 @@ def test_the_layers_are_those_of_the_contract() -> None:
 
 
 def test_every_method_has_a_page_and_a_row() -> None:
-    axes = (CODECS, POLICIES, FORMATS, SPECULATORS, MIXERS)
+    axes = (CODECS, POLICIES, FORMATS, SPECULATORS, MIXERS, BIASES)
     names = {name for axis in axes for name in axis.names()}
     pages: dict[str, str] = {}
     for cells in rows_of((METHODS / "index.md").read_text("utf-8"), "# Methods"):

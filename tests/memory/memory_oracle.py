@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plait.errors import ConfigError
 from plait.memory import Heads, Memory, MemoryPlan, Tree
-from plait.ops import Rope
+from plait.ops import DistanceBias, Rope
 
 # fp32 sums of up to a few hundred products of numbers near 1.
 TOLERANCE = 1e-5
@@ -27,10 +27,15 @@ def frequencies(dim: int) -> Tensor:
     return 1.0 / (10000.0 ** (torch.arange(0, dim, 2) / dim))
 
 
+SLOPES = torch.tensor([1.5, 0.5, 0.25, 0.06])
 LAYERS = {
     "grouped": Heads(4, 2, 8, scale=8**-0.5, rope=Rope(frequencies(8))),
     "no-positions": Heads(3, 3, 4, scale=0.5),
     "all-at-once": Heads(6, 2, 10, scale=0.4, softcap=3.0, rope=Rope(frequencies(6)), value_dim=7),
+    "harmonic": Heads(
+        4, 2, 8, scale=8**-0.5, rope=Rope(frequencies(8)), bias=DistanceBias(SLOPES, "harmonic", limit=30)
+    ),
+    "alibi": Heads(4, 4, 8, scale=0.5, bias=DistanceBias(SLOPES, "linear")),
 }
 GROUPED = LAYERS["grouped"]
 
@@ -129,8 +134,24 @@ class TokenTable:
             scores = torch.einsum("qthd,thd->hqt", torch.stack(rows), k) * heads.scale
         if heads.softcap is not None:
             scores = heads.softcap * torch.tanh(scores / heads.softcap)
+        apart = distance or (lambda query, key: query - key)
+        scores = scores + biases(heads, [[apart(at, key) for key in positions] for at in queries])
         weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
         return torch.einsum("hqt,thv->qhv", weights, v)
+
+
+def biases(heads: Heads, distances: Sequence[Sequence[int]]) -> Tensor:
+    """What a layer adds to scores at each distance, (H, Q, T), float64; harmonic numbers are added up term by term."""
+    bias = heads.bias
+    if bias is None:
+        return torch.zeros(heads.num_heads, 1, 1, dtype=torch.float64)
+
+    def cost(distance: int) -> float:
+        n = min(abs(distance), bias.limit or abs(distance))
+        return n if bias.schedule == "linear" else math.fsum(1 / t for t in range(1, n + 1))
+
+    table = torch.tensor([[cost(distance) for distance in row] for row in distances], dtype=torch.float64)
+    return -bias.slopes.double()[:, None, None] * table
 
 
 def turned(x: Tensor, positions: Sequence[int], heads: Heads) -> Tensor:

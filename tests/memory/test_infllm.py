@@ -19,6 +19,7 @@ from memory_oracle import (
     LAYERS,
     TokenTable,
     assert_equal_to,
+    biases,
     frequencies,
     ids_of,
     new_memory,
@@ -84,6 +85,7 @@ class Reference:
             s = (own * k).sum(dim=-1) * heads.scale
             if heads.softcap is not None:
                 s = heads.softcap * torch.tanh(s / heads.softcap)
+            s = s + biases(heads, [distances])[:, 0].T
             hidden = torch.tensor([j > i or j in lost for j in range(stop)])
             p = s.masked_fill(hidden[:, None], -math.inf).softmax(dim=0)
             outs.append(torch.einsum("th,thv->hv", p, v))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_oracle import LAYERS, TokenTable, assert_equal_to, ids_of, new_memory, turned
+from memory_oracle import LAYERS, TokenTable, assert_equal_to, biases, ids_of, new_memory, turned
 from torch import Tensor
 
 from plait.errors import ConfigError, IncompatibleError
@@ -60,6 +60,8 @@ def dense(
     scores = torch.einsum("qhd,thd->qht", q, k) * heads.scale
     if heads.softcap is not None:
         scores = heads.softcap * torch.tanh(scores / heads.softcap)
+    apart = [[query - key for key in positions] for query in positions[-len(new) :]]
+    scores = scores + biases(heads, apart).transpose(0, 1)
     stop = len(ids) - len(new)
     own = torch.ones(len(new), len(new), dtype=torch.bool).triu(1)[:, None]
     scores[:, :, stop:] = scores[:, :, stop:].masked_fill(own, -math.inf)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_oracle import GROUPED, LAYERS, TokenTable, assert_equal_to, ids_of, new_memory, turned
+from memory_oracle import GROUPED, LAYERS, TokenTable, assert_equal_to, biases, ids_of, new_memory, turned
 
 from plait.errors import ConfigError
 from plait.memory import FrozenStrand, MemoryPlan, Past
@@ -66,6 +66,7 @@ def test_equals_dense_attention_over_the_reported_blocks(
     scores = torch.einsum("qhd,thd->hqt", q, k) * heads.scale
     if heads.softcap is not None:
         scores = heads.softcap * torch.tanh(scores / heads.softcap)
+    scores = scores + biases(heads, [[i - j for j in range(60)] for i in range(60)])
     assert_equal_to(given_, torch.einsum("hqt,thv->qhv", (scores + weights).softmax(dim=-1), v))
 
 

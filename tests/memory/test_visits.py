@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from memory_oracle import GROUPED, LAYERS, TokenTable, assert_equal_to, ids_of, random_tree, turned
+from memory_oracle import GROUPED, LAYERS, TokenTable, assert_equal_to, biases, ids_of, random_tree, turned
 from torch import Tensor
 
 from plait.memory import Causal, FrozenStrand, Memory, MemoryPlan, Policy, Rows, Segment, attend
@@ -45,7 +45,7 @@ class Part:
 
     def visit(self, table: TokenTable, segment: Segment) -> Visit:
         keys, values = table.k[self.ids].transpose(0, 1), table.v[self.ids].transpose(0, 1)
-        strand = FrozenStrand(table.heads, keys, values, start=self.position)
+        strand = FrozenStrand(table.heads.unplaced, keys, values, start=self.position)
         mask = None if self.far is None else Far(segment.mask, self.far, segment.length)
         return Visit(strand, self.window, mask, self.turned_at, self.queries, self.log_weight)
 
@@ -63,6 +63,8 @@ def answer(table: TokenTable, new: list[int], mask: Mask, parts: list[Part]) -> 
         s = torch.einsum("qhd,thd->hqt", q, k) * heads.scale
         if heads.softcap is not None:
             s = heads.softcap * torch.tanh(s / heads.softcap)
+        # All its keys stand where the frame begins.
+        s = s + biases(heads, [[place] for place in places])
         for row, depth in enumerate(depths):
             for column in range(len(part.ids)):
                 distance = POSITION + depth - part.position - column

@@ -21,6 +21,7 @@ from plait.nn import (
     Transformer,
     TransformerConfig,
 )
+from plait.nn.distance_bias import Harmonic, Linear
 from plait.nn.mixers import AttentionConfig
 from plait.nn.rotary import LinearScaling, RopeConfig, YaRN
 
@@ -48,6 +49,9 @@ def block_configs(draw: st.DrawFn) -> BlockConfig:
             qkv_bias=draw(st.booleans()),
             output_bias=draw(st.booleans()),
             qk_norm=draw(st.booleans()),
+            distance_bias=draw(
+                st.sampled_from([None, Harmonic(limit=9), Linear(slopes="harmonic", weight=0.2, product=1.5)])
+            ),
         ),
         feed_forward=FeedForwardConfig(
             size=draw(st.integers(1, 20)),

@@ -21,8 +21,12 @@ def brute_force(
     scale: float,
     visible: Tensor | None = None,
     softcap: float | None = None,
+    added: Tensor | None = None,
 ) -> Partial:
-    """What `partial_attention` promises: q (Q, H, D), keys (G, T, D), values (G, T, V), visible (Q, T)."""
+    """What `partial_attention` promises: q (Q, H, D), keys (G, T, D), values (G, T, V), visible (Q, T).
+
+    `added` (H, Q, T) is added to the scores.
+    """
     num_queries, num_heads, _ = q.shape
     num_kv_heads, num_keys, value_dim = values.shape
     out = torch.zeros(num_queries, num_heads, value_dim, dtype=torch.float64)
@@ -36,6 +40,8 @@ def brute_force(
             scores = keys[group, seen].double() @ q[row, head].double() * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
+            if added is not None:
+                scores = scores + added[head, row, seen].double()
             out[row, head] = torch.softmax(scores, dim=0) @ values[group, seen].double()
             lse[row, head] = torch.logsumexp(scores, dim=0)
     return Partial(out, lse)

@@ -15,6 +15,7 @@ from plait.cli.main import app
 from plait.engine import LanguageModel
 from plait.errors import ConfigError
 from plait.memory import Rows
+from plait.nn.mixers import AttentionConfig
 from plait.train import (
     Corpus,
     Distillation,
@@ -198,3 +199,29 @@ def test_a_token_that_cannot_be_spared_is_refused(smollm2_gguf: Path) -> None:
     model, tokenizer, template = open_start(str(smollm2_gguf), placeholder="<empty_output>")
     assert model.config.placeholder == tokenizer.id_of("<empty_output>")
     assert template is not None
+
+
+@pytest.mark.parametrize(
+    "changes", ["distance_bias=harmonic", 'rotary=false,distance_bias={"name":"linear"}']
+)
+def test_a_model_with_a_bias_by_distance_is_trained_and_opens(
+    tmp_path: Path, run: Callable[..., Result], changes: str
+) -> None:
+    text, out = tmp_path / "a.txt", tmp_path / "model"
+    text.write_text(LINES)
+    shape = f"{SHAPE},{changes}"
+    result = run(
+        "train", "lm", str(text), "--out", str(out), "--shape", shape, "--training", TRAINING, "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    lm = plait.load(out)
+    mixer = lm.model.config.blocks[0].mixer
+    assert isinstance(mixer, AttentionConfig)
+    assert mixer.distance_bias == changed(ModelShape(), changes).distance_bias
+    assert (mixer.rope is None) == changes.startswith("rotary")
+    score = lm.score(LINES[:400])
+    assert score.nats / score.tokens == pytest.approx(told["loss"], abs=0.6)
+    before = (out / "model.safetensors").read_bytes()
+    assert run("train", "lm", "--out", str(out), "--resume").exit_code == 0
+    assert (out / "model.safetensors").read_bytes() == before

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,24 +129,34 @@ def _library(run: Run, tokenizer: Tokenizer) -> tuple[TokenData, TokenData]:
 
 
 def byte_model(
-    run: Run, corpus: Corpus, context: int, *, rows: int, steps: int, memory: str = "full"
+    run: Run, corpus: Corpus, *, rows: int, trained: int, steps: int = 600, memory: str = "full", **shape: Any
 ) -> LanguageModel:
-    """A model of bytes, two blocks of width 96, trained here on one context and through one memory.
+    """A model of bytes with 2 blocks of width 96, trained here, and loaded.
 
     Args:
-        context: bytes of the longest piece.
         rows: bytes of a step.
+        trained: bytes of the longest piece of text in training.
         steps: of a run that is not quick.
         memory: what it learns to read through.
+        shape: further fields of `plait.train.ModelShape`; the context is `trained` when left out.
     """
     from plait.engine import load
     from plait.train import ModelShape, Training, finish, language_model, train_new
 
+    sizes = {
+        "width": 96,
+        "blocks": 2,
+        "heads": 4,
+        "kv_heads": 4,
+        "inner": 256,
+        "vocab_size": 258,
+        "context": trained,
+    }
     recipe = dataclasses.replace(
         language_model(),
-        shape=ModelShape(width=96, blocks=2, heads=4, kv_heads=4, inner=256, vocab_size=258, context=context),
+        shape=ModelShape(**{**sizes, **shape}),
         training=Training(
-            steps=run.pick(steps, 4), rows=rows, context=context, learning_rate=3e-3, save_every=10_000,
+            steps=run.pick(steps, 4), rows=rows, context=trained, learning_rate=3e-3, save_every=10_000,
             evaluate_every=10_000, seed=run.seed,
         ),
         measured=run.pick(2048, 256),

@@ -35,6 +35,7 @@ def methods(
     from plait.decode.speculate import SPECULATORS
     from plait.memory import CODECS, POLICIES
     from plait.nn.config import MIXERS
+    from plait.nn.distance_bias import BIASES
     from plait.train import OBJECTIVES, TUNERS
     from plait.weights import FORMATS
     from plait.weights.adapters import ADAPTERS
@@ -46,6 +47,7 @@ def methods(
         "weights": FORMATS,
         "drafts": SPECULATORS,
         "mixers": MIXERS,
+        "biases": BIASES,
         "objectives": OBJECTIVES,
         "tuners": TUNERS,
         "adapters": ADAPTERS,

@@ -117,7 +117,7 @@ class CodedStrand(Strand):
 
     def attend(self, q: Tensor, first_query: int, mask: Mask, window: int | None = None) -> Partial:
         value_dim = self.heads.value_dim or self.heads.head_dim
-        form = self.native_form() if native.takes((q, mask)) else None
+        form = self.native_form() if native.takes((q, mask, self.heads.bias)) else None
         if form is None:
             return self._attend_in_torch(q, first_query, mask, window)
         return coded_attention(
@@ -153,12 +153,11 @@ class CodedStrand(Strand):
                 q if wide is None else wide,
                 keys,
                 values,
-                scale=self.heads.scale,
+                **self.heads.scoring,
                 mask=mask,
                 first_query=first_query,
                 first_key=first_key,
                 window=window,
-                softcap=self.heads.softcap,
             )
             parts.append(part)
         value_dim = self.heads.value_dim or self.heads.head_dim

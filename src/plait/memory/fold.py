@@ -17,7 +17,18 @@ from plait.errors import ConfigError
 from plait.memory.plan import Seen, Visit
 from plait.memory.rows import Rows, Segment, check_pasts
 from plait.memory.strand import Heads
-from plait.ops import Causal, Everything, Mask, Partial, SomeQueries, Tree, empty_partial, merge, rotate
+from plait.ops import (
+    Causal,
+    Everything,
+    Mask,
+    Partial,
+    Placed,
+    SomeQueries,
+    Tree,
+    empty_partial,
+    merge,
+    rotate,
+)
 
 if TYPE_CHECKING:
     from plait.memory.memory import Memory
@@ -78,7 +89,12 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
         if len(whole) > 1:
             visit = whole[0][2]
             queries = [in_frame.of_visit(visit, rows.segments[index]) for index, _, visit in whole]
-            stacked = visit.strand.attend(torch.cat(queries), 0, Everything())
+            mask: Mask = Everything()
+            if visit.strand.heads.bias is not None:
+                mask = Placed(
+                    mask, torch.cat([_places(visit, rows.segments[index]) for index, _, visit in whole])
+                )
+            stacked = _answer(visit, heads, torch.cat(queries), 0, mask)
             start = 0
             for (index, place, _), own in zip(whole, queries, strict=True):
                 stop = start + len(own)
@@ -88,7 +104,7 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
         for index, place, visit in visitors:
             if parts[index][place] is None:
                 segment = rows.segments[index]
-                parts[index][place] = _visit(visit, segment, in_frame.of_visit(visit, segment))
+                parts[index][place] = _visit(visit, heads, segment, in_frame.of_visit(visit, segment))
 
     value_dim = v.shape[-1]
     outs = []
@@ -124,7 +140,7 @@ def _attend_in_turns(
     return torch.cat(outs)[torch.cat(order).argsort()]
 
 
-def _visit(visit: Visit, segment: Segment, queries: Tensor) -> Partial:
+def _visit(visit: Visit, heads: Heads, segment: Segment, queries: Tensor) -> Partial:
     """The part that a segment's visiting queries (n, H, D) see of a strand."""
     mask, first_query = visit.mask or segment.mask, segment.position
     if visit.queries is not None:
@@ -133,7 +149,28 @@ def _visit(visit: Visit, segment: Segment, queries: Tensor) -> Partial:
             first_query += visit.queries.start
         else:
             mask = SomeQueries(mask, visit.queries, segment.length)
-    return visit.strand.attend(queries, first_query, mask, visit.window)
+    if visit.turned_at is not None and visit.strand.heads.bias is not None:
+        mask = Placed(mask, _places(visit, segment) - first_query)
+    return _answer(visit, heads, queries, first_query, mask, visit.window)
+
+
+def _answer(
+    visit: Visit, heads: Heads, queries: Tensor, first_query: int, mask: Mask, window: int | None = None
+) -> Partial:
+    """The part that queries see of a strand, with the bias of a layer's heads for keys that stand nowhere."""
+    part = visit.strand.attend(queries, first_query, mask, window)
+    if heads.bias is None or visit.strand.heads.bias is not None:
+        return part
+    assert visit.turned_at is not None, "keys that are not turned are visited at a distance"
+    return Partial(part.out, part.lse + heads.bias.at(visit.turned_at).to(part.lse.device))
+
+
+def _places(visit: Visit, segment: Segment) -> Tensor:
+    """Sequence positions (n,) at which a segment's visiting queries stand for the keys of a strand."""
+    queries = range(segment.length) if visit.queries is None else visit.queries
+    if visit.turned_at is not None:
+        return torch.full((len(queries),), visit.strand.offset + visit.turned_at)
+    return segment.position + segment.mask.depths(segment.length)[queries.start : queries.stop]
 
 
 def _merged(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from plait import ops
 from plait.errors import CapacityError, ConfigError
-from plait.ops import Angles, Mask, Partial, Rope, rotate
+from plait.ops import Angles, DistanceBias, Mask, Partial, Rope, Scoring, rotate
 from plait.ops.coded import CODED, CodedForm
 from plait.ops.native import NUMBERS
 
@@ -34,9 +35,11 @@ class Heads:
         softcap: c in `c * tanh(score / c)`, or None.
         rope: rotary positions, or None where positions are not rotary.
         value_dim: size V of a value; `head_dim` when left out.
+        bias: what is taken off the scores by distance, or None.
 
     Raises:
-        ConfigError: `num_kv_heads` does not divide `num_heads`, or `softcap` is not above 0.
+        ConfigError: `num_kv_heads` does not divide `num_heads`, `softcap` is not above 0, or `bias` is of another
+            number of heads.
     """
 
     num_heads: int
@@ -46,6 +49,7 @@ class Heads:
     softcap: float | None = None
     rope: Rope | None = None
     value_dim: int | None = None
+    bias: DistanceBias | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -54,6 +58,30 @@ class Heads:
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ConfigError(f"Heads.softcap must be above 0, or None. Got {self.softcap}.")
+        if self.bias is not None and len(self.bias.slopes) != self.num_heads:
+            raise ConfigError(
+                f"Heads.bias must have a slope for each of {self.num_heads} heads. Got {len(self.bias.slopes)}."
+            )
+
+    @property
+    def scoring(self) -> Scoring:
+        """How a query and a key that it sees are scored, as the operations take it."""
+        return {"scale": self.scale, "softcap": self.softcap, "bias": self.bias}
+
+    @cached_property
+    def unplaced(self) -> Heads:
+        """The geometry of keys that stand nowhere, so that their distance is known to whoever visits them."""
+        return self if self.bias is None else replace(self, bias=None)
+
+    def tempered(self, temperature: float) -> Heads:
+        """The same heads with every score divided by a temperature."""
+        # A soft cap c is part of the score: c tanh(s / c) / T is the cap c / T of the score s / T.
+        return replace(
+            self,
+            scale=self.scale / temperature,
+            softcap=None if self.softcap is None else self.softcap / temperature,
+            bias=None if self.bias is None else self.bias.divided_by(temperature),
+        )
 
 
 class Layout(NamedTuple):
@@ -292,16 +320,17 @@ class FrozenStrand(Strand):
             q,
             self.keys,
             self.values,
-            scale=self.heads.scale,
+            **self.heads.scoring,
             mask=mask,
             first_query=first_query,
             first_key=self.position,
             window=window,
-            softcap=self.heads.softcap,
         )
 
     def turned_back(self, positions: Tensor | None = None) -> FrozenStrand:
         """The same tokens with keys that are not rotated, for queries that a visit pins to one position.
+
+        Their scores have no bias: the visit knows the distance at which they are seen.
 
         Args:
             positions: (T,) sequence positions of the tokens; one after the other when left out.
@@ -314,7 +343,7 @@ class FrozenStrand(Strand):
             # The amplitude stays on the keys: only their angle is taken back.
             back = Angles(angles.cos / rope.amplitude, -angles.sin / rope.amplitude)
             keys = rotate(keys.transpose(0, 1).float(), back).to(keys.dtype).transpose(0, 1)
-        return FrozenStrand(self.heads, keys, self.values, start=self.position)
+        return FrozenStrand(self.heads.unplaced, keys, self.values, start=self.position)
 
     def split(self, at: int) -> tuple[Self, Self]:
         front, back = copy.copy(self), copy.copy(self)

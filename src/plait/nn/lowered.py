@@ -58,6 +58,8 @@ def obstacle(model: Transformer) -> str | None:
         mixer, feed_forward = block.mixer, block.feed_forward
         if not isinstance(mixer, Attention) or block.norms == "post":
             return "it has blocks other than pre-normalised attention"
+        if mixer.heads.bias is not None:
+            return "its attention has a bias by distance"
         if feed_forward.config.size % 32 or config.width % 32 or mixer.config.head_dim > 1024:
             return "its widths are not multiples of 32, or its heads are too wide"
         inner.add((feed_forward.config.size, mixer.config.num_heads * mixer.config.head_dim))

@@ -78,7 +78,8 @@ def written_settings(config: TransformerConfig) -> tuple[Family, dict[str, Any]]
     if read is None or read != replace(config, family=read.family):
         raise ConfigError(
             f"A config.json of family {family.name} cannot describe this model: its blocks differ, or have what the "
-            "family has not. Change the model to plain rotary attention in equal blocks."
+            "family has not. Change the model to plain rotary attention in equal blocks, or its family to plait, "
+            "which is written with any attention."
         )
     return family, settings
 

@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 
 from plait.ops import attention, native, partial, reference, rope
 from plait.ops.additive import AdditiveMatrix, has_native_vectors
+from plait.ops.attention import Scoring
 from plait.ops.bits import (
     WORD,
     WORD_TILE,
@@ -21,8 +22,9 @@ from plait.ops.bits import (
     sign_words,
     words_of_bits,
 )
+from plait.ops.distance_bias import DistanceBias
 from plait.ops.grid import GridMatrix, has_native_grids
-from plait.ops.masks import Causal, Everything, Far, Mask, SomeQueries, Tree, View
+from plait.ops.masks import Causal, Everything, Far, Mask, Placed, SomeQueries, Tree, View
 from plait.ops.native import PackedMatrix, has_packed_form
 from plait.ops.partial import Partial, empty_partial, merge_all
 from plait.ops.reference import activate, layer_norm
@@ -35,13 +37,16 @@ __all__ = [
     "AdditiveMatrix",
     "Angles",
     "Causal",
+    "DistanceBias",
     "Everything",
     "Far",
     "GridMatrix",
     "Mask",
     "PackedMatrix",
     "Partial",
+    "Placed",
     "Rope",
+    "Scoring",
     "SomeQueries",
     "StackMatrix",
     "Tree",
@@ -70,7 +75,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _either(plain: Callable[P, R], fast: Callable[P, R]) -> Callable[P, R]:
+def _either(plain: Callable[P, R], fast: Callable[..., R]) -> Callable[P, R]:
+    # The native form need not know every argument of the reference: `native.takes` refuses the others.
     @wraps(plain)
     def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
         if native.is_everywhere() and native.takes((*args, *kwargs.values())):

@@ -7,22 +7,29 @@ from typing import NotRequired, TypedDict, Unpack
 from torch import Tensor
 
 from plait.ops import reference
+from plait.ops.distance_bias import DistanceBias
 from plait.ops.fused import fused_attention
 from plait.ops.masks import Mask
 from plait.ops.partial import Partial
 
-__all__ = ["AttentionOptions", "partial_attention"]
+__all__ = ["AttentionOptions", "Scoring", "partial_attention"]
 
 
-class AttentionOptions(TypedDict):
-    """What every form of partial attention takes beside its tensors; see `reference.partial_attention`."""
+class Scoring(TypedDict):
+    """How a query and a key that it sees are scored; see `reference.partial_attention`."""
 
     scale: float
+    softcap: NotRequired[float | None]
+    bias: NotRequired[DistanceBias | None]
+
+
+class AttentionOptions(Scoring):
+    """What every form of partial attention takes beside its tensors; see `reference.partial_attention`."""
+
     mask: NotRequired[Mask | None]
     first_query: NotRequired[int]
     first_key: NotRequired[int]
     window: NotRequired[int | None]
-    softcap: NotRequired[float | None]
 
 
 def partial_attention(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from plait.ops.distance_bias import DistanceBias
 from plait.ops.masks import Causal, Everything, Mask
 from plait.ops.partial import Partial, merge
 
@@ -28,14 +29,17 @@ def fused_attention(
     first_key: int = 0,
     window: int | None = None,
     softcap: float | None = None,
+    bias: DistanceBias | None = None,
 ) -> Partial | None:
     """As `reference.partial_attention`; None where the kernel does not apply.
 
-    It applies to fp32 on a CPU without gradients or soft cap, when every query sees every key, or
+    It applies to fp32 on a CPU without gradients, soft cap or bias, when every query sees every key, or
     when the queries are the last rows of the strand and see all that comes before them.
     """
     num_queries, num_keys = q.shape[0], keys.shape[1]
-    if softcap is not None or num_queries == 0 or num_keys == 0 or not _is_plain(q, keys, values):
+    if softcap is not None or bias is not None or not _is_plain(q, keys, values):
+        return None
+    if num_queries == 0 or num_keys == 0:
         return None
     mask = mask or Everything()
     low, high, visible = mask.view(first_query, range(num_queries), first_key, num_keys, window, q.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plait.errors import ConfigError
 
-__all__ = ["Causal", "Everything", "Far", "Mask", "SomeQueries", "Tree", "View"]
+__all__ = ["Causal", "Everything", "Far", "Mask", "Placed", "SomeQueries", "Tree", "View"]
 
 
 class View(NamedTuple):
@@ -45,6 +45,23 @@ class Mask:
             ConfigError: the mask was made for another number of queries.
         """
         return torch.arange(num_queries)
+
+    def positions(self, first_query: int, queries: range) -> Tensor:
+        """Where a block of the segment's queries stands, (queries,) int64; see `view`."""
+        return torch.arange(first_query + queries.start, first_query + queries.stop)
+
+    def key_positions(self, first_query: int, first_key: int, keys: range) -> Tensor:
+        """Where some of a strand's keys stand, (keys,) int64; see `view`.
+
+        Args:
+            keys: indices within the strand.
+        """
+        return torch.arange(first_key + keys.start, first_key + keys.stop)
+
+    def distances(self, first_query: int, queries: range, first_key: int, keys: range) -> Tensor:
+        """Positions from each key (column) up to each query (row), (queries, keys) int64."""
+        rows = self.positions(first_query, queries)
+        return rows[:, None] - self.key_positions(first_query, first_key, keys)
 
     def view(
         self,
@@ -81,8 +98,8 @@ class Everything(Mask):
     ) -> View:
         if window is None:
             return View(0, num_keys, None)
-        distance = _distance(first_query, queries, first_key, range(num_keys), device)
-        return View(0, num_keys, distance.abs() < window)
+        distance = self.distances(first_query, queries, first_key, range(num_keys))
+        return View(0, num_keys, (distance.abs() < window).to(device))
 
 
 @dataclass(frozen=True)
@@ -103,9 +120,9 @@ class Causal(Mask):
         low = 0 if window is None else min(max(first - window + 1, 0), high)
         if high - 1 <= first and (window is None or last - low < window):
             return View(low, high, None)
-        distance = _distance(first_query, queries, first_key, range(low, high), device)
+        distance = self.distances(first_query, queries, first_key, range(low, high))
         seen = distance >= 0
-        return View(low, high, seen if window is None else seen & (distance < window))
+        return View(low, high, (seen if window is None else seen & (distance < window)).to(device))
 
 
 @dataclass(frozen=True)
@@ -152,6 +169,14 @@ class Tree(Mask):
             )
         return self._depths
 
+    def positions(self, first_query: int, queries: range) -> Tensor:
+        return first_query + self._depths[queries.start : queries.stop]
+
+    def key_positions(self, first_query: int, first_key: int, keys: range) -> Tensor:
+        rows = torch.arange(first_key + keys.start, first_key + keys.stop)
+        nodes = (rows - first_query).clamp(0, len(self.parents) - 1)
+        return torch.where(rows < first_query, rows, first_query + self._depths[nodes])
+
     def view(
         self,
         first_query: int,
@@ -195,6 +220,12 @@ class Far(Mask):
     def depths(self, num_queries: int) -> Tensor:
         return self.base.depths(num_queries)
 
+    def positions(self, first_query: int, queries: range) -> Tensor:
+        return self.base.positions(first_query, queries)
+
+    def key_positions(self, first_query: int, first_key: int, keys: range) -> Tensor:
+        return self.base.key_positions(first_query, first_key, keys)
+
     def view(
         self,
         first_query: int,
@@ -204,17 +235,12 @@ class Far(Mask):
         window: int | None = None,
         device: torch.device | None = None,
     ) -> View:
-        depths = self.base.depths(self.num_queries)
-        positions = first_query + depths[queries.start : queries.stop]
-        nearest = int(positions.max()) - self.distance
+        nearest = int(self.positions(first_query, queries).max()) - self.distance
         if nearest < first_query:
             # Only the past is far enough, so that later keys need not be looked at.
             num_keys = min(num_keys, max(nearest - first_key + 1, 0))
         low, high, visible = self.base.view(first_query, queries, first_key, num_keys, window)
-        rows = torch.arange(first_key + low, first_key + high)
-        own = (rows - first_query).clamp(0, self.num_queries - 1)
-        keys = torch.where(rows < first_query, rows, first_query + depths[own])
-        seen = positions[:, None] - keys >= self.distance
+        seen = self.distances(first_query, queries, first_key, range(low, high)) >= self.distance
         if visible is not None:
             seen &= visible
         return View(low, high, None if bool(seen.all()) else seen.to(device))
@@ -237,6 +263,12 @@ class SomeQueries(Mask):
     def depths(self, num_queries: int) -> Tensor:
         return self.base.depths(self.num_queries)[self.chosen.start : self.chosen.stop]
 
+    def positions(self, first_query: int, queries: range) -> Tensor:
+        return self.base.positions(first_query, self.chosen[queries.start : queries.stop])
+
+    def key_positions(self, first_query: int, first_key: int, keys: range) -> Tensor:
+        return self.base.key_positions(first_query, first_key, keys)
+
     def view(
         self,
         first_query: int,
@@ -250,10 +282,34 @@ class SomeQueries(Mask):
         return self.base.view(first_query, block, first_key, num_keys, window, device)
 
 
-def _distance(
-    first_query: int, queries: range, first_key: int, keys: range, device: torch.device | None
-) -> Tensor:
-    """Positions from each key (column) up to each query (row)."""
-    rows = torch.arange(first_query + queries.start, first_query + queries.stop, device=device)
-    columns = torch.arange(first_key + keys.start, first_key + keys.stop, device=device)
-    return rows[:, None] - columns[None, :]
+@dataclass(frozen=True, eq=False)
+class Placed(Mask):
+    """Queries that see what they see under another mask, while distances are counted from other places.
+
+    Args:
+        base: what is seen, and where keys stand.
+        places: (Q,) int64, where each query stands, counted from the first query's position.
+    """
+
+    base: Mask
+    places: Tensor
+
+    def depths(self, num_queries: int) -> Tensor:
+        return self.base.depths(num_queries)
+
+    def positions(self, first_query: int, queries: range) -> Tensor:
+        return first_query + self.places[queries.start : queries.stop]
+
+    def key_positions(self, first_query: int, first_key: int, keys: range) -> Tensor:
+        return self.base.key_positions(first_query, first_key, keys)
+
+    def view(
+        self,
+        first_query: int,
+        queries: range,
+        first_key: int,
+        num_keys: int,
+        window: int | None = None,
+        device: torch.device | None = None,
+    ) -> View:
+        return self.base.view(first_query, queries, first_key, num_keys, window, device)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ConfigError
+from plait.ops.distance_bias import DistanceBias
 from plait.ops.masks import Causal, Everything, Mask, Tree
 from plait.ops.partial import Partial
 from plait.ops.rope import Angles
@@ -96,7 +97,10 @@ def is_everywhere() -> bool:
 
 
 def takes(arguments: Iterable[Any]) -> bool:
-    """Whether the native form can compute on these arguments: floats on the CPU, with no gradient asked for."""
+    """Whether the native form can compute on these arguments: floats on the CPU, with no gradient asked for.
+
+    It knows plain, causal and tree masks, and no bias by distance.
+    """
     needs_grad = torch.is_grad_enabled()
     for argument in arguments:
         if isinstance(argument, Tensor):
@@ -110,7 +114,9 @@ def takes(arguments: Iterable[Any]) -> bool:
         elif isinstance(argument, Angles):
             if not takes((argument.cos, argument.sin)):
                 return False
-        elif isinstance(argument, Mask) and type(argument) not in _MASKS:
+        elif isinstance(argument, DistanceBias) or (
+            isinstance(argument, Mask) and type(argument) not in _MASKS
+        ):
             return False
     return True
 

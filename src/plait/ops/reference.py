@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plait.ops.distance_bias import DistanceBias
 from plait.ops.masks import Everything, Mask
 from plait.ops.partial import Partial, empty_partial
 
@@ -89,6 +90,7 @@ def partial_attention(
     first_key: int = 0,
     window: int | None = None,
     softcap: float | None = None,
+    bias: DistanceBias | None = None,
 ) -> Partial:
     """Attention of every query over these keys, as a part that can be merged with others.
 
@@ -101,6 +103,7 @@ def partial_attention(
         first_query, first_key: positions of the first query and the first key, for the mask.
         window: a key this many positions or more before a query is hidden; None for no limit.
         softcap: c in `c * tanh(score / c)`, or None.
+        bias: what is taken off the scores, capped ones too, by the distance that the mask knows; None for nothing.
 
     Returns:
         `out` (Q, H, V) and `lse` (Q, H), fp32.
@@ -121,11 +124,14 @@ def partial_attention(
         rows = len(block)
         q_GMD = q_GNQD[:, :, start : start + rows].reshape(num_kv_heads, group * rows, head_dim)
         scores = torch.bmm(q_GMD, keys[:, low:high].float().transpose(1, 2))
+        scores = scores.view(num_heads, rows, high - low)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
+        if bias is not None:
+            scores = bias.applied(scores, mask.distances(first_query, block, first_key, range(low, high)))
         if visible is not None:
-            scores = scores.view(num_kv_heads, group, rows, high - low).masked_fill(~visible, -math.inf)
-            scores = scores.view(num_kv_heads, group * rows, high - low)
+            scores = scores.masked_fill(~visible, -math.inf)
+        scores = scores.view(num_kv_heads, group * rows, high - low)
         out, lse = _softmax_times(scores, values[:, low:high].float())
         parts.append((out.view(num_kv_heads, group, rows, value_dim), lse.view(num_kv_heads, group, rows)))
     out_GNQV, lse_GNQ = (

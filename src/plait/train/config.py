@@ -12,6 +12,7 @@ from pydantic import Field
 from plait.errors import ConfigError
 from plait.memory import MemoryPlan
 from plait.nn import BlockConfig, FeedForwardConfig, NormConfig, TransformerConfig
+from plait.nn.distance_bias import DistanceBiasConfig
 from plait.nn.mixers import AttentionConfig
 from plait.nn.rotary import RopeConfig
 from plait.spec import Spec, settings_of
@@ -32,7 +33,7 @@ FULL = "full"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape(Spec):
-    """The size of a new model of Llama's kind: rotary attention, RMS norms, gated feed-forwards, tied head.
+    """A new model of Llama's kind: RMS norms, gated feed-forwards, tied head, and rotary attention unless said otherwise.
 
     Args:
         width: of a row between blocks.
@@ -41,6 +42,9 @@ class ModelShape(Spec):
         inner: width of the feed-forwards.
         vocab_size: tokens to learn from the corpus; the model has as many as were found.
         context: longest sequence, in tokens.
+        rotary: whether queries and keys are rotated.
+        distance_bias: what is taken off scores by distance, such as `harmonic` or `linear`, or none. Models that have
+            one, or are not rotary, are files that Plait alone opens.
     """
 
     width: Count = 384
@@ -50,6 +54,8 @@ class ModelShape(Spec):
     inner: Count = 1024
     vocab_size: Annotated[int, Field(ge=258)] = 4096
     context: Annotated[int, Field(ge=2)] = 512
+    rotary: bool = True
+    distance_bias: DistanceBiasConfig | None = None
 
     def check(self) -> None:
         if self.width % self.heads or self.width // self.heads % 2:
@@ -61,11 +67,15 @@ class ModelShape(Spec):
         """The model, for a vocabulary that has been learned."""
         head_dim = self.width // self.heads
         mixer = AttentionConfig(
-            num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=head_dim, rope=RopeConfig(dim=head_dim)
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=head_dim,
+            rope=RopeConfig(dim=head_dim) if self.rotary else None,
+            distance_bias=self.distance_bias,
         )
         block = BlockConfig(mixer=mixer, feed_forward=FeedForwardConfig(size=self.inner))
         return TransformerConfig(
-            family="llama",
+            family="llama" if self.rotary and self.distance_bias is None else "plait",
             vocab_size=vocab_size,
             width=self.width,
             blocks=(block,) * self.blocks,

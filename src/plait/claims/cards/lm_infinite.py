@@ -18,7 +18,7 @@ def _far_beyond(run: Run) -> Generator[str, None, dict[str, Quantity]]:
     local, times, num_texts = 128, run.pick(16, 3), run.pick(6, 1)
     corpus = python_corpus(code=run.pick(0.5, 0.01))
     yield f"training a small model on {local} bytes"
-    lm = byte_model(run, corpus, local, rows=8 * local, steps=600)
+    lm = byte_model(run, corpus, rows=8 * local, trained=local)
     long = [ids for ids in map(lm.tokenizer.encode, corpus.held_out) if len(ids) >= local * times]
     texts = [ids[: local * times] for ids in long[-num_texts:]]
     memories = {

@@ -53,7 +53,9 @@ def _trained(run: Run) -> Generator[str, None, dict[str, Quantity]]:
     models = {}
     for name, memory in (("full", "full"), ("prflash", str(policy))):
         yield f"training a small model of {context} bytes through {memory}"
-        models[name] = byte_model(run, corpus, context, rows=run.pick(1024, 64), steps=500, memory=memory)
+        models[name] = byte_model(
+            run, corpus, rows=run.pick(1024, 64), trained=context, steps=500, memory=memory
+        )
     tokenizer = models["full"].tokenizer
     long = [ids for ids in map(tokenizer.encode, corpus.held_out) if len(ids) >= context]
     texts = [ids[:context] for ids in long[-run.pick(24, 1) :]]

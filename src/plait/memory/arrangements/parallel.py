@@ -13,7 +13,6 @@ the mass, which grows with the number of contexts.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
@@ -60,14 +59,8 @@ class ParallelGroup(Strand):
         self.temperature, self.scale = temperature, scale
         self.heads = self.contexts[0][0].heads
         self.offset, self.start = 0, self.contexts[0][0].position
-        # A soft cap c is part of the score: c tanh(s / c) / T is the cap c / T of the score s / T.
-        softcap = self.heads.softcap
-        tempered = dataclasses.replace(
-            self.heads,
-            scale=self.heads.scale / temperature,
-            softcap=None if softcap is None else softcap / temperature,
-        )
-        self._strands = _with_heads(self.contexts, self.heads if temperature == 1 else tempered)
+        heads = self.heads if temperature == 1 else self.heads.tempered(temperature)
+        self._strands = _with_heads(self.contexts, heads)
 
     def __len__(self) -> int:
         return max(context[-1].position + len(context[-1]) for context in self.contexts) - self.start

@@ -366,7 +366,7 @@ class ThinStrand(Strand):
         return CodedForm(keys, values, first)
 
     def attend(self, q: Tensor, first_query: int, mask: Mask, window: int | None = None) -> Partial:
-        form = self.native_form() if native.takes((q, mask)) else None
+        form = self.native_form() if native.takes((q, mask, self.heads.bias)) else None
         if form is None:
             return self._attend_in_torch(q, first_query, mask, window)
         return coded_attention(
@@ -410,9 +410,7 @@ class ThinStrand(Strand):
 
     def weighed_by(self, heads: Heads) -> Self:
         twin = super().weighed_by(heads)
-        twin.inner = self.inner.weighed_by(
-            replace(self.inner.heads, scale=heads.scale, softcap=heads.softcap)
-        )
+        twin.inner = self.inner.weighed_by(replace(self.inner.heads, **heads.scoring))
         return twin
 
     def copied(self) -> Self:

@@ -237,10 +237,12 @@ class InfLLM(FirstAndLast, name="infllm"):
                     if heads.softcap is not None:
                         scores = heads.softcap * torch.tanh(scores / heads.softcap)
                     scores = scores.unflatten(1, (group, -1)).flatten(0, 1)  # (H, Q, T)
-                    shares = (scores - asked.lse[rows].T[..., None]).exp()
                     distance = positions[:, None] - torch.arange(
                         strand.position, strand.position + len(strand)
                     )
+                    if heads.bias is not None:
+                        scores = heads.bias.applied(scores, distance)
+                    shares = (scores - asked.lse[rows].T[..., None]).exp()
                     shares = shares.masked_fill((distance < 0) | (distance >= self.local), 0.0)
                     notes.mass.add(strand.position, shares.sum(dim=1))
             if not notes.learned and len(asked.positions):

@@ -17,6 +17,7 @@ from plait import ops
 from plait.errors import ConfigError
 from plait.memory import Heads, Memory, MemoryPlan, Rows, State, attend
 from plait.nn.config import Count, MixerConfig, NormConfig
+from plait.nn.distance_bias import BIASES, DistanceBiasConfig, bias_of
 from plait.nn.layers import Norm
 from plait.nn.mixers.base import Mixer
 from plait.nn.parameters import Parameters
@@ -40,6 +41,7 @@ class AttentionConfig(MixerConfig, name="attention"):
         window: visible positions, the query's own included; None for no limit.
         qkv_bias, output_bias: whether the projections have biases.
         qk_norm: whether queries and keys are normalised over `head_dim` before they are rotated.
+        distance_bias: what is taken off scores, capped ones too, by distance; with rotary positions or without.
     """
 
     num_heads: Count
@@ -52,6 +54,7 @@ class AttentionConfig(MixerConfig, name="attention"):
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
+    distance_bias: DistanceBiasConfig | None = None
 
     def check(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -62,6 +65,10 @@ class AttentionConfig(MixerConfig, name="attention"):
             raise ConfigError(
                 f"AttentionConfig.rope rotates {self.rope.dim} channels of heads of {self.head_dim}. "
                 "It must not rotate more than there are."
+            )
+        if self.distance_bias is not None and not hasattr(self.distance_bias, "name"):
+            raise ConfigError(
+                f"AttentionConfig.distance_bias must be one of {', '.join(BIASES.names())}. Got {self.distance_bias!r}."
             )
 
     def build(self, width: int, norm: NormConfig, parameters: Parameters) -> Attention:
@@ -79,13 +86,15 @@ class Attention(Mixer):
         h, g, d = config.num_heads, config.num_kv_heads, config.head_dim
         # First, because it finds a head size that does not fit the file before speeds are made for it.
         self.qkv = parameters.linear(["query", "key", "value"], width, [h * d, g * d, g * d], config.qkv_bias)
+        scale, bias = d**-0.5 if config.scale is None else config.scale, config.distance_bias
         self.heads = Heads(
             num_heads=h,
             num_kv_heads=g,
             head_dim=d,
-            scale=d**-0.5 if config.scale is None else config.scale,
+            scale=scale if bias is None else scale * bias.product,
             softcap=config.softcap,
             rope=None if config.rope is None else rope_of(config.rope),
+            bias=None if bias is None else bias_of(bias, h),
         )
         self.output = parameters.linear(["output"], h * d, [width], config.output_bias)
         self.query_norm = Norm(norm, d, parameters.under("query_norm")) if config.qk_norm else None
@@ -118,12 +127,11 @@ class Attention(Mixer):
                 q[segment.rows],
                 k[segment.rows].transpose(0, 1),
                 v[segment.rows].transpose(0, 1),
-                scale=self.heads.scale,
+                **self.heads.scoring,
                 mask=segment.mask,
                 first_query=segment.position,
                 first_key=segment.position,
                 window=self.config.window,
-                softcap=self.heads.softcap,
             )
             for segment in rows.segments
         ]
@@ -135,12 +143,11 @@ class Attention(Mixer):
                 ops.partial_attention(
                     plain[segment.rows],
                     *prefix,
-                    scale=self.heads.scale,
+                    **self.heads.scoring,
                     mask=segment.mask,
                     first_query=segment.position,
                     first_key=-length,
                     window=self.config.window,
-                    softcap=self.heads.softcap,
                 )
                 for segment in rows.segments
             ]
