@@ -28,8 +28,8 @@ from small_models import small_transformer
 IDS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3])
 PLAIN = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, rope=RopeConfig(dim=8))
 MIXERS = {
-    "rotary and harmonic": replace(PLAIN, distance_bias=Harmonic(slopes="harmonic", limit=5)),
-    "harmonic alone": replace(PLAIN, rope=None, distance_bias=Harmonic(weight=3.0)),
+    "rotary and harmonic": replace(PLAIN, distance_bias=Harmonic(limit=5)),
+    "harmonic alone": replace(PLAIN, rope=None, distance_bias=Harmonic(slopes="alibi", weight=3.0)),
     "alibi": replace(PLAIN, rope=None, distance_bias=Linear()),
     "weighted": replace(PLAIN, distance_bias=Linear(weight=0.5, product=1.25)),
 }
@@ -159,7 +159,7 @@ def test_packed_matrices_are_no_program_that_forgets_the_bias() -> None:
 
 
 def test_configurations_are_specs() -> None:
-    for config in (Harmonic(slopes="harmonic", limit=7), Linear(weight=0.5)):
+    for config in (Harmonic(slopes="alibi", limit=7), Linear(weight=0.5)):
         assert BIASES.parse(str(config)) == config
         assert DistanceBiasConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     shape = ModelShape.from_text('distance_bias={"name":"linear","limit":64},rotary=false')

@@ -45,9 +45,9 @@ CLAIM = Claim(
     ),
     source="after Li 2024, arXiv:2410.18441; the linear bias is ALiBi, Press et al. 2022, arXiv:2108.12409",
     scale=(
-        "Three models of bytes (2 blocks of width 96, 4 heads with ALiBi's slopes) from the same seed on the same 600 steps of "
-        "2,048 bytes of Python's library and manual, in pieces of 256: rotary positions alone, with a harmonic bias, and with "
-        "a linear one. Each reads 24 held-out texts of 1,024 bytes; nats a byte over the first 256 of each, and over all."
+        "Three models of bytes (2 blocks of width 96, 4 heads) from the same seed on the same 600 steps of 2,048 bytes of "
+        "Python's library and manual, in pieces of 256: rotary positions alone, with a harmonic bias of slopes 4/h, and with a "
+        "linear one of ALiBi's slopes. Each reads 24 held-out texts of 1,024 bytes; nats a byte over the first 256 of each, and over all."
     ),
     bars=(
         *(
