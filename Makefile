@@ -62,7 +62,7 @@ fuzz: $(VENV)/test.stamp
 
 # What cannot share an environment with the tests: the server in Ray Serve, and LangChain's client.
 ray-check: $(VENV)/test.stamp
-	@$(PIP) install --constraint constraints.txt --editable ".[ray]" "langchain-openai>=1"
+	@$(PIP) install --no-compile --constraint constraints.txt --editable ".[ray]" "langchain-openai>=1"
 	$(BIN)/python tests/ray_check.py
 
 clean:
@@ -76,7 +76,7 @@ $(VENV)/bin/python:
 define environment
 $(VENV)/$(1).stamp: $(PROJECT) | $(VENV)/bin/python
 	@echo "Making the environment in $(VENV) (once) ..." >&2
-	@$(PIP) install --constraint constraints.txt --editable ".$(2)"
+	@$(PIP) install --no-compile --constraint constraints.txt --editable ".$(2)"
 	@touch $$@
 endef
 $(eval $(call environment,run,))

@@ -284,7 +284,7 @@ def score(
             }
         )
         return
-    typer.echo(f"perplexity     {result.perplexity:.5g}")
+    typer.echo(f"perplexity     {result.perplexity:#.5g}")
     typer.echo(f"bits per byte  {result.bits_per_byte:.4f}")
     typer.echo(f"tokens         {result.tokens:,} predicted, {result.num_bytes:,} bytes")
 
