@@ -170,7 +170,7 @@ def test_logits_equal_with_their_angles(models: Models, text: str) -> None:
 
 @pytest.mark.usefixtures("exact_angles")
 def test_logits_equal_with_exact_angles(models: Models) -> None:
-    ids = models.texts["long"]
+    ids = models.texts["reference"]
     theirs = theirs_hidden(models.theirs, ids)
     assert largest_difference(models.head, hidden(models.exact, ids), theirs) < models.tolerance
 
