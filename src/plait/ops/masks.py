@@ -203,19 +203,11 @@ class Tree(Mask):
         return View(0, num_keys, None if bool(visible.all()) else visible.to(device))
 
 
-@dataclass(frozen=True)
-class Far(Mask):
-    """A query sees, of what it sees under another mask, the keys at least `distance` positions before it.
-
-    Args:
-        base: the segment's own mask, which knows where each query stands.
-        distance: positions from a key up to a query that sees it, from 1 on.
-        num_queries: queries of the segment.
-    """
+@dataclass(frozen=True, eq=False)
+class _Over(Mask):
+    """A mask that answers as another one but for what it says itself."""
 
     base: Mask
-    distance: int
-    num_queries: int
 
     def depths(self, num_queries: int) -> Tensor:
         return self.base.depths(num_queries)
@@ -225,6 +217,31 @@ class Far(Mask):
 
     def key_positions(self, first_query: int, first_key: int, keys: range) -> Tensor:
         return self.base.key_positions(first_query, first_key, keys)
+
+    def view(
+        self,
+        first_query: int,
+        queries: range,
+        first_key: int,
+        num_keys: int,
+        window: int | None = None,
+        device: torch.device | None = None,
+    ) -> View:
+        return self.base.view(first_query, queries, first_key, num_keys, window, device)
+
+
+@dataclass(frozen=True)
+class Far(_Over):
+    """A query sees, of what it sees under another mask, the keys at least `distance` positions before it.
+
+    Args:
+        base: the segment's own mask, which knows where each query stands.
+        distance: positions from a key up to a query that sees it, from 1 on.
+        num_queries: queries of the segment.
+    """
+
+    distance: int
+    num_queries: int
 
     def view(
         self,
@@ -247,7 +264,7 @@ class Far(Mask):
 
 
 @dataclass(frozen=True)
-class SomeQueries(Mask):
+class SomeQueries(_Over):
     """A few of a segment's queries, seeing what they see in the whole segment.
 
     Args:
@@ -256,7 +273,6 @@ class SomeQueries(Mask):
         num_queries: queries of the segment.
     """
 
-    base: Mask
     chosen: range
     num_queries: int
 
@@ -265,9 +281,6 @@ class SomeQueries(Mask):
 
     def positions(self, first_query: int, queries: range) -> Tensor:
         return self.base.positions(first_query, self.chosen[queries.start : queries.stop])
-
-    def key_positions(self, first_query: int, first_key: int, keys: range) -> Tensor:
-        return self.base.key_positions(first_query, first_key, keys)
 
     def view(
         self,
@@ -283,7 +296,7 @@ class SomeQueries(Mask):
 
 
 @dataclass(frozen=True, eq=False)
-class Placed(Mask):
+class Placed(_Over):
     """Queries that see what they see under another mask, while distances are counted from other places.
 
     Args:
@@ -291,25 +304,7 @@ class Placed(Mask):
         places: (Q,) int64, where each query stands, counted from the first query's position.
     """
 
-    base: Mask
     places: Tensor
-
-    def depths(self, num_queries: int) -> Tensor:
-        return self.base.depths(num_queries)
 
     def positions(self, first_query: int, queries: range) -> Tensor:
         return first_query + self.places[queries.start : queries.stop]
-
-    def key_positions(self, first_query: int, first_key: int, keys: range) -> Tensor:
-        return self.base.key_positions(first_query, first_key, keys)
-
-    def view(
-        self,
-        first_query: int,
-        queries: range,
-        first_key: int,
-        num_keys: int,
-        window: int | None = None,
-        device: torch.device | None = None,
-    ) -> View:
-        return self.base.view(first_query, queries, first_key, num_keys, window, device)
