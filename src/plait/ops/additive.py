@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from plait.ops.native import PackedMatrix, Projection, _rows, extension, module
+from plait.ops.native import ExactMatrix, Projection, extension, module
 
 __all__ = ["AdditiveMatrix", "has_native_vectors"]
 
 
-class AdditiveMatrix(PackedMatrix):
+class AdditiveMatrix(ExactMatrix):
     """A matrix whose runs of columns are sums of codebook entries; the tensors are borrowed, and must not change.
 
     Rows are made in fp32, a few at a time, in the cache. `matmul` rounds activations to 15 bits as `PackedMatrix` does;
@@ -22,17 +21,12 @@ class AdditiveMatrix(PackedMatrix):
         codes, books, scales: as `plait.weights.Additive` has them, runs of any length that cuts the columns.
     """
 
+    _exact = "additive_exact"
+
     def __init__(self, shape: tuple[int, int], codes: Tensor, books: Tensor, scales: Tensor) -> None:
         self.handle = extension().AdditiveMatrix(shape[0], shape[1], codes, books, scales)
         self.shape = self.handle.shape
         self._whole = Projection([self])
-
-    def matmul_exact(self, x: Tensor) -> Tensor:
-        """x (..., I) times the transpose of this matrix, in fp32: (..., O)."""
-        rows = _rows(x)
-        y = torch.empty(rows.shape[0], self.shape[0])
-        extension().additive_exact(self.handle, rows, y)
-        return y.view(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
 
 def has_native_vectors() -> bool:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from plait.ops.native import PackedMatrix, Projection, _rows, extension, module
+from plait.ops.native import ExactMatrix, Projection, extension, module
 
 __all__ = ["GridMatrix", "has_native_grids"]
 
 
-class GridMatrix(PackedMatrix):
+class GridMatrix(ExactMatrix):
     """A matrix of 2-, 3-, 4- or 8-bit codes in tiles; the tensors are borrowed, and must not change.
 
     A weight is `scale * (code - zero)`, `scale * values[code]`, or the sum of a scale for each bit of its code that is set;
@@ -30,6 +29,8 @@ class GridMatrix(PackedMatrix):
         specials: the four values of the last code; empty for none.
         low_scales: of the low bits, where `scales` are those of the high ones.
     """
+
+    _exact = "grid_exact"
 
     def __init__(
         self,
@@ -51,13 +52,6 @@ class GridMatrix(PackedMatrix):
         )  # fmt: skip
         self.shape = self.handle.shape
         self._whole = Projection([self])
-
-    def matmul_exact(self, x: Tensor) -> Tensor:
-        """x (..., I) times the transpose of this matrix, in fp32: (..., O)."""
-        rows = _rows(x)
-        y = torch.empty(rows.shape[0], self.shape[0])
-        extension().grid_exact(self.handle, rows, y)
-        return y.view(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
 
 def has_native_grids() -> bool:

@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ __all__ = [
     "ACTIVATIONS",
     "NUMBERS",
     "PACKED_FORMATS",
+    "ExactMatrix",
     "PackedMatrix",
     "Projection",
     "extension",
@@ -254,6 +255,20 @@ class PackedMatrix:
     def matmul(self, x: Tensor) -> Tensor:
         """x (..., I) times the transpose of this matrix: (..., O)."""
         return self._whole(x)
+
+
+class ExactMatrix(PackedMatrix):
+    """A matrix whose tensors are borrowed, and which can be multiplied in fp32 too; see the kinds of it."""
+
+    # The extension's operation that does so.
+    _exact: ClassVar[str]
+
+    def matmul_exact(self, x: Tensor) -> Tensor:
+        """x (..., I) times the transpose of this matrix, in fp32: (..., O)."""
+        rows = _rows(x)
+        y = torch.empty(rows.shape[0], self.shape[0])
+        getattr(extension(), self._exact)(self.handle, rows, y)
+        return y.view(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
 
 def has_packed_form(blocks: Tensor, format: str) -> bool:

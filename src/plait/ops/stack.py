@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from plait.ops.native import PackedMatrix, Projection, _rows, extension, module
+from plait.ops.native import ExactMatrix, Projection, extension, module
 
 __all__ = ["StackMatrix", "has_native_stacks"]
 
 
-class StackMatrix(PackedMatrix):
+class StackMatrix(ExactMatrix):
     """A sum of blocks; the tensors are borrowed, and must not change. Others may take their place.
 
     `matmul` rounds activations to 15 bits as `PackedMatrix` does; `matmul_exact` multiplies in fp32, and
@@ -24,6 +23,8 @@ class StackMatrix(PackedMatrix):
         blocks: bytes of each, as `plait.weights.BlockStack` has them; at least one.
     """
 
+    _exact = "stack_exact"
+
     def __init__(self, shape: tuple[int, int], rank: int, blocks: Sequence[Tensor]) -> None:
         self.handle = extension().StackMatrix(shape[0], shape[1], rank, list(blocks))
         self.shape = self.handle.shape
@@ -32,13 +33,6 @@ class StackMatrix(PackedMatrix):
     def hold(self, blocks: Sequence[Tensor]) -> None:
         """Be the sum of these blocks from the next product on; not while one is computed."""
         self.handle.hold(list(blocks))
-
-    def matmul_exact(self, x: Tensor) -> Tensor:
-        """x (..., I) times the transpose of this matrix, in fp32: (..., O)."""
-        rows = _rows(x)
-        y = torch.empty(rows.shape[0], self.shape[0])
-        extension().stack_exact(self.handle, rows, y)
-        return y.view(*x.shape[:-1], self.shape[0]).to(x.dtype)
 
 
 def has_native_stacks() -> bool:
