@@ -2,10 +2,11 @@
 //
 // Each trial draws shapes, fills exactly-sized buffers, runs the operation on every set with one to four threads,
 // and asks for the same bits. Built with -DPLAIT_SANITIZE=ON it also shows any read or write outside a buffer. The digest
-// that it prints is that of all results: processors of different kinds have the same one for the same trials and seed.
+// that it prints is that of the results: processors of different kinds have the same one for the same trials and seed.
 //
 // Usage: plait_fuzz [trials] [seed]
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -97,7 +98,7 @@ void fuzz_gate() {
             team.share(behind.num_tiles, behind.grain(team.size, batch),
                        [&](int64_t begin, int64_t end) { behind.run(h, begin, end, out, outputs, false); });
         });
-    });
+    }, gated.activation);
 }
 
 void fuzz_dense() {
@@ -111,9 +112,17 @@ void fuzz_dense() {
     });
 }
 
+// Numbers of which one may be infinite or NaN: a NaN that rounding to bf16 would carry into its sign.
+std::vector<float> odd_numbers(int64_t count) {
+    const float odd[] = {float_of(0x7fffffffu), HUGE_VALF, -HUGE_VALF};
+    std::vector<float> x = numbers(count);
+    if (count > 0 && pick(0, 3) == 0) x[size_t(pick(0, count - 1))] = odd[pick(0, 2)];
+    return x;
+}
+
 void fuzz_rows() {
     const int64_t n = pick(1, 200);
-    const std::vector<float> x = numbers(n), w = numbers(n);
+    const std::vector<float> x = odd_numbers(n), w = numbers(n);
     const Activation activation = Activation(pick(0, 3));
     const Number kind = Number(pick(0, 2));
     const int64_t half = pick(0, n / 2);
@@ -128,7 +137,7 @@ void fuzz_rows() {
         k.widen(narrow.data(), kind, n, out + 4 * n);
         out[6 * n] = k.largest(x.data(), n);
         out[6 * n + 1] = k.exp_sum(x.data(), out[6 * n], n, out + 5 * n);
-    });
+    }, activation);
 }
 
 std::vector<uint8_t> bytes(int64_t count, int64_t most = 255) {
@@ -261,7 +270,7 @@ void fuzz_adapter() {
         std::vector<float> room(static_cast<size_t>(most_rank * kRowChunk));
         std::copy(y.begin(), y.end(), out);
         adapt(delta, x.data(), ldx, rows, out, ldy, room.data(), entry.data());
-    });
+    }, delta.bottleneck.activation);
 }
 
 void fuzz_bits() {
@@ -269,9 +278,10 @@ void fuzz_bits() {
     const int64_t words = pick(0, 5) ? pick(0, 40) : pick(240, 300), columns = pick(0, 64);
     std::vector<uint64_t> rows(static_cast<size_t>(words * kTile)), x(static_cast<size_t>(words));
     const uint64_t kinds[] = {0, ~uint64_t(0)};
-    const bool is_extreme = pick(0, 3) == 0;
-    for (uint64_t& word : rows) word = is_extreme ? kinds[pick(0, 1)] : engine();
-    for (uint64_t& word : x) word = is_extreme ? kinds[pick(0, 1)] : engine();
+    // Words of one bit each, rows that differ in every bit, or any words.
+    const int64_t kind = pick(0, 3);
+    for (uint64_t& word : rows) word = kind == 0 ? kinds[pick(0, 1)] : kind == 1 ? ~uint64_t(0) : engine();
+    for (uint64_t& word : x) word = kind == 0 ? kinds[pick(0, 1)] : kind == 1 ? 0 : engine();
     compare("counts of bits", kTile, [&](float* out) {
         int32_t counts[kTile];
         kernels().differing_bits(rows.data(), x.data(), words, counts);
@@ -283,7 +293,7 @@ void fuzz_bits() {
             out[r] = float(counts[r]);
         }
     });
-    const std::vector<float> signs = numbers(columns), shift = numbers(columns);
+    const std::vector<float> signs = odd_numbers(columns), shift = numbers(columns);
     const float* moved = pick(0, 1) ? shift.data() : nullptr;
     compare("signs", 64, [&](float* out) {
         const uint64_t bits = kernels().negative_bits(signs.data(), moved, int(columns));

@@ -16,7 +16,7 @@ namespace {
 struct Neon {
     static constexpr int kWideLanes = 4;
     static constexpr int kPairRows = 4;   // rows of a chunk from which on activations are kept as pairs
-    static constexpr int kQueryRows = 3;  // of attention that meet a key at once, and of a dense product
+    static constexpr int kQueryRows = 2;  // of attention that meet a key at once, and of a dense product
     static constexpr int kDenseRows = 1;
     // Keys, and vectors of a value, whose sums are held at a time; the registers are those of one set.
     static constexpr int keys_at_once([[maybe_unused]] int rows) { return rows == 1 ? 4 : 2; }
