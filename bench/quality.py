@@ -38,7 +38,7 @@ def main() -> int:
     contest.RESULTS.mkdir(parents=True, exist_ok=True)
     choice = {"memory": "dense:dtype=fp16", "weights": "auto", "draft": "none"}
     shares: dict[str, float] = {}
-    for name in contest.present(options.sides):
+    for name in contest.present(options.sides.split(",")):
         with contest.Side(name, tasks, options.threads, choice) as side:
             answers = [side.ask(task.message())["tokens"][0] for task in tasks]
         shares[side.version] = sum(a == b for a, b in zip(answers, wanted, strict=True)) / len(wanted)

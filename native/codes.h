@@ -67,14 +67,25 @@ struct CodedNumbers {
 inline int64_t wide_keys(const CodedNumbers& keys) { return keys.padded(keys.stored.width) + keys.padded(keys.rank()); }
 inline int64_t wide_values(const CodedNumbers& values) { return values.padded(values.dim) + values.padded(values.rank()); }
 
+// Whether keys and values lie as plain numbers of one kind, of the values in all channels.
+inline bool is_plain(const CodedNumbers& keys, const CodedNumbers& values) {
+    const auto alone = [](const CodedNumbers& n) {
+        return !n.stored.is_affine && n.rank() == 0 && n.outliers.starts == nullptr;
+    };
+    return alone(keys) && alone(values) && values.kept == nullptr &&
+           keys.stored.plain.number == values.stored.plain.number;
+}
+
 // Numbers of scratch that attend_coded needs for this many rows.
 inline int64_t coded_scratch(int64_t rows, const CodedNumbers& keys, const CodedNumbers& values) {
     const int64_t wide_k = wide_keys(keys), wide_v = wide_values(values);
     const int64_t widest = wide_k > wide_v ? wide_k : wide_v;
     const int64_t key_factor = keys.stored.width * keys.padded(keys.rank());
     const int64_t value_factor = values.padded(values.rank()) * values.padded(values.dim);
-    return rows * (kKeyChunk + wide_k + wide_v) + kCodedTokens * widest +
-           (key_factor > value_factor ? key_factor : value_factor);
+    const int64_t coded = rows * (kKeyChunk + wide_k + wide_v) + kCodedTokens * widest +
+                          (key_factor > value_factor ? key_factor : value_factor);
+    const int64_t plain = attend_scratch(rows, wide_k, wide_v) + rows * wide_k;
+    return coded > plain ? coded : plain;
 }
 
 }  // namespace plait

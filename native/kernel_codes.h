@@ -7,7 +7,7 @@
 #pragma once
 
 #include "codes.h"
-#include "kernel_attention.h"
+#include "kernel_many_rows.h"
 
 namespace plait {
 namespace {
@@ -324,9 +324,31 @@ struct Coded {
         A::soften(capped, query, nullptr, begin, end, row, top, total);
     }
 
+    // Keys of some channels and whole values, both plain, are read where they lie: only the queries are made anew.
+    static void attend_plain(const Visit& v, const CodedNumbers& keys, const CodedNumbers& values, int64_t head,
+                             int64_t begin, float* scratch, Fold fold) {
+        const PlainNumbers &key = keys.stored.plain, &value = values.stored.plain;
+        Visit own = v;
+        own.head_dim = keys.stored.width;
+        own.padded_dim = wide_keys(keys);
+        float* queries = scratch + attend_scratch(v.rows, own.padded_dim, v.padded_value);
+        widen_queries(v, keys, head, nullptr, queries);
+        own.q = queries;
+        Piece piece = v.pieces[0];
+        piece.number = key.number;
+        piece.keys = A::moved(key.data, head * key.head_stride + begin * key.stride, key.number);
+        piece.key_stride = key.stride;
+        piece.values = A::moved(value.data, head * value.head_stride + begin * value.stride, value.number);
+        piece.value_stride = value.stride;
+        own.pieces = &piece;
+        ManyRows<S>::attend_chunk(own, scratch, fold);
+    }
+
     static void attend(const Visit& v, const CodedNumbers& keys, const CodedNumbers& values, int64_t head, int64_t begin,
                        float* scratch, Fold fold) {
         const Piece& piece = v.pieces[0];
+        if (is_plain(keys, values) && piece.nodes == nullptr)
+            return attend_plain(v, keys, values, head, begin, scratch, fold);
         const int64_t end = begin + piece.count;
         const int64_t wide_k = wide_keys(keys), wide_v = wide_values(values);
         float* weights = scratch;

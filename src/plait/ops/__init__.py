@@ -11,7 +11,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from plait.ops import attention, native, partial, reference, rope
-from plait.ops.additive import AdditiveMatrix, has_native_vectors
+from plait.ops.additive import AdditiveMatrix
 from plait.ops.attention import Scoring
 from plait.ops.bits import (
     WORD,
@@ -23,13 +23,13 @@ from plait.ops.bits import (
     words_of_bits,
 )
 from plait.ops.distance_bias import DistanceBias
-from plait.ops.grid import GridMatrix, has_native_grids
+from plait.ops.grid import GridMatrix
 from plait.ops.masks import Causal, Everything, Far, Mask, Placed, SomeQueries, Tree, View
-from plait.ops.native import PackedMatrix, has_packed_form
+from plait.ops.native import PackedMatrix, has_native_matrices, has_packed_form
 from plait.ops.partial import Partial, empty_partial, merge_all
 from plait.ops.reference import activate, layer_norm
 from plait.ops.rope import Angles, Rope
-from plait.ops.stack import StackMatrix, has_native_stacks
+from plait.ops.stack import StackMatrix
 
 __all__ = [
     "WORD",
@@ -56,9 +56,7 @@ __all__ = [
     "binary_product",
     "bits_of_words",
     "empty_partial",
-    "has_native_grids",
-    "has_native_stacks",
-    "has_native_vectors",
+    "has_native_matrices",
     "has_packed_form",
     "layer_norm",
     "linear",

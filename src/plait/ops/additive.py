@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from plait.ops.native import ExactMatrix, Projection, extension, module
+from plait.ops.native import ExactMatrix, Projection, extension
 
-__all__ = ["AdditiveMatrix", "has_native_vectors"]
+__all__ = ["AdditiveMatrix"]
 
 
 class AdditiveMatrix(ExactMatrix):
@@ -27,8 +27,3 @@ class AdditiveMatrix(ExactMatrix):
         self.handle = extension().AdditiveMatrix(shape[0], shape[1], codes, books, scales)
         self.shape = self.handle.shape
         self._whole = Projection([self])
-
-
-def has_native_vectors() -> bool:
-    """Whether `AdditiveMatrix` can be made."""
-    return module() is not None

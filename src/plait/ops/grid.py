@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from plait.ops.native import ExactMatrix, Projection, extension, module
+from plait.ops.native import ExactMatrix, Projection, extension
 
-__all__ = ["GridMatrix", "has_native_grids"]
+__all__ = ["GridMatrix"]
 
 
 class GridMatrix(ExactMatrix):
@@ -52,8 +52,3 @@ class GridMatrix(ExactMatrix):
         )  # fmt: skip
         self.shape = self.handle.shape
         self._whole = Projection([self])
-
-
-def has_native_grids() -> bool:
-    """Whether `GridMatrix` can be made."""
-    return module() is not None

@@ -41,6 +41,7 @@ __all__ = [
     "Projection",
     "extension",
     "feed_forward",
+    "has_native_matrices",
     "has_packed_form",
     "is_everywhere",
     "linear",
@@ -127,6 +128,11 @@ def extension() -> Any:
     found = module()
     assert found is not None
     return found
+
+
+def has_native_matrices() -> bool:
+    """Whether `GridMatrix`, `StackMatrix` and `AdditiveMatrix` can be made."""
+    return module() is not None
 
 
 def mask_kind(mask: Mask) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from plait.ops.native import ExactMatrix, Projection, extension, module
+from plait.ops.native import ExactMatrix, Projection, extension
 
-__all__ = ["StackMatrix", "has_native_stacks"]
+__all__ = ["StackMatrix"]
 
 
 class StackMatrix(ExactMatrix):
@@ -33,8 +33,3 @@ class StackMatrix(ExactMatrix):
     def hold(self, blocks: Sequence[Tensor]) -> None:
         """Be the sum of these blocks from the next product on; not while one is computed."""
         self.handle.hold(list(blocks))
-
-
-def has_native_stacks() -> bool:
-    """Whether `StackMatrix` can be made."""
-    return module() is not None

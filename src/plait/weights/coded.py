@@ -139,7 +139,7 @@ class Coded(Packed, kind="coded"):
             self.codes.device.type == "cpu"
             and self.shape[1] % BLOCK == 0
             and (self.group % BLOCK == 0 or self.group >= self.shape[1])
-            and ops.has_native_grids()
+            and ops.has_native_matrices()
         )
 
     def to_native(self) -> ops.PackedMatrix:

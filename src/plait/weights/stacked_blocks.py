@@ -154,7 +154,7 @@ class BlockStack(Packed, kind="blocks"):
             all(block.device.type == "cpu" for block in self.blocks)
             and self.shape[1] > 0
             and self.shape[1] % BLOCK == 0
-            and ops.has_native_stacks()
+            and ops.has_native_matrices()
         )
 
     def to_native(self) -> ops.PackedMatrix:

@@ -166,7 +166,7 @@ class Additive(Packed, kind="additive"):
             self.codes.device.type == "cpu"
             and self.shape[1] > 0
             and self.shape[1] % BLOCK == 0
-            and ops.has_native_vectors()
+            and ops.has_native_matrices()
         )
 
     def to_native(self) -> ops.PackedMatrix:
