@@ -11,7 +11,7 @@ MODEL ?= smollm2
 comma := ,
 PROJECT := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 
-.PHONY: run test lint format docs claims bench playground-check fuzz ray-check clean help
+.PHONY: run test lint format docs claims bench playground-check fuzz native-check arm-check ray-check clean help
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -59,6 +59,27 @@ playground-check: $(VENV)/test.stamp
 # Five minutes of requests that schemathesis makes from the OpenAPI document.
 fuzz: $(VENV)/test.stamp
 	PLAIT_FUZZ_SECONDS=300 $(BIN)/python -m pytest tests/serve/test_clients.py -k schemathesis --timeout 1200 -s
+
+# Random trials of the C++ operations under sanitizers: every instruction set of this machine must give the same bits.
+TRIALS ?= 200
+native-check:
+	cmake -S . -B build/native-check -DPLAIT_SANITIZE=ON
+	cmake --build build/native-check --target plait_fuzz
+	build/native-check/plait_fuzz $(TRIALS) > build/native-check/result
+	@cat build/native-check/result
+
+# The same trials for 64-bit ARM, in emulation, on a processor with dot products of bytes and on one without: they must give
+# the bits that this machine gives. Takes Debian's g++-aarch64-linux-gnu and qemu-user. Leaks cannot be looked for in QEMU.
+arm-check: native-check
+	cmake -S . -B build/arm-check -DPLAIT_SANITIZE=ON --toolchain native/aarch64.cmake
+	cmake --build build/arm-check --target plait_fuzz
+	@for cpu in max cortex-a53; do \
+		ASAN_OPTIONS=detect_leaks=0 qemu-aarch64 -cpu $$cpu -L /usr/aarch64-linux-gnu \
+			build/arm-check/plait_fuzz $(TRIALS) > build/arm-check/result || exit 1; \
+		cat build/arm-check/result; \
+		[ "$$(grep digest build/arm-check/result)" = "$$(grep digest build/native-check/result)" ] \
+			|| { echo "$$cpu gives other bits than this machine" >&2; exit 1; }; \
+	done
 
 # What cannot share an environment with the tests: the server in Ray Serve, and LangChain's client.
 ray-check: $(VENV)/test.stamp

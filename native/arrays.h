@@ -81,4 +81,20 @@ int64_t stride_of(const A& array, size_t axis) {
     return array.shape(axis) > 1 ? array.stride(axis) : 0;
 }
 
+// The rows that a product reads, x (rows, columns), and those that it writes, y (rows, outputs), both in fp32.
+struct ProductRows {
+    const float* x;
+    float* y;
+    int64_t rows, ldx, ldy;
+
+    ProductRows(const ConstArray& from, const Array& to, int64_t columns, int64_t outputs) {
+        check_fp32(from, "x");
+        check_fp32(to, "y");
+        check_shape(from, "x", {-1, columns});
+        rows = int64_t(from.shape(0));
+        check_shape(to, "y", {rows, outputs});
+        x = floats(from), y = floats_out(to), ldx = stride_of(from, 0), ldy = stride_of(to, 0);
+    }
+};
+
 }  // namespace plait

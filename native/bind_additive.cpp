@@ -52,21 +52,17 @@ void make_additive(BoundAdditive* self, int64_t rows, int64_t columns, const Con
 
 void additive_exact(const BoundAdditive& matrix, const ConstArray& x, const Array& y) {
     const AdditiveView& w = matrix.codes();
-    check_fp32(x, "x");
-    check_fp32(y, "y");
-    check_shape(x, "x", {-1, w.columns});
-    const int64_t rows = int64_t(x.shape(0)), ldx = stride_of(x, 0), ldy = stride_of(y, 0);
-    check_shape(y, "y", {rows, w.rows});
+    const ProductRows of(x, y, w.columns, w.rows);
     nb::gil_scoped_release free;
     Pool::get().run([&](Team& team) {
         std::vector<float> room(size_t(kMadeRows * w.columns));
-        team.share(matrix.view().tiles, rows >= 32 ? 1 : 4, [&](int64_t begin, int64_t end) {
+        team.share(matrix.view().tiles, of.rows >= 32 ? 1 : 4, [&](int64_t begin, int64_t end) {
             const int64_t first = begin * kTile, last = std::min(end * kTile, w.rows);
-            for (int64_t row = 0; row < rows; row += kRowsAtOnce)
-                multiply_additive(w, first, last, floats(x) + row * ldx, ldx, std::min(kRowsAtOnce, rows - row),
-                                  floats_out(y) + row * ldy + first, ldy, room.data());
+            for (int64_t row = 0; row < of.rows; row += kRowsAtOnce)
+                multiply_additive(w, first, last, of.x + row * of.ldx, of.ldx, std::min(kRowsAtOnce, of.rows - row),
+                                  of.y + row * of.ldy + first, of.ldy, room.data());
         });
-    }, (0.3 * double(rows) + 0.5 * double(w.books)) * double(w.rows) * double(w.columns));
+    }, (0.3 * double(of.rows) + 0.5 * double(w.books)) * double(w.rows) * double(w.columns));
 }
 
 }  // namespace

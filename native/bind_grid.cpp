@@ -113,27 +113,23 @@ void make_grid(BoundGrid* self, int64_t rows, int64_t columns, int bits, int64_t
 
 void grid_exact(const BoundGrid& matrix, const ConstArray& x, const Array& y) {
     const GridView& w = matrix.grid();
-    check_fp32(x, "x");
-    check_fp32(y, "y");
-    check_shape(x, "x", {-1, w.columns});
-    const int64_t rows = int64_t(x.shape(0)), ldx = stride_of(x, 0), ldy = stride_of(y, 0);
-    check_shape(y, "y", {rows, w.rows});
+    const ProductRows of(x, y, w.columns, w.rows);
     nb::gil_scoped_release free;
     Pool::get().run([&](Team& team) {
-        team.share(matrix.view().tiles, rows >= 32 ? 1 : 4, [&](int64_t begin, int64_t end) {
+        team.share(matrix.view().tiles, of.rows >= 32 ? 1 : 4, [&](int64_t begin, int64_t end) {
             alignas(64) float out[4 * kTile];
             for (int64_t t = begin; t < end; ++t) {
                 const int64_t count = std::min<int64_t>(kTile, w.rows - t * kTile);
-                for (int64_t row = 0; row < rows;) {
-                    const int taken = std::min(4, chunk_rows(rows - row));
-                    kernels().grid_exact(w, t, floats(x) + row * ldx, ldx, taken, out);
+                for (int64_t row = 0; row < of.rows;) {
+                    const int taken = std::min(4, chunk_rows(of.rows - row));
+                    kernels().grid_exact(w, t, of.x + row * of.ldx, of.ldx, taken, out);
                     for (int m = 0; m < taken; ++m)
-                        std::copy_n(out + m * kTile, count, floats_out(y) + (row + m) * ldy + t * kTile);
+                        std::copy_n(out + m * kTile, count, of.y + (row + m) * of.ldy + t * kTile);
                     row += taken;
                 }
             }
         });
-    }, 0.5 * double(rows) * double(w.rows) * double(w.columns));
+    }, 0.5 * double(of.rows) * double(w.rows) * double(w.columns));
 }
 
 }  // namespace

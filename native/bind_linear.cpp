@@ -51,24 +51,19 @@ void read_rows(Team& team, const float* x, int64_t ldx, Norm norm, Activations& 
 void project(const BoundProjection& projection, const ConstArray& x, const Array& y, bool is_sum,
              const std::optional<ConstArray>& norm_weight, float epsilon) {
     const Projection& p = projection.projection;
-    check_fp32(x, "x");
-    check_fp32(y, "y");
-    check_shape(x, "x", {-1, p.columns});
-    const int64_t rows = int64_t(x.shape(0));
-    check_shape(y, "y", {rows, p.num_outputs});
+    const ProductRows of(x, y, p.columns, p.num_outputs);
     const Norm norm = norm_of(norm_weight, epsilon, p.columns);
     Pool& pool = Pool::get();
-    scratch_inputs.resize(rows, p.columns);
+    scratch_inputs.resize(of.rows, p.columns);
     scratch_rows.resize(size_t(pool.size() * p.columns));
-    const int64_t ldx = stride_of(x, 0), ldy = stride_of(y, 0);
     Activations& inputs = scratch_inputs;
     float* room = scratch_rows.data();
     nb::gil_scoped_release free;
     pool.run([&](Team& team) {
-        read_rows(team, floats(x), ldx, norm, inputs, room);
-        team.share(p.num_tiles, p.grain(team.size, rows),
-                   [&](int64_t begin, int64_t end) { p.run(inputs, begin, end, floats_out(y), ldy, is_sum); });
-    }, 0.2 * double(rows) * double(p.num_outputs) * double(p.columns));
+        read_rows(team, of.x, of.ldx, norm, inputs, room);
+        team.share(p.num_tiles, p.grain(team.size, of.rows),
+                   [&](int64_t begin, int64_t end) { p.run(inputs, begin, end, of.y, of.ldy, is_sum); });
+    }, 0.2 * double(of.rows) * double(p.num_outputs) * double(p.columns));
 }
 
 void feed_forward(const BoundProjection* gate, const BoundProjection& up, const BoundProjection& down, int activation,
@@ -80,60 +75,51 @@ void feed_forward(const BoundProjection* gate, const BoundProjection& up, const 
     if (gate != nullptr && (gate->projection.columns != columns || gate->projection.num_outputs != inner))
         refuse("gate and up must have the same shape.");
     if (down.projection.columns != inner) refuse("down must have as many columns as up has rows.");
-    check_fp32(x, "x");
-    check_fp32(y, "y");
-    check_shape(x, "x", {-1, columns});
-    const int64_t rows = int64_t(x.shape(0));
-    check_shape(y, "y", {rows, down.projection.num_outputs});
+    const ProductRows of(x, y, columns, down.projection.num_outputs);
     const Norm norm = norm_of(norm_weight, epsilon, columns);
     Pool& pool = Pool::get();
-    scratch_inputs.resize(rows, columns);
-    scratch_inner.resize(rows, inner);
+    scratch_inputs.resize(of.rows, columns);
+    scratch_inner.resize(of.rows, inner);
     scratch_rows.resize(size_t(pool.size() * columns));
     const Gate gated{gate == nullptr ? Projection{} : gate->projection, up.projection, Activation(activation)};
-    const int64_t ldx = stride_of(x, 0), ldy = stride_of(y, 0);
     Activations &inputs = scratch_inputs, &hidden = scratch_inner;
     float* room = scratch_rows.data();
     nb::gil_scoped_release free;
     pool.run([&](Team& team) {
-        read_rows(team, floats(x), ldx, norm, inputs, room);
+        read_rows(team, of.x, of.ldx, norm, inputs, room);
         team.share(inner / kBlock, 2, [&](int64_t begin, int64_t end) { gated.run(inputs, begin, end, hidden); });
-        team.share(down.projection.num_tiles, down.projection.grain(team.size, rows), [&](int64_t begin, int64_t end) {
-            down.projection.run(hidden, begin, end, floats_out(y), ldy, is_sum);
+        team.share(down.projection.num_tiles, down.projection.grain(team.size, of.rows), [&](int64_t begin, int64_t end) {
+            down.projection.run(hidden, begin, end, of.y, of.ldy, is_sum);
         });
     });
 }
 
 void linear_dense(const ConstArray& x, const ConstArray& weight, const std::optional<ConstArray>& bias, const Array& y) {
-    check_fp32(x, "x");
-    check_fp32(y, "y");
     const Number number = number_of(weight, "weight");
     check_shape(weight, "weight", {-1, -1});
     const int64_t outputs = int64_t(weight.shape(0)), columns = int64_t(weight.shape(1));
-    check_shape(x, "x", {-1, columns});
-    const int64_t rows = int64_t(x.shape(0));
-    check_shape(y, "y", {rows, outputs});
+    const ProductRows of(x, y, columns, outputs);
     if (bias) {
         check_fp32(*bias, "bias");
         check_shape(*bias, "bias", {outputs});
     }
     const float* added = bias ? floats(*bias) : nullptr;
-    const int64_t ldx = stride_of(x, 0), ldy = stride_of(y, 0), ldw = stride_of(weight, 0);
+    const int64_t ldw = stride_of(weight, 0);
     nb::gil_scoped_release free;
     Pool::get().run([&](Team& team) {
-        team.share((outputs + kTile - 1) / kTile, rows >= 32 ? 4 : 16, [&](int64_t begin, int64_t end) {
+        team.share((outputs + kTile - 1) / kTile, of.rows >= 32 ? 4 : 16, [&](int64_t begin, int64_t end) {
             const int64_t first = begin * kTile, last = end * kTile < outputs ? end * kTile : outputs;
             // Rows pass in blocks, so that weights read once serve many rows from the cache.
-            for (int64_t r = 0; r < rows; r += 64) {
-                const int64_t count = rows - r < 64 ? rows - r : 64;
-                kernels().dense_rows(floats(x) + r * ldx, ldx, count, weight.data(), ldw, number, columns, first, last,
-                                     floats_out(y) + r * ldy, ldy);
+            for (int64_t r = 0; r < of.rows; r += 64) {
+                const int64_t count = of.rows - r < 64 ? of.rows - r : 64;
+                kernels().dense_rows(of.x + r * of.ldx, of.ldx, count, weight.data(), ldw, number, columns, first, last,
+                                     of.y + r * of.ldy, of.ldy);
             }
             if (added == nullptr) return;
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t i = first; i < last; ++i) floats_out(y)[r * ldy + i] += added[i];
+            for (int64_t r = 0; r < of.rows; ++r)
+                for (int64_t i = first; i < last; ++i) of.y[r * of.ldy + i] += added[i];
         });
-    }, double(rows) * double(outputs) * double(columns));
+    }, double(of.rows) * double(outputs) * double(columns));
 }
 
 }  // namespace

@@ -46,11 +46,7 @@ void make_stack(BoundStack* self, int64_t rows, int64_t columns, int64_t rank, s
 
 void stack_exact(const BoundStack& matrix, const ConstArray& x, const Array& y) {
     const StackView& w = matrix.stack();
-    check_fp32(x, "x");
-    check_fp32(y, "y");
-    check_shape(x, "x", {-1, w.columns});
-    const int64_t rows = int64_t(x.shape(0)), ldx = stride_of(x, 0), ldy = stride_of(y, 0);
-    check_shape(y, "y", {rows, w.rows});
+    const ProductRows of(x, y, w.columns, w.rows);
     nb::gil_scoped_release free;
     Pool::get().run([&](Team& team) {
         std::vector<float> tile(size_t(kTile * w.columns));
@@ -59,16 +55,16 @@ void stack_exact(const BoundStack& matrix, const ConstArray& x, const Array& y) 
             for (int64_t t = begin; t < end; ++t) {
                 const int64_t count = std::min<int64_t>(kTile, w.rows - t * kTile);
                 kernels().stack_rows(w, t, tile.data());
-                for (int64_t row = 0; row < rows;) {
-                    const int taken = chunk_rows(rows - row);
-                    kernels().made_exact(tile.data(), w.columns, floats(x) + row * ldx, ldx, taken, out);
+                for (int64_t row = 0; row < of.rows;) {
+                    const int taken = chunk_rows(of.rows - row);
+                    kernels().made_exact(tile.data(), w.columns, of.x + row * of.ldx, of.ldx, taken, out);
                     for (int m = 0; m < taken; ++m)
-                        std::copy_n(out + m * kTile, count, floats_out(y) + (row + m) * ldy + t * kTile);
+                        std::copy_n(out + m * kTile, count, of.y + (row + m) * of.ldy + t * kTile);
                     row += taken;
                 }
             }
         });
-    }, (0.5 * double(rows) + double(w.count)) * double(w.rows) * double(w.columns));
+    }, (0.5 * double(of.rows) + double(w.count)) * double(w.rows) * double(w.columns));
 }
 
 }  // namespace

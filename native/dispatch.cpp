@@ -6,6 +6,11 @@
 
 #include "dispatch.h"
 
+#if defined(PLAIT_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace plait {
 namespace {
 
@@ -25,6 +30,15 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
+}
+#elif defined(PLAIT_NEON)
+// Every 64-bit ARM processor has NEON; the rest is for the operating system to say.
+bool has_dotprod() {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -51,6 +65,9 @@ std::vector<const Kernels*> available() {
     if (has_avxvnni()) tables.push_back(avxvnni_kernels());
 #endif
     if (has_avx2()) tables.push_back(avx2_kernels());
+#elif defined(PLAIT_NEON)
+    if (has_dotprod()) tables.push_back(dotprod_kernels());
+    tables.push_back(neon_kernels());
 #endif
     tables.push_back(scalar_kernels());
     return tables;

@@ -1,71 +1,28 @@
 // Random sizes and numbers for every operation that takes sizes, on every instruction set of this machine.
 //
 // Each trial draws shapes, fills exactly-sized buffers, runs the operation on every set with one to four threads,
-// and asks for the same bits. Built with -DPLAIT_SANITIZE=ON it also shows any read or write outside a buffer.
+// and asks for the same bits. Built with -DPLAIT_SANITIZE=ON it also shows any read or write outside a buffer. The digest
+// that it prints is that of the results: processors of different kinds have the same one for the same trials and seed.
 //
 // Usage: plait_fuzz [trials] [seed]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "adapter.h"
 #include "additive.h"
-#include "attention.h"
-#include "dispatch.h"
+#include "fuzz.h"
 #include "grid.h"
-#include "half.h"
 #include "linear.h"
 #include "packed.h"
 #include "stack.h"
-#include "threads.h"
 
 namespace {
 
 using namespace plait;
-
-std::mt19937_64 engine;
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-
-float number() {
-    const int64_t kind = pick(0, 200);
-    if (kind == 0) return 1e30f;
-    if (kind == 1) return 1e-41f;
-    if (kind == 2) return 0.0f;
-    return std::normal_distribution<float>()(engine);
-}
-
-std::vector<float> numbers(int64_t count) {
-    std::vector<float> x(static_cast<size_t>(count));
-    for (float& value : x) value = number();
-    return x;
-}
-
-void fail(const char* what) {
-    std::fprintf(stderr, "%s differs between instruction sets or numbers of threads\n", what);
-    std::exit(1);
-}
-
-// Run `body(out)` on every set, with other numbers of threads, and compare all results.
-template <class Body>
-void compare(const char* what, int64_t count, Body body) {
-    std::vector<float> first;
-    for (const Kernels* table : available()) {
-        use_kernels(table->name);
-        Pool::get().resize(int(pick(1, 4)));
-        std::vector<float> out(static_cast<size_t>(count), 0.0f);
-        body(out.data());
-        for (float& value : out)
-            if (std::isnan(value)) value = 0.125f;  // payloads of NaN may differ
-        if (table == available().front()) first = out;
-        else if (count > 0 && std::memcmp(first.data(), out.data(), first.size() * sizeof(float)) != 0) fail(what);
-    }
-}
 
 struct Format {
     const char* name;
@@ -141,7 +98,7 @@ void fuzz_gate() {
             team.share(behind.num_tiles, behind.grain(team.size, batch),
                        [&](int64_t begin, int64_t end) { behind.run(h, begin, end, out, outputs, false); });
         });
-    });
+    }, gated.activation);
 }
 
 void fuzz_dense() {
@@ -155,9 +112,17 @@ void fuzz_dense() {
     });
 }
 
+// Numbers of which one may be infinite or NaN: a NaN that rounding to bf16 would carry into its sign.
+std::vector<float> odd_numbers(int64_t count) {
+    const float odd[] = {float_of(0x7fffffffu), HUGE_VALF, -HUGE_VALF};
+    std::vector<float> x = numbers(count);
+    if (count > 0 && pick(0, 3) == 0) x[size_t(pick(0, count - 1))] = odd[pick(0, 2)];
+    return x;
+}
+
 void fuzz_rows() {
     const int64_t n = pick(1, 200);
-    const std::vector<float> x = numbers(n), w = numbers(n);
+    const std::vector<float> x = odd_numbers(n), w = numbers(n);
     const Activation activation = Activation(pick(0, 3));
     const Number kind = Number(pick(0, 2));
     const int64_t half = pick(0, n / 2);
@@ -172,149 +137,7 @@ void fuzz_rows() {
         k.widen(narrow.data(), kind, n, out + 4 * n);
         out[6 * n] = k.largest(x.data(), n);
         out[6 * n + 1] = k.exp_sum(x.data(), out[6 * n], n, out + 5 * n);
-    });
-}
-
-void fuzz_attention() {
-    const int64_t group = pick(1, 5), kv_heads = pick(1, 3), heads = group * kv_heads;
-    const int64_t dim = pick(0, 2) ? 16 * pick(1, 6) : pick(1, 90), value_dim = pick(0, 2) ? dim : pick(1, 90);
-    const int64_t queries = pick(0, 30), length = pick(0, 3) ? pick(0, 300) : pick(0, 1200);
-    const int64_t capacity = length + pick(0, 2);
-    const Number kind = Number(pick(0, 2));
-    const std::vector<float> q = numbers(queries * heads * dim);
-    const std::vector<float> k = numbers(kv_heads * capacity * dim), v = numbers(kv_heads * capacity * value_dim);
-    std::vector<uint8_t> keys(k.size() * size_t(nbytes_of(kind))), values(v.size() * size_t(nbytes_of(kind)));
-    kernels().convert(k.data(), kind, int64_t(k.size()), keys.data());
-    kernels().convert(v.data(), kind, int64_t(v.size()), values.data());
-    Mask mask;
-    mask.kind = MaskKind(pick(0, 2));
-    mask.first_query = pick(0, 400);
-    mask.first_key = pick(0, 100);
-    mask.window = pick(0, 1) ? pick(1, 300) : 0;
-    mask.words = pick(1, 2);
-    std::vector<int64_t> depths(static_cast<size_t>(queries));
-    std::vector<uint64_t> ancestors(static_cast<size_t>(queries * mask.words));
-    for (int64_t& depth : depths) depth = pick(0, 20);
-    for (uint64_t& bits : ancestors) bits = engine();
-    if (mask.kind == MaskKind::tree) {
-        mask.depths = depths.data();
-        mask.ancestors = ancestors.data();
-    }
-    const float softcap = pick(0, 1) ? 10.0f : 0.0f;
-    compare("attention", queries * heads * (value_dim + 1), [&](float* out) {
-        AttentionPlan plan;
-        AttentionScratch room;
-        plan.reset({heads, kv_heads, dim, value_dim, 0.3f, softcap}, Pool::get().size());
-        if (length > 0)
-            plan.add_visit({q.data(), heads * dim, keys.data(), values.data(), capacity * dim, dim, capacity * value_dim,
-                            value_dim, length, kind, mask});
-        plan.add_segment({queries, 0, plan.num_visits(), out, heads * value_dim, out + queries * heads * value_dim});
-        plan.finish(room);
-        Pool::get().run([&](Team& team) { plan.run(team); });
-    });
-}
-
-// Coded keys or values with storage of their own, each array of exactly its size.
-struct CodedCase {
-    CodedNumbers numbers;
-    std::vector<uint8_t> codes, factor_codes, outlier_tokens;
-    std::vector<uint16_t> scale, minimum, factor_scale, factor_minimum, factor_channels, outlier_numbers;
-    std::vector<float> plain, means;
-    std::vector<int16_t> kept, outlier_channels;
-    std::vector<int32_t> starts;
-};
-
-std::vector<uint16_t> halves(int64_t count) {
-    const std::vector<float> wide = numbers(count);
-    std::vector<uint16_t> narrow(static_cast<size_t>(count));
-    kernels().convert(wide.data(), Number::fp16, count, narrow.data());
-    return narrow;
-}
-
-void fill_affine(StoredNumbers& stored, int64_t heads, int64_t tokens, int64_t width, std::vector<uint8_t>& codes,
-                 std::vector<uint16_t>& scale, std::vector<uint16_t>& minimum) {
-    const int widths[] = {2, 3, 4, 8};
-    const int bits = widths[pick(0, 3)];
-    const bool is_along_tokens = pick(0, 1) != 0;
-    const int64_t channels = heads * width, group = is_along_tokens ? pick(1, 300) : pick(1, channels);
-    const int64_t skipped = is_along_tokens ? pick(0, group - 1) : 0, row_bytes = bits * ((channels + 7) / 8);
-    const int64_t rows = is_along_tokens ? (tokens + skipped + group - 1) / group : tokens;
-    const int64_t columns = is_along_tokens ? channels : (channels + group - 1) / group;
-    codes.resize(static_cast<size_t>(tokens * row_bytes));
-    for (uint8_t& code : codes) code = uint8_t(pick(0, 255));
-    scale = halves(rows * columns);
-    minimum = halves(rows * columns);
-    stored = {heads, tokens, width, true, {codes.data(), row_bytes, tokens * row_bytes, scale.data(), minimum.data(), rows,
-              columns, bits, is_along_tokens, group, skipped}, {}};
-}
-
-void fill_coded(CodedCase& c, int64_t heads, int64_t tokens, int64_t dim) {
-    const bool is_thin = pick(0, 1) != 0;
-    const int64_t width = is_thin ? pick(1, dim) : dim;
-    if (pick(0, 3) == 0) {
-        c.plain = numbers(heads * tokens * width);
-        c.numbers.stored = {heads, tokens, width, false, {}, {c.plain.data(), tokens * width, width, Number::fp32}};
-    } else {
-        fill_affine(c.numbers.stored, heads, tokens, width, c.codes, c.scale, c.minimum);
-    }
-    c.numbers.dim = dim;
-    if (pick(0, 1)) {
-        const int64_t rank = pick(1, 20);
-        fill_affine(c.numbers.factor, heads, tokens, rank, c.factor_codes, c.factor_scale, c.factor_minimum);
-        c.factor_channels = halves(heads * width * rank);
-        c.numbers.factor_channels = c.factor_channels.data();
-    }
-    if (pick(0, 1)) {
-        const int64_t blocks = (tokens + kKeyChunk - 1) / kKeyChunk;
-        c.starts.push_back(0);
-        for (int64_t run = 0; run < blocks * heads; ++run) {
-            const int64_t left = std::min<int64_t>(kKeyChunk, tokens - run / heads * kKeyChunk);
-            for (int64_t i = pick(0, 40); i > 0; --i) {
-                c.outlier_tokens.push_back(uint8_t(pick(0, left - 1)));
-                c.outlier_channels.push_back(int16_t(pick(0, width - 1)));
-            }
-            c.starts.push_back(int32_t(c.outlier_tokens.size()));
-        }
-        c.outlier_numbers = halves(int64_t(c.outlier_tokens.size()));
-        c.numbers.outliers = {c.starts.data(), c.outlier_tokens.data(), c.outlier_channels.data(), c.outlier_numbers.data(),
-                              int64_t(c.outlier_tokens.size())};
-    }
-    if (!is_thin) return;
-    for (int64_t head = 0; head < heads; ++head)
-        for (int64_t i = 0; i < width; ++i) c.kept.push_back(int16_t(i + pick(0, 1) * (dim - width)));
-    c.numbers.kept = c.kept.data();
-    if (pick(0, 1)) {
-        c.means = numbers(heads * dim);
-        c.numbers.means = c.means.data();
-    }
-}
-
-void fuzz_coded() {
-    const int64_t group = pick(1, 4), kv_heads = pick(1, 3), heads = group * kv_heads, dim = pick(1, 90);
-    const int64_t value_dim = pick(1, 90), queries = pick(0, 30), tokens = pick(1, 600);
-    CodedCase keys, values;
-    fill_coded(keys, kv_heads, tokens, dim);
-    fill_coded(values, kv_heads, tokens, value_dim);
-    const std::vector<float> q = numbers(queries * heads * dim);
-    StrandVisit visit{};
-    visit.q = q.data();
-    visit.q_stride = heads * dim;
-    visit.length = pick(1, tokens);
-    visit.mask.kind = MaskKind(pick(0, 1));
-    visit.mask.first_query = pick(0, 700);
-    visit.mask.window = pick(0, 1) ? pick(1, 300) : 0;
-    visit.mask.first_shown = pick(0, visit.length);
-    visit.coded_keys = &keys.numbers;
-    visit.coded_values = &values.numbers;
-    compare("coded attention", queries * heads * (value_dim + 1), [&](float* out) {
-        AttentionPlan plan;
-        AttentionScratch room;
-        plan.reset({heads, kv_heads, dim, value_dim, 0.05f, 0.0f}, Pool::get().size());
-        plan.add_visit(visit);
-        plan.add_segment({queries, 0, 1, out, heads * value_dim, out + queries * heads * value_dim});
-        plan.finish(room);
-        Pool::get().run([&](Team& team) { plan.run(team); });
-    });
+    }, activation);
 }
 
 std::vector<uint8_t> bytes(int64_t count, int64_t most = 255) {
@@ -447,7 +270,7 @@ void fuzz_adapter() {
         std::vector<float> room(static_cast<size_t>(most_rank * kRowChunk));
         std::copy(y.begin(), y.end(), out);
         adapt(delta, x.data(), ldx, rows, out, ldy, room.data(), entry.data());
-    });
+    }, delta.bottleneck.activation);
 }
 
 void fuzz_bits() {
@@ -455,9 +278,10 @@ void fuzz_bits() {
     const int64_t words = pick(0, 5) ? pick(0, 40) : pick(240, 300), columns = pick(0, 64);
     std::vector<uint64_t> rows(static_cast<size_t>(words * kTile)), x(static_cast<size_t>(words));
     const uint64_t kinds[] = {0, ~uint64_t(0)};
-    const bool is_extreme = pick(0, 3) == 0;
-    for (uint64_t& word : rows) word = is_extreme ? kinds[pick(0, 1)] : engine();
-    for (uint64_t& word : x) word = is_extreme ? kinds[pick(0, 1)] : engine();
+    // Words of one bit each, rows that differ in every bit, or any words.
+    const int64_t kind = pick(0, 3);
+    for (uint64_t& word : rows) word = kind == 0 ? kinds[pick(0, 1)] : kind == 1 ? ~uint64_t(0) : engine();
+    for (uint64_t& word : x) word = kind == 0 ? kinds[pick(0, 1)] : kind == 1 ? 0 : engine();
     compare("counts of bits", kTile, [&](float* out) {
         int32_t counts[kTile];
         kernels().differing_bits(rows.data(), x.data(), words, counts);
@@ -469,7 +293,7 @@ void fuzz_bits() {
             out[r] = float(counts[r]);
         }
     });
-    const std::vector<float> signs = numbers(columns), shift = numbers(columns);
+    const std::vector<float> signs = odd_numbers(columns), shift = numbers(columns);
     const float* moved = pick(0, 1) ? shift.data() : nullptr;
     compare("signs", 64, [&](float* out) {
         const uint64_t bits = kernels().negative_bits(signs.data(), moved, int(columns));
@@ -495,6 +319,9 @@ int main(int argc, char** argv) {
         fuzz_adapter();
         fuzz_bits();
     }
-    std::printf("%ld trials on %zu instruction sets: the same bits\n", trials, available().size());
+    std::string sets;
+    for (const Kernels* table : available()) sets += std::string(sets.empty() ? "" : ", ") + table->name;
+    std::printf("%ld trials on %s: the same bits\ndigest %016llx\n", trials, sets.c_str(),
+                static_cast<unsigned long long>(digest));
     return 0;
 }

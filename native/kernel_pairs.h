@@ -17,7 +17,8 @@ constexpr bool kHasPairs = S::kPairRows <= kRowChunk;
 constexpr int64_t kPanelBlocks = 18;
 
 struct Panel {
-    // [block][pair of columns][row][which]: of each four columns, the first and third, then the second and fourth.
+    // [block][pair of columns][row][which]: of each four columns, the first and third, then the second and fourth. Within
+    // kWideLanes rows an instruction set has an order of its own.
     alignas(64) int16_t codes[kPanelBlocks][kBlock / 2][kTile][2];
     alignas(64) float scales[kPanelBlocks][2][kTile], minima[kPanelBlocks][2][kTile];  // of each 32, or 16, columns
 };

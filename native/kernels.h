@@ -233,6 +233,8 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avxvnni_kernels();
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+const Kernels* dotprod_kernels();
 
 // The path in use: the widest that processor and build have, or PLAIT_NATIVE_ISA.
 const Kernels& kernels();

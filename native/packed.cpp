@@ -199,7 +199,7 @@ PackedMatrix::PackedMatrix(const uint8_t* blocks, int64_t rows, int64_t row_byte
     const int64_t tiles = (rows + kTile - 1) / kTile;
     const int64_t number_bytes = kind.is_half ? 2 : 4;
     view_ = {rows, columns, tiles, source->layout, nullptr, nullptr, kind.is_nibble ? kTile * kBlock / 2 : kTile * kBlock,
-             kTile * kind.groups * (kind.has_minima ? 2 : 1) * number_bytes, nullptr};
+             kTile * kind.groups * (kind.has_minima ? 2 : 1) * number_bytes, nullptr, nullptr, nullptr};
     codes_ = Buffer::lasting(size_t(tiles * num_blocks * view_.code_bytes));
     parameters_ = Buffer::lasting(size_t(tiles * num_blocks * view_.parameter_bytes));
     std::memset(codes_.data(), 0, codes_.size());

@@ -6,7 +6,9 @@
 #include <cstdint>
 
 #include "count_bits.h"
+#include "grid_avx2.h"
 #include "kernels.h"
+#include "signs.h"
 
 namespace plait {
 namespace {
@@ -53,6 +55,7 @@ struct Avx2 : CountBits<Words256> {
     };
     using Wide = __m256;
     using WideInt = __m256i;
+    using GridLanes = GridLanes256;
 
     static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
     static F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -343,11 +346,7 @@ struct Avx2 : CountBits<Words256> {
             const int mask = _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NGE_UQ));
             word |= uint64_t(uint32_t(mask)) << i;
         }
-        for (; i < count; ++i) {
-            const float v = shift != nullptr ? x[i] + shift[i] : x[i];
-            word |= uint64_t(!(v >= 0.0f)) << i;
-        }
-        return word;
+        return word | negative_bits_of(x, shift, i, count);
     }
 };
 

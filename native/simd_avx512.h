@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "count_bits.h"
+#include "grid_avx512.h"
 #include "kernels.h"
 
 namespace plait {
@@ -49,6 +50,7 @@ struct Avx512 : CountBits<Words512> {
     using F = __m512;
     using Wide = __m512;
     using WideInt = __m512i;
+    using GridLanes = GridLanes512;
 
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float x) { return _mm512_set1_ps(x); }

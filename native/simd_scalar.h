@@ -7,6 +7,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "signs.h"
 
 namespace plait {
 namespace {
@@ -25,6 +26,7 @@ struct Scalar {
         float at[16];
     };
     using Wide = F;
+    using GridLanes = void;
     struct WideInt {
         int32_t at[16];
     };
@@ -235,12 +237,7 @@ struct Scalar {
 
     // Bit i is set where x[i] + shift[i] is below 0 or NaN, for up to 64 numbers; a null shift is 0.
     static uint64_t negative_bits(const float* x, const float* shift, int count) {
-        uint64_t word = 0;
-        for (int i = 0; i < count; ++i) {
-            const float v = shift != nullptr ? x[i] + shift[i] : x[i];
-            word |= uint64_t(!(v >= 0.0f)) << i;
-        }
-        return word;
+        return negative_bits_of(x, shift, 0, count);
     }
 };
 

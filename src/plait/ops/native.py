@@ -7,8 +7,8 @@ up to fp32 rounding; packed products also round their activations to 8 bits (see
 Switches, read once: `PLAIT_NATIVE=0` turns it off. Left out, packed matrices and models made of them are
 native, and single operations on plain numbers stay with torch, whose threads would wait for those of the
 extension when both work in turns; `PLAIT_NATIVE=1` makes every operation native. `PLAIT_NATIVE_ISA` (`avx512`,
-`avxvnni`, `avx2`, `scalar`) forces an instruction set; `PLAIT_THREADS` sets the number of threads, the
-physical cores when left out.
+`avxvnni`, `avx2`; on ARM `dotprod`, `neon`; `scalar`) forces an instruction set; `PLAIT_THREADS` sets the number of
+threads, the physical cores when left out.
 
 Shapes: N rows, I inputs, O outputs; Q queries, T keys, H query heads, G key/value heads, D head size.
 """
