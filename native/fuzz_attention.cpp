@@ -35,23 +35,23 @@ void fill_affine(StoredNumbers& stored, int64_t heads, int64_t tokens, int64_t w
               columns, bits, is_along_tokens, group, skipped}, {}};
 }
 
-void fill_coded(CodedCase& c, int64_t heads, int64_t tokens, int64_t dim) {
-    const bool is_thin = pick(0, 1) != 0;
+// Where `is_bare`, plain numbers and nothing besides.
+void fill_coded(CodedCase& c, int64_t heads, int64_t tokens, int64_t dim, bool is_thin, bool is_bare) {
     const int64_t width = is_thin ? pick(1, dim) : dim;
-    if (pick(0, 3) == 0) {
+    if (is_bare || pick(0, 3) == 0) {
         c.plain = numbers(heads * tokens * width);
         c.numbers.stored = {heads, tokens, width, false, {}, {c.plain.data(), tokens * width, width, Number::fp32}};
     } else {
         fill_affine(c.numbers.stored, heads, tokens, width, c.codes, c.scale, c.minimum);
     }
     c.numbers.dim = dim;
-    if (pick(0, 1)) {
+    if (!is_bare && pick(0, 1)) {
         const int64_t rank = pick(1, 20);
         fill_affine(c.numbers.factor, heads, tokens, rank, c.factor_codes, c.factor_scale, c.factor_minimum);
         c.factor_channels = halves(heads * width * rank);
         c.numbers.factor_channels = c.factor_channels.data();
     }
-    if (pick(0, 1)) {
+    if (!is_bare && pick(0, 1)) {
         const int64_t blocks = (tokens + kKeyChunk - 1) / kKeyChunk;
         c.starts.push_back(0);
         for (int64_t run = 0; run < blocks * heads; ++run) {
@@ -121,8 +121,10 @@ void fuzz_coded() {
     const int64_t group = pick(1, 4), kv_heads = pick(1, 3), heads = group * kv_heads, dim = pick(1, 90);
     const int64_t value_dim = pick(1, 90), queries = pick(0, 30), tokens = pick(1, 600);
     CodedCase keys, values;
-    fill_coded(keys, kv_heads, tokens, dim);
-    fill_coded(values, kv_heads, tokens, value_dim);
+    // Those that are read where they lie come up too seldom by themselves.
+    const bool is_bare = pick(0, 3) == 0;
+    fill_coded(keys, kv_heads, tokens, dim, pick(0, 1) != 0, is_bare);
+    fill_coded(values, kv_heads, tokens, value_dim, !is_bare && pick(0, 1) != 0, is_bare);
     const std::vector<float> q = numbers(queries * heads * dim);
     StrandVisit visit{};
     visit.q = q.data();
