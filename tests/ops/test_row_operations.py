@@ -43,12 +43,14 @@ def test_linear_multiplies_in_the_weights_format_and_answers_in_the_rows(dtype: 
 
 @pytest.mark.parametrize("shape", [(96, 1024), (512, 128), (33, 2048), (48, 40)])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 32, 33])
-@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("exchange", [False, True])
+@pytest.mark.parametrize("has_onednn", [False, True])
 def test_linear_is_the_product_for_any_number_of_rows(
-    shape: tuple[int, int], num_rows: int, gains: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], num_rows: int, exchange: bool, has_onednn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Few rows of a big matrix are multiplied in another order of the factors where that is faster.
-    monkeypatch.setattr(reference, "_GAINS", gains)
+    monkeypatch.setattr(reference, "_EXCHANGE", exchange)
+    if not has_onednn:
+        monkeypatch.setattr(reference, "_onednn_linear", None)
     x, weight = torch.randn(num_rows, 2 * shape[1])[:, ::2], torch.randn(shape)
     given = linear(x, weight)
     assert given.shape == (num_rows, shape[0])
@@ -57,10 +59,11 @@ def test_linear_is_the_product_for_any_number_of_rows(
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("exchange", [False, True])
 def test_gradients_flow_through_products_of_a_few_rows(
-    num_rows: int, monkeypatch: pytest.MonkeyPatch
+    num_rows: int, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_GAINS", True)
+    monkeypatch.setattr(reference, "_EXCHANGE", exchange)
     x, weight = torch.randn(1, num_rows, 512, requires_grad=True), torch.randn(128, 512, requires_grad=True)
     wanted = torch.randn(1, num_rows, 128)
     (linear(x, weight) * wanted).sum().backward()
