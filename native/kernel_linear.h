@@ -85,6 +85,34 @@ struct Linear {
         }
     }
 
+    // The scales and minima of some rows of a block.
+    template <class Fmt>
+    struct Numbers {
+        Wide scale[Fmt::Groups], minimum[Fmt::Groups];
+
+        explicit Numbers(const typename Fmt::Scale* at) {
+            for (int group = 0; group < Fmt::Groups; ++group) {
+                scale[group] = S::wide_load(at + group * kTile);
+                if constexpr (Fmt::HasMinima) minimum[group] = S::wide_load(at + (Fmt::Groups + group) * kTile);
+            }
+        }
+
+        // `total` and what a block adds to it: its products with one row of activations, scaled, and its minima.
+        Wide add(Wide total, const Wide (&products)[Fmt::Groups], const RowBlock& of) const {
+            const Wide x_scale = S::wide_set1(&of.scale);
+            for (int group = 0; group < Fmt::Groups; ++group)
+                total = S::wide_fma(S::wide_mul(scale[group], x_scale), products[group], total);
+            if constexpr (Fmt::HasMinima) {
+                if constexpr (Fmt::Groups == 1) return S::wide_fma(minimum[0], S::wide_set1(&of.scaled_sum), total);
+                else {
+                    total = S::wide_fma(minimum[0], S::wide_set1(&of.scaled_low), total);
+                    return S::wide_fma(minimum[1], S::wide_set1(&of.scaled_high), total);
+                }
+            }
+            return total;
+        }
+    };
+
     // y[row][r] = sum over blocks b of scale[b, r] * x_scale[b] * dot(b) + minimum[b, r] * x_scale[b] * x_sum[b],
     // in the order of b. Nothing here depends on how many rows the chunk has.
     template <class Fmt, int Rows>
@@ -105,33 +133,14 @@ struct Linear {
 #pragma GCC unroll 2
             for (int part = 0; part < kParts; ++part) {
                 const auto codes = S::template load_codes<Fmt::Bits>(codes_at + 4 * S::kWideLanes * part);
-                const Scale* own = scales + S::kWideLanes * part;
-                const Wide scale = S::wide_load(own);
-                Wide scale_high = scale, minimum = scale, minimum_high = scale;
-                if constexpr (Fmt::Groups == 2) scale_high = S::wide_load(own + kTile);
-                if constexpr (Fmt::HasMinima) {
-                    minimum = S::wide_load(own + Fmt::Groups * kTile);
-                    if constexpr (Fmt::Groups == 2) minimum_high = S::wide_load(own + 3 * kTile);
-                }
+                const Numbers<Fmt> numbers(scales + S::kWideLanes * part);
                 Wide products[Fmt::Groups][Rows];
                 block<Fmt, Rows>(codes, x, xb, products);
 #pragma GCC unroll 8
                 for (int m = 0; m < Rows; ++m) {
-                    const RowBlock& of = xb[m];
-                    const Wide x_scale = S::wide_set1(&of.scale);
-                    Wide total = sum[part][m];
-                    total = S::wide_fma(S::wide_mul(scale, x_scale), products[0][m], total);
-                    if constexpr (Fmt::Groups == 1) {
-                        if constexpr (Fmt::HasMinima)
-                            total = S::wide_fma(minimum, S::wide_set1(&of.scaled_sum), total);
-                    } else {
-                        total = S::wide_fma(S::wide_mul(scale_high, x_scale), products[1][m], total);
-                        if constexpr (Fmt::HasMinima) {
-                            total = S::wide_fma(minimum, S::wide_set1(&of.scaled_low), total);
-                            total = S::wide_fma(minimum_high, S::wide_set1(&of.scaled_high), total);
-                        }
-                    }
-                    sum[part][m] = total;
+                    Wide own[Fmt::Groups];
+                    for (int group = 0; group < Fmt::Groups; ++group) own[group] = products[group][m];
+                    sum[part][m] = numbers.add(sum[part][m], own, xb[m]);
                 }
             }
             codes_at += w.code_bytes;
@@ -142,6 +151,64 @@ struct Linear {
         for (int m = 0; m < Rows; ++m)
             for (int part = 0; part < kParts; ++part)
                 S::wide_store(out + m * kTile + S::kWideLanes * part, sum[part][m]);
+    }
+
+    // Two tiles that lie one behind the other, for four of the rows of a chunk of `chunk`: each vector of activations
+    // meets both, and 16 sums hide how long a product takes. The bits are those of `tile`.
+    template <class Fmt>
+    static void two_tiles(const PackedView& w, int64_t tile, const int8_t* x, const RowBlock* xb, int chunk, float* out, int64_t stride) {
+        constexpr int kRows = 4, kTiles = 2, kEach = 8 / Fmt::Groups;
+        const int64_t num_blocks = w.columns / kBlock;
+        const uint8_t* codes_at = w.codes + tile * num_blocks * w.code_bytes;
+        const uint8_t* parameters_at = w.parameters + tile * num_blocks * w.parameter_bytes;
+        const int64_t next_codes = num_blocks * w.code_bytes, next_parameters = num_blocks * w.parameter_bytes;
+        Wide sum[kTiles][kRows];
+        for (int t = 0; t < kTiles; ++t)
+            for (int m = 0; m < kRows; ++m) sum[t][m] = S::wide_zero();
+        for (int64_t b = 0; b < num_blocks; ++b) {
+            const typename S::template Codes<Fmt::Bits> codes[kTiles] = {
+                S::template load_codes<Fmt::Bits>(codes_at), S::template load_codes<Fmt::Bits>(codes_at + next_codes)};
+            Wide products[kTiles][kRows][Fmt::Groups];
+#pragma GCC unroll 2
+            for (int group = 0; group < Fmt::Groups; ++group) {
+                typename S::WideInt high[kTiles][kRows], low[kTiles][kRows];
+                for (int t = 0; t < kTiles; ++t)
+                    for (int m = 0; m < kRows; ++m) high[t][m] = low[t][m] = S::wide_int_zero();
+#pragma GCC unroll 8
+                for (int g = group * kEach; g < (group + 1) * kEach; ++g)
+#pragma GCC unroll 4
+                    for (int m = 0; m < kRows; ++m) {
+                        const int8_t* four = x + m * kBlockCodes + 4 * g;
+#pragma GCC unroll 2
+                        for (int t = 0; t < kTiles; ++t) {
+                            high[t][m] = S::add_products(high[t][m], codes[t].at[g], four);
+                            low[t][m] = S::add_products(low[t][m], codes[t].at[g], four + kBlock);
+                        }
+                    }
+#pragma GCC unroll 4
+                for (int m = 0; m < kRows; ++m) {
+                    const int32_t* minus = Fmt::Groups == 1 ? &xb[m].minus_sum : group == 0 ? &xb[m].minus_low : &xb[m].minus_high;
+#pragma GCC unroll 2
+                    for (int t = 0; t < kTiles; ++t) {
+                        auto whole = S::join(high[t][m], low[t][m]);
+                        if constexpr (Fmt::Shift >= 0) whole = S::wide_int_add(whole, S::correction(minus, Fmt::Shift));
+                        products[t][m][group] = S::to_float(whole);
+                    }
+                }
+            }
+#pragma GCC unroll 2
+            for (int t = 0; t < kTiles; ++t) {
+                const Numbers<Fmt> numbers(reinterpret_cast<const typename Fmt::Scale*>(parameters_at + t * next_parameters));
+#pragma GCC unroll 4
+                for (int m = 0; m < kRows; ++m) sum[t][m] = numbers.add(sum[t][m], products[t][m], xb[m]);
+            }
+            codes_at += w.code_bytes;
+            parameters_at += w.parameter_bytes;
+            x += chunk * kBlockCodes;
+            xb += chunk;
+        }
+        for (int t = 0; t < kTiles; ++t)
+            for (int m = 0; m < kRows; ++m) S::wide_store(out + t * stride + m * kTile, sum[t][m]);
     }
 
     // Blocks [begin, end) of a tile for many rows.
@@ -165,6 +232,24 @@ struct Linear {
         }
     }
 
+    // Whether one vector holds a row of a tile, so that registers are enough for the sums of two.
+    static constexpr bool kHasTwoTiles = kParts == 1 && !kHasPairs<S>;
+
+    template <class Fmt>
+    static void tiles_of(const PackedView& w, int64_t t, int64_t count, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+        const int64_t stride = (last - first) * kTile;
+        int64_t row = first;
+        if constexpr (kHasTwoTiles) {
+            for (; count == 2 && row < last && chunk_rows(x.rows - row) >= 4; row += chunk_rows(x.rows - row)) {
+                const int chunk = chunk_rows(x.rows - row);
+                for (int m = 0; m < chunk; m += 4)
+                    two_tiles<Fmt>(w, t, x.codes_of(row, 0, chunk) + m * kBlockCodes, x.blocks_of(row, 0, chunk) + m, chunk,
+                                   out + (row - first + m) * kTile, stride);
+            }
+        }
+        for (int64_t k = 0; k < count; ++k) tile_of<Fmt>(w, t + k, x, row, last, out + k * stride + (row - first) * kTile);
+    }
+
     template <class Fmt>
     static void tile_of(const PackedView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
         int64_t row = first;
@@ -185,19 +270,19 @@ struct Linear {
         }
     }
 
-    static void packed_tile(const PackedView& w, int64_t t, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
+    static void packed_tiles(const PackedView& w, int64_t t, int64_t count, const QuantizedRows& x, int64_t first, int64_t last, float* out) {
         using Half = uint16_t;
         switch (w.layout) {
-            case Layout::u4_f16: return tile_of<Format<4, 3, Half, false, 1>>(w, t, x, first, last, out);
-            case Layout::u4_f16_min: return tile_of<Format<4, -1, Half, true, 1>>(w, t, x, first, last, out);
-            case Layout::u4_f32_min: return tile_of<Format<4, -1, float, true, 1>>(w, t, x, first, last, out);
-            case Layout::u4_f32_pair: return tile_of<Format<4, 2, float, false, 2>>(w, t, x, first, last, out);
-            case Layout::u4_f32_min_pair: return tile_of<Format<4, -1, float, true, 2>>(w, t, x, first, last, out);
-            case Layout::u7_f16_16: return tile_of<Format<7, 4, Half, false, 1>>(w, t, x, first, last, out);
-            case Layout::u7_f16_min: return tile_of<Format<7, -1, Half, true, 1>>(w, t, x, first, last, out);
-            case Layout::u7_f32_min: return tile_of<Format<7, -1, float, true, 1>>(w, t, x, first, last, out);
-            case Layout::u7_f32_pair: return tile_of<Format<7, 5, float, false, 2>>(w, t, x, first, last, out);
-            default: return tile_of<Format<8, 7, Half, false, 1>>(w, t, x, first, last, out);
+            case Layout::u4_f16: return tiles_of<Format<4, 3, Half, false, 1>>(w, t, count, x, first, last, out);
+            case Layout::u4_f16_min: return tiles_of<Format<4, -1, Half, true, 1>>(w, t, count, x, first, last, out);
+            case Layout::u4_f32_min: return tiles_of<Format<4, -1, float, true, 1>>(w, t, count, x, first, last, out);
+            case Layout::u4_f32_pair: return tiles_of<Format<4, 2, float, false, 2>>(w, t, count, x, first, last, out);
+            case Layout::u4_f32_min_pair: return tiles_of<Format<4, -1, float, true, 2>>(w, t, count, x, first, last, out);
+            case Layout::u7_f16_16: return tiles_of<Format<7, 4, Half, false, 1>>(w, t, count, x, first, last, out);
+            case Layout::u7_f16_min: return tiles_of<Format<7, -1, Half, true, 1>>(w, t, count, x, first, last, out);
+            case Layout::u7_f32_min: return tiles_of<Format<7, -1, float, true, 1>>(w, t, count, x, first, last, out);
+            case Layout::u7_f32_pair: return tiles_of<Format<7, 5, float, false, 2>>(w, t, count, x, first, last, out);
+            default: return tiles_of<Format<8, 7, Half, false, 1>>(w, t, count, x, first, last, out);
         }
     }
 

@@ -173,7 +173,8 @@ struct Kernels {
     const char* name;
 
     // Tile `tile` times rows [first, last), which are whole chunks: out[row - first][16].
-    void (*packed_tile)(const PackedView&, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out);
+    // Tiles [tile, tile + count), at most two, times rows [first, last): out[tile][row - first][16].
+    void (*packed_tiles)(const PackedView&, int64_t tile, int64_t count, const QuantizedRows& x, int64_t first, int64_t last, float* out);
     void (*grid_tile)(const GridView&, int64_t tile, const QuantizedRows& x, int64_t first, int64_t last, float* out);
     // The same with `rows` (1, 2 or 4) activations in fp32, ldx apart.
     void (*grid_exact)(const GridView&, int64_t tile, const float* x, int64_t ldx, int rows, float* out);

