@@ -30,11 +30,11 @@ struct Attention {
     // Keys and values are read once each, from memory rather than a cache when the past is long: ask for them
     // some tokens ahead. Asking beyond the end does nothing.
     static constexpr int64_t kAhead = 32;
-    template <Number N>
+    template <Number N, int Locality = 3>
     static void fetch(const void* numbers, int64_t first, int64_t count) {
         constexpr int64_t kSize = N == Number::fp32 ? 4 : 2;
         const char* start = static_cast<const char*>(numbers) + first * kSize;
-        for (int64_t at = 0; at < count * kSize; at += 64) __builtin_prefetch(start + at);
+        for (int64_t at = 0; at < count * kSize; at += 64) __builtin_prefetch(start + at, 0, Locality);
     }
 
     // Numbers of the keys or of the values of a piece.
@@ -99,16 +99,18 @@ struct Attention {
         }
     }
 
-    // sum[row] += weight[row][j] * value[j], j ascending, for some vectors of channels at a time.
+    // sum[row] += weight[row][j] * value[j], j ascending, for some vectors of channels at a time. Meanwhile, the keys where
+    // the next chunk's would be, if given, are asked to come to the second level: memory would rest else.
     template <Number N, int Rows, int Vectors>
     static void some_values(const float* weights, Source values, int64_t channel, int64_t padded_value, int64_t first,
-                            int64_t last, float* sum) {
+                            int64_t last, const Source* next, float* sum) {
         using R = Reader<S, N>;
         F total[Rows][Vectors];
         for (int r = 0; r < Rows; ++r)
             for (int k = 0; k < Vectors; ++k) total[r][k] = S::load(sum + r * padded_value + channel + k * kLanes);
         const int64_t width = values.dim - channel;
         for (int64_t j = first; j < last; ++j) {
+            if (next != nullptr) fetch<N, 2>(next->at, j * next->stride, next->dim);
             F v[Vectors];
             for (int k = 0; k < Vectors; ++k) {
                 const int64_t at = j * values.stride + channel + k * kLanes;
@@ -123,19 +125,22 @@ struct Attention {
             for (int k = 0; k < Vectors; ++k) S::store(sum + r * padded_value + channel + k * kLanes, total[r][k]);
     }
     template <Number N, int Rows>
-    static void values(const float* weights, Source values, int64_t padded_value, int64_t first, int64_t last, float* sum) {
+    static void values(const float* weights, Source values, int64_t padded_value, int64_t first, int64_t last, const Source* next,
+                       float* sum) {
         constexpr int kVectors = S::vectors_at_once(Rows);
         int64_t c = 0;
-        for (; c + kVectors * kLanes <= values.dim; c += kVectors * kLanes)
-            some_values<N, Rows, kVectors>(weights, values, c, padded_value, first, last, sum);
-        for (; c < values.dim; c += kLanes) some_values<N, Rows, 1>(weights, values, c, padded_value, first, last, sum);
+        for (; c + kVectors * kLanes <= values.dim; c += kVectors * kLanes, next = nullptr)
+            some_values<N, Rows, kVectors>(weights, values, c, padded_value, first, last, next, sum);
+        for (; c < values.dim; c += kLanes, next = nullptr)
+            some_values<N, Rows, 1>(weights, values, c, padded_value, first, last, next, sum);
     }
     template <int Rows>
-    PLAIT_APART static void values_of(const float* weights, Source from, int64_t padded_value, int64_t first, int64_t last, float* sum) {
+    PLAIT_APART static void values_of(const float* weights, Source from, int64_t padded_value, int64_t first, int64_t last,
+                                      const Source* next, float* sum) {
         switch (from.number) {
-            case Number::fp32: return values<Number::fp32, Rows>(weights, from, padded_value, first, last, sum);
-            case Number::bf16: return values<Number::bf16, Rows>(weights, from, padded_value, first, last, sum);
-            case Number::fp16: return values<Number::fp16, Rows>(weights, from, padded_value, first, last, sum);
+            case Number::fp32: return values<Number::fp32, Rows>(weights, from, padded_value, first, last, next, sum);
+            case Number::bf16: return values<Number::bf16, Rows>(weights, from, padded_value, first, last, next, sum);
+            case Number::fp16: return values<Number::fp16, Rows>(weights, from, padded_value, first, last, next, sum);
         }
     }
 
@@ -307,7 +312,7 @@ struct Attention {
             if (is_careful && weights[slot] == 0.0f) return;
             Source own = from;
             own.at = moved(from.at, key * from.stride, from.number);
-            values_of<1>(weights + slot, own, v.padded_value, 0, 1, sum);
+            values_of<1>(weights + slot, own, v.padded_value, 0, 1, nullptr, sum);
         };
         if (piece.nodes != nullptr) return each_node(piece, query, add);
         for (int64_t key = piece.low[query]; key < piece.high[query]; ++key) add(key, piece.slot + key);
@@ -335,8 +340,10 @@ struct Attention {
             const Piece& piece = v.pieces[i];
             const Range range = seen(v, piece, row, Rows);
             if (piece.nodes != nullptr || range.low >= range.high) continue;
+            Source next = keys_of(v, piece);
+            next.at = moved(next.at, piece.count * next.stride, next.number);
             values_of<Rows>(weights + row * kScoreStride + piece.slot, values_of_piece(v, piece), v.padded_value, range.low,
-                            range.high, sum);
+                            range.high, row == 0 ? &next : nullptr, sum);
         }
         finish_rows(v, row, Rows, weights, fold);
     }

@@ -205,7 +205,7 @@ struct ManyRows {
             fill(v, true, slot, block);
             each_rows(slot, [&](int64_t row, auto rows, int64_t first, int64_t last) {
                 A::template values<Number::fp32, rows>(weights + row * kScoreStride + slot, values, v.padded_value, first,
-                                                       last, fold.sum + row * v.padded_value);
+                                                       last, nullptr, fold.sum + row * v.padded_value);
             });
         }
         A::each_rows(v, [&](int64_t row, auto rows) { A::finish_rows(v, row, rows, weights, fold); });
