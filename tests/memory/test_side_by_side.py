@@ -114,7 +114,7 @@ def test_the_number_of_products_does_not_grow_with_the_number_of_sequences(
 ) -> None:
     monkeypatch.setattr(side_by_side, "is_everywhere", lambda: False)
     counts = []
-    for times in (2, 6):
+    for times in (3, 9):
         some = forks(lengths * times)
         rows = Rows([(1, len(ids)) for _, ids in some])
         with torch.inference_mode(), Products() as products:
