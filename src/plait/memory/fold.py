@@ -5,15 +5,16 @@ Shapes: N packed rows, n rows of a segment, H query heads, G key/value heads, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from plait.errors import ConfigError
+from plait.memory import side_by_side
+from plait.memory.parts import Parts, Run, Visitor, part_of, rows_of
 from plait.memory.plan import Seen, Visit
 from plait.memory.rows import Rows, Segment, check_pasts
 from plait.memory.strand import Heads
@@ -26,7 +27,6 @@ from plait.ops import (
     SomeQueries,
     Tree,
     empty_partial,
-    merge,
     rotate,
 )
 
@@ -40,7 +40,8 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     """Remember the rows of several sequences and answer their queries, in one layer.
 
     A strand that several sequences share, and see whole, is visited once with all their queries
-    (Juravsky et al. 2024, arXiv:2402.05099); the parts are then merged for each sequence.
+    (Juravsky et al. 2024, arXiv:2402.05099), and their own short strands are visited side by side; the parts
+    are then merged for each sequence.
 
     Args:
         memories: one for each segment of `rows`, all of one layer.
@@ -72,50 +73,41 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     for memory, segment, draft in zip(memories, rows.segments, drafts, strict=True):
         memory.append(keys[segment.rows], v[segment.rows], draft)
 
-    # parts[s] holds segment s's partials in the order of its visits, whatever else is in the batch.
-    parts: list[list[Partial | None]] = []
-    visits_of: list[list[Visit]] = []
-    shared: dict[tuple[int, int | None], list[tuple[int, int, Visit]]] = {}
+    visits: list[list[Visit]] = []
+    strangers: dict[tuple[int, int | None], list[Visitor]] = {}
     for index, (memory, segment) in enumerate(zip(memories, rows.segments, strict=True)):
         memory.plan.policy.look_up(memory, segment, partial(in_frame.at, segment))
-        visits = memory.plan.policy.visits(memory, segment)
-        parts.append([None] * len(visits))
-        visits_of.append(visits)
-        for place, visit in enumerate(visits):
-            shared.setdefault((id(visit.strand), visit.turned_at), []).append((index, place, visit))
+        visits.append(memory.plan.policy.visits(memory, segment))
+        for place, visit in enumerate(visits[index]):
+            visitor = Visitor(index, place, segment, visit)
+            strangers.setdefault((id(visit.strand), visit.turned_at), []).append(visitor)
 
-    for visitors in shared.values():
-        whole = [v for v in visitors if len(visitors) > 1 and _sees_all(rows.segments[v[0]], v[2])]
-        if len(whole) > 1:
-            visit = whole[0][2]
-            queries = [in_frame.of_visit(visit, rows.segments[index]) for index, _, visit in whole]
-            mask: Mask = Everything()
-            if visit.strand.heads.bias is not None:
-                mask = Placed(
-                    mask, torch.cat([_places(visit, rows.segments[index]) for index, _, visit in whole])
-                )
-            stacked = _answer(visit, heads, torch.cat(queries), 0, mask)
-            start = 0
-            for (index, place, _), own in zip(whole, queries, strict=True):
-                stop = start + len(own)
-                part = Partial(stacked.out[start:stop], stacked.lse[start:stop])
-                parts[index][place] = part
-                start = stop
-        for index, place, visit in visitors:
-            if parts[index][place] is None:
-                segment = rows.segments[index]
-                parts[index][place] = _visit(visit, heads, segment, in_frame.of_visit(visit, segment))
+    new_empty = partial(empty_partial, num_heads=heads.num_heads, head_dim=v.shape[-1], device=q.device)
+    parts = Parts(rows.segments, visits, new_empty)
+    alone: list[Visitor] = []
+    families: dict[int, int] = {}
+    for visitors in strangers.values():
+        whole = [one for one in visitors if len(visitors) > 1 and _sees_all(one)]
+        if len(whole) < 2:
+            alone += visitors
+            continue
+        for one in whole:
+            families.setdefault(one.number, id(one.visit.strand))
+        parts.put(whole, _stacked(whole, heads, in_frame.of_visitors(whole)))
+        alone += [one for one in visitors if not parts.has(one)]
+    for group in side_by_side.alike(heads, alone, families):
+        parts.put(group, side_by_side.attend_side_by_side(group, in_frame.of_visitors(group), _seen))
+    for visitor in alone:
+        if not parts.has(visitor):
+            parts.put([visitor], _visit(visitor, heads, in_frame.of_visitors([visitor])))
 
-    value_dim = v.shape[-1]
-    outs = []
-    for memory, segment, of_segment, visits in zip(memories, rows.segments, parts, visits_of, strict=True):
-        new_empty = partial(empty_partial, num_heads=heads.num_heads, head_dim=value_dim, device=q.device)
-        merged = _merged(of_segment, visits, segment.length, new_empty)
+    merged = parts.merged()
+    for index, (memory, segment, run) in enumerate(zip(memories, rows.segments, merged, strict=True)):
         if memory.watcher is not None:
-            memory.watcher(memory, segment, visits, of_segment, merged)
-        memory.observe(Seen(segment, partial(in_frame.of_segment, segment), merged))
-        outs.append(merged.out)
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+            memory.watcher(memory, segment, visits[index], parts.of(index), part_of([run]))
+        if memory.is_observed:
+            memory.observe(Seen(segment, partial(in_frame.of_segment, segment), part_of([run])))
+    return rows_of([Run(part.out, start, stop) for part, start, stop in merged])
 
 
 def _attend_in_turns(
@@ -140,18 +132,34 @@ def _attend_in_turns(
     return torch.cat(outs)[torch.cat(order).argsort()]
 
 
-def _visit(visit: Visit, heads: Heads, segment: Segment, queries: Tensor) -> Partial:
+def _stacked(visitors: Sequence[Visitor], heads: Heads, queries: Tensor) -> Partial:
+    """The part that the queries of several segments see of one strand, all of it."""
+    visit = visitors[0].visit
+    mask: Mask = Everything()
+    if visit.strand.heads.bias is not None:
+        mask = Placed(mask, torch.cat([_places(visitor) for visitor in visitors]))
+    return _answer(visit, heads, queries, 0, mask)
+
+
+def _visit(visitor: Visitor, heads: Heads, queries: Tensor) -> Partial:
     """The part that a segment's visiting queries (n, H, D) see of a strand."""
-    mask, first_query = visit.mask or segment.mask, segment.position
-    if visit.queries is not None:
-        if type(mask) in (Causal, Everything):
-            # These know nothing but where the first query stands.
-            first_query += visit.queries.start
-        else:
-            mask = SomeQueries(mask, visit.queries, segment.length)
+    visit = visitor.visit
+    mask, first_query = _seen(visitor)
     if visit.turned_at is not None and visit.strand.heads.bias is not None:
-        mask = Placed(mask, _places(visit, segment) - first_query)
+        mask = Placed(mask, _places(visitor) - first_query)
     return _answer(visit, heads, queries, first_query, mask, visit.window)
+
+
+def _seen(visitor: Visitor) -> tuple[Mask, int]:
+    """What a segment's visiting queries see, and the position of the first of them."""
+    segment, queries = visitor.segment, visitor.visit.queries
+    mask = visitor.visit.mask or segment.mask
+    if queries is None:
+        return mask, segment.position
+    if type(mask) in (Causal, Everything):
+        # These know nothing but where the first query stands.
+        return mask, segment.position + queries.start
+    return SomeQueries(mask, queries, segment.length), segment.position
 
 
 def _answer(
@@ -165,42 +173,12 @@ def _answer(
     return Partial(part.out, part.lse + heads.bias.at(visit.turned_at).to(part.lse.device))
 
 
-def _places(visit: Visit, segment: Segment) -> Tensor:
+def _places(visitor: Visitor) -> Tensor:
     """Sequence positions (n,) at which a segment's visiting queries stand for the keys of a strand."""
-    queries = range(segment.length) if visit.queries is None else visit.queries
+    segment, visit, queries = visitor.segment, visitor.visit, visitor.queries
     if visit.turned_at is not None:
         return torch.full((len(queries),), visit.strand.offset + visit.turned_at)
     return segment.position + segment.mask.depths(segment.length)[queries.start : queries.stop]
-
-
-def _merged(
-    parts: Sequence[Partial | None], visits: Sequence[Visit], length: int, new_empty: Callable[[int], Partial]
-) -> Partial:
-    """Merge the parts of a segment in the order of its visits; some are of a run of its queries only.
-
-    Nothing is written to in place, so that gradients flow and parts that others see stay as they are.
-    """
-    runs = [range(length) if visit.queries is None else visit.queries for visit in visits]
-    borders = sorted({0, length, *(edge for run in runs for edge in (run.start, run.stop))})
-    number_of = {border: number for number, border in enumerate(borders)}
-    # One for each stretch of queries between two borders.
-    merged: list[Partial | None] = [None] * (len(borders) - 1)
-    for part, visit, run in zip(parts, visits, runs, strict=True):
-        assert part is not None
-        if visit.log_weight:
-            part = Partial(part.out, part.lse + visit.log_weight)
-        for number in range(number_of[run.start], number_of[run.stop]):
-            low, high = borders[number] - run.start, borders[number + 1] - run.start
-            own = part if high - low == len(run) else Partial(part.out[low:high], part.lse[low:high])
-            before = merged[number]
-            merged[number] = own if before is None else merge(before, own)
-    whole = [
-        new_empty(high - low) if one is None else one
-        for one, (low, high) in zip(merged, pairwise(borders), strict=True)
-    ]
-    if len(whole) < 2:
-        return whole[0] if whole else new_empty(0)
-    return Partial(torch.cat([one.out for one in whole]), torch.cat([one.lse for one in whole]))
 
 
 class _Frames:
@@ -227,23 +205,28 @@ class _Frames:
         """The queries of a segment, (n, H, D), at their positions in a frame that starts at `offset`."""
         return self(offset)[segment.rows]
 
-    def of_visit(self, visit: Visit, segment: Segment) -> Tensor:
-        """The queries of a segment that make a visit, rotated for it."""
-        if visit.turned_at is None:
-            turned = self.of_segment(segment, visit.strand.offset)
-        else:
-            turned = self.at(segment, visit.turned_at)
-        if visit.queries is None:
-            return turned
-        return turned[visit.queries.start : visit.queries.stop]
+    def of_visitors(self, visitors: Sequence[Visitor]) -> Tensor:
+        """The queries of some visitors (n, H, D), one behind the other, each rotated for its visit."""
+        runs = []
+        for _, _, segment, visit in visitors:
+            pinned = visit.turned_at
+            turned = self(visit.strand.offset) if pinned is None else self._pinned_at(pinned)
+            start, stop = segment.start, segment.start + segment.length
+            if visit.queries is not None:
+                start, stop = segment.start + visit.queries.start, segment.start + visit.queries.stop
+            runs.append(Run(turned, start, stop))
+        return rows_of(runs)
 
     def at(self, segment: Segment, position: int) -> Tensor:
         """The queries of a segment, (n, H, D), as if all of them stood at one frame position."""
+        return self._pinned_at(position)[segment.rows]
+
+    def _pinned_at(self, position: int) -> Tensor:
         if self.heads.rope is None:
-            return self.q[segment.rows]
+            return self.q
         if position not in self.pinned:
             self.pinned[position] = rotate(self.q, self.rows.angles_at(self.heads.rope, position))
-        return self.pinned[position][segment.rows]
+        return self.pinned[position]
 
     def __call__(self, offset: int) -> Tensor:
         if self.heads.rope is None:
@@ -268,10 +251,9 @@ def _check_shapes(heads: Heads, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> 
             )
 
 
-def _sees_all(segment: Segment, visit: Visit) -> bool:
+def _sees_all(visitor: Visitor) -> bool:
     """Whether every visiting query sees every key of the strand."""
-    strand = visit.strand
-    queries = visit.queries or range(segment.length)
-    mask = visit.mask or segment.mask
-    view = mask.view(segment.position, queries, strand.position, len(strand), visit.window)
+    segment, visit = visitor.segment, visitor.visit
+    strand, mask = visit.strand, visit.mask or segment.mask
+    view = mask.view(segment.position, visitor.queries, strand.position, len(strand), visit.window)
     return view.visible is None and view.low == 0 and view.high == len(strand)

@@ -26,6 +26,7 @@ from plait.ops.distance_bias import DistanceBias
 from plait.ops.grid import GridMatrix
 from plait.ops.masks import Causal, Everything, Far, Mask, Placed, SomeQueries, Tree, View
 from plait.ops.native import PackedMatrix, has_native_matrices, has_packed_form
+from plait.ops.padded import padded, padded_attention
 from plait.ops.partial import Partial, empty_partial, merge_all
 from plait.ops.reference import activate, layer_norm
 from plait.ops.rope import Angles, Rope
@@ -62,6 +63,8 @@ __all__ = [
     "linear",
     "merge",
     "merge_all",
+    "padded",
+    "padded_attention",
     "partial_attention",
     "rms_norm",
     "rotate",

@@ -15,7 +15,7 @@ from plait.ops.distance_bias import DistanceBias
 from plait.ops.masks import Everything, Mask
 from plait.ops.partial import Partial, empty_partial
 
-__all__ = ["activate", "layer_norm", "linear", "partial_attention", "rms_norm"]
+__all__ = ["activate", "capped", "layer_norm", "linear", "partial_attention", "rms_norm", "softmax_times"]
 
 # Scores of one block of queries stay under this many numbers (32 MB), so that memory does not
 # grow with the square of a prompt.
@@ -139,14 +139,13 @@ def partial_attention(
         q_GMD = q_GNQD[:, :, start : start + rows].reshape(num_kv_heads, group * rows, head_dim)
         scores = torch.bmm(q_GMD, keys[:, low:high].float().transpose(1, 2))
         scores = scores.view(num_heads, rows, high - low)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
+        scores = capped(scores, softcap)
         if bias is not None:
             scores = bias.applied(scores, mask.distances(first_query, block, first_key, range(low, high)))
         if visible is not None:
             scores = scores.masked_fill(~visible, -math.inf)
         scores = scores.view(num_kv_heads, group * rows, high - low)
-        out, lse = _softmax_times(scores, values[:, low:high].float())
+        out, lse = softmax_times(scores, values[:, low:high].float())
         parts.append((out.view(num_kv_heads, group, rows, value_dim), lse.view(num_kv_heads, group, rows)))
     out_GNQV, lse_GNQ = (
         parts[0] if len(parts) == 1 else (torch.cat(p, dim=2) for p in zip(*parts, strict=True))
@@ -157,7 +156,12 @@ def partial_attention(
     )
 
 
-def _softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """`softcap * tanh(scores / softcap)`; the scores themselves for None."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def softmax_times(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """`softmax(scores) @ values` and the log-sum-exp; a row of -inf gives 0 and -inf."""
     if scores.shape[-1] == 0:
         return scores.new_zeros(*scores.shape[:-1], values.shape[-1]), scores.new_full(
