@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from plait.errors import ConfigError
-from plait.memory.plan import Seen, Visit
-from plait.memory.rows import Rows, Segment, check_pasts
+from plait.memory.plan import Choice, Seen, Visit
+from plait.memory.rows import Rows, Segment, check_pasts, turns_of
 from plait.memory.strand import Heads
 from plait.ops import (
     Causal,
@@ -77,8 +77,7 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     visits_of: list[list[Visit]] = []
     shared: dict[tuple[int, int | None], list[tuple[int, int, Visit]]] = {}
     for index, (memory, segment) in enumerate(zip(memories, rows.segments, strict=True)):
-        memory.plan.policy.look_up(memory, segment, partial(in_frame.at, segment))
-        visits = memory.plan.policy.visits(memory, segment)
+        visits = _resolved(memory.plan.policy.visits(memory, segment), partial(in_frame.at, segment))
         parts.append([None] * len(visits))
         visits_of.append(visits)
         for place, visit in enumerate(visits):
@@ -113,7 +112,9 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
         merged = _merged(of_segment, visits, segment.length, new_empty)
         if memory.watcher is not None:
             memory.watcher(memory, segment, visits, of_segment, merged)
-        memory.observe(Seen(segment, partial(in_frame.of_segment, segment), merged))
+        if memory.is_observed:
+            own = in_frame.of_segment(segment, memory.tail.offset).detach().float()
+            memory.observe(Seen(segment, rows.positions[segment.rows], own, merged.lse.detach()))
         outs.append(merged.out)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -122,22 +123,21 @@ def _attend_in_turns(
     memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Rows, runs: Sequence[Sequence[range]]
 ) -> Tensor:
     """`attend`, the first run of every segment first, then the second one, and so on."""
-    outs: list[Tensor] = []
-    order: list[Tensor] = []
-    for turn in range(max(map(len, runs))):
-        in_turn = [index for index, of_segment in enumerate(runs) if turn < len(of_segment)]
-        pieces: list[tuple[int, int, Mask]] = []
-        taken: list[Tensor] = []
-        for index in in_turn:
-            segment, run = rows.segments[index], runs[index][turn]
-            pieces.append((len(run), segment.position + run.start, segment.mask))
-            taken.append(torch.arange(segment.start + run.start, segment.start + run.stop, device=q.device))
-        order.append(torch.cat(taken))
-        own = order[-1]
-        outs.append(
-            attend([memories[index] for index in in_turn], q[own], k[own], v[own], Rows(pieces, q.device))
-        )
-    return torch.cat(outs)[torch.cat(order).argsort()]
+    turns = turns_of(rows, runs)
+    outs = [
+        attend([memories[index] for index in turn.segments], q[own], k[own], v[own], turn.rows)
+        for turn in turns
+        for own in [turn.chosen]
+    ]
+    return torch.cat(outs)[torch.cat([turn.chosen for turn in turns]).argsort()]
+
+
+def _resolved(looks: Sequence[Visit | Choice], queries: Callable[[int], Tensor]) -> list[Visit]:
+    """Visits, with choices made by the queries as if they stood at a given position."""
+    visits: list[Visit] = []
+    for look in looks:
+        visits += look.choose(queries) if isinstance(look, Choice) else [look]
+    return visits
 
 
 def _visit(visit: Visit, heads: Heads, segment: Segment, queries: Tensor) -> Partial:
