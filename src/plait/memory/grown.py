@@ -1,14 +1,42 @@
-"""Numbers that a method keeps for each block or token of a sequence, in storage that grows with it.
+"""What a method keeps of a growing sequence: rows for its blocks, scores of its tokens, queries that were asked.
 
-Shapes: H query heads, T tokens.
+Shapes: H query heads, T tokens, D head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["GrownRows", "TokenScores"]
+__all__ = ["Asked", "GrownRows", "TokenScores"]
+
+
+class Asked(NamedTuple):
+    """Queries: rotated (n, H, D), the log-sum-exp (n, H) of all they saw, positions (n,)."""
+
+    queries: Tensor
+    lse: Tensor
+    positions: Tensor
+
+    @classmethod
+    def joined(cls, several: Sequence[Asked]) -> Asked:
+        return several[0] if len(several) == 1 else cls(*map(torch.cat, zip(*several, strict=True)))
+
+    def some(self, rows: slice | Tensor | list[int]) -> Asked:
+        return Asked(self.queries[rows], self.lse[rows], self.positions[rows])
+
+    @staticmethod
+    def count(several: Sequence[Asked]) -> int:
+        return sum(len(asked.positions) for asked in several)
+
+    @classmethod
+    def before(cls, several: Sequence[Asked], length: int) -> list[Asked]:
+        """Those at positions below `length`."""
+        kept = [(asked, asked.positions < length) for asked in several]
+        return [asked.some(rows) for asked, rows in kept if bool(rows.any())]
 
 
 class GrownRows:

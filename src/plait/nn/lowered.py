@@ -271,7 +271,6 @@ class _Told:
             mixer = config.blocks[layer].mixer
             assert isinstance(mixer, AttentionConfig)
             count = rows.segments[segment].length
-            # Notes outlive the pass, and may be used outside inference mode.
             self.queries.append(torch.empty(count, mixer.num_heads, mixer.head_dim))
             self.lse.append(torch.empty(count, mixer.num_heads))
             observed[at, 3:] = self.queries[-1].data_ptr(), self.lse[-1].data_ptr()

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from plait.errors import ConfigError
-from plait.memory.grown import GrownRows, TokenScores
+from plait.memory.grown import Asked, GrownRows, TokenScores
 from plait.memory.memory import Memory
 from plait.memory.plan import Choice, Notes, Seen, Visit
 from plait.memory.policies.window import FirstAndLast
@@ -106,11 +106,11 @@ class InfLLM(FirstAndLast, name="infllm"):
         bounds = [first, *cuts, last]
         return [range(a - first, b - first) for a, b in zip(bounds, bounds[1:], strict=False)]  # noqa: RUF007
 
-    def visits(self, memory: Memory, segment: Segment) -> list[Visit | Choice]:
+    def visits(self, memory: Memory, segment: Segment) -> Sequence[Visit | Choice]:
         looks_back = self._looks_back(memory) and segment.length > 0
         if looks_back:
             self._remember(memory, segment.position)
-        seen: list[Visit | Choice] = list(super().visits(memory, segment))
+        seen = self.visits_of_held(memory, segment)
         if not looks_back:
             return seen
         notes, window = _notes(memory), memory.window
@@ -147,7 +147,7 @@ class InfLLM(FirstAndLast, name="infllm"):
     def observe(self, memory: Memory, seen: Seen) -> None:
         if self._looks_back(memory):
             notes = _notes(memory)
-            notes.pending.append(_Asked(seen.queries, seen.lse, seen.positions))
+            notes.pending.append(Asked(seen.queries, seen.lse, seen.positions))
             notes.num_asked += len(seen.positions)
 
     def rows_at_once(self, memory: Memory, least: int, most: int) -> int:
@@ -248,7 +248,7 @@ class InfLLM(FirstAndLast, name="infllm"):
         notes.mass.extend(heads.num_heads, len(memory))
         if not notes.num_asked:
             return
-        everyone = _Asked.joined([*notes.asked, *notes.pending])
+        everyone = Asked.joined([*notes.asked, *notes.pending])
         for start in range(0, len(everyone.positions), _ROWS_AT_ONCE):
             asked = everyone.some(slice(start, start + _ROWS_AT_ONCE))
             low = int(asked.positions.min()) - self.local + 1
@@ -256,10 +256,10 @@ class InfLLM(FirstAndLast, name="infllm"):
                 notes.mass.add(strand.position, self._paid(heads, asked, strand))
         if not notes.learned and notes.pending:
             notes.learned_from = int(notes.pending[0].positions[0])
-        notes.learned += _Asked.count(notes.pending)
+        notes.learned += Asked.count(notes.pending)
         notes.asked, notes.pending, notes.num_asked = [], [], 0
 
-    def _paid(self, heads: Heads, asked: _Asked, strand: FrozenStrand) -> Tensor:
+    def _paid(self, heads: Heads, asked: Asked, strand: FrozenStrand) -> Tensor:
         """Attention (H, T) that queries paid, all together, to the tokens of a strand that are in their windows."""
         group = heads.num_heads // heads.num_kv_heads
         q_GMD = (asked.queries * heads.scale).unflatten(1, (heads.num_kv_heads, group))
@@ -292,31 +292,6 @@ class InfLLM(FirstAndLast, name="infllm"):
         return [*found, *past, nodes.turned_back(positions)]
 
 
-class _Asked(NamedTuple):
-    """Queries: rotated (n, H, D), the log-sum-exp (n, H) of all they saw, positions (n,)."""
-
-    queries: Tensor
-    lse: Tensor
-    positions: Tensor
-
-    @classmethod
-    def joined(cls, several: Sequence[_Asked]) -> _Asked:
-        return several[0] if len(several) == 1 else cls(*map(torch.cat, zip(*several, strict=True)))
-
-    def some(self, rows: slice | Tensor | list[int]) -> _Asked:
-        return _Asked(self.queries[rows], self.lse[rows], self.positions[rows])
-
-    @staticmethod
-    def count(several: Sequence[_Asked]) -> int:
-        return sum(len(asked.positions) for asked in several)
-
-    @classmethod
-    def before(cls, several: Sequence[_Asked], length: int) -> list[_Asked]:
-        """Those at positions below `length`."""
-        kept = [(asked, asked.positions < length) for asked in several]
-        return [asked.some(rows) for asked, rows in kept if bool(rows.any())]
-
-
 @dataclass
 class _Blocks(Notes):
     """What lies behind the window of one layer; the keys of blocks are not rotated."""
@@ -334,8 +309,8 @@ class _Blocks(Notes):
     ahead: FrozenStrand | None = None
     mass: TokenScores = field(default_factory=TokenScores)
     # Queries that have not been learned from, of rows that are part of the past and of pending ones, and how many.
-    asked: list[_Asked] = field(default_factory=list)
-    pending: list[_Asked] = field(default_factory=list)
+    asked: list[Asked] = field(default_factory=list)
+    pending: list[Asked] = field(default_factory=list)
     num_asked: int = 0
     # Pending rows whose attention is in `mass` already, and the position of the first of them.
     learned: int = 0
@@ -428,13 +403,13 @@ class _Blocks(Notes):
         for number in [number for number in self.resident if number >= num_blocks]:
             del self.resident[number]
         self.learned = min(self.learned, max(length - self.learned_from, 0))
-        self.asked, self.pending = _Asked.before(self.asked, length), _Asked.before(self.pending, length)
-        self.num_asked = _Asked.count([*self.asked, *self.pending])
+        self.asked, self.pending = Asked.before(self.asked, length), Asked.before(self.pending, length)
+        self.num_asked = Asked.count([*self.asked, *self.pending])
 
     def commit(self, kept: Sequence[int], count: int) -> None:
         if self.pending:
             later = [row - self.learned for row in kept if row >= self.learned]
-            rows = _Asked.joined(self.pending)
+            rows = Asked.joined(self.pending)
             self.num_asked += len(later) - len(rows.positions)
             if later:
                 self.asked.append(rows if len(later) == len(rows.positions) else rows.some(later))
