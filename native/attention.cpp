@@ -29,6 +29,7 @@ Range visible_range(const Mask& mask, int64_t i, int64_t length) {
     if (mask.window > 0) low = std::max(low, position - mask.window + 1);
     if (mask.kind == MaskKind::causal) high = position + 1;
     if (mask.kind == MaskKind::everything && mask.window > 0) high = position + mask.window;
+    if (mask.nearest > 0) high = std::min(high, position - mask.nearest + 1);
     high = clamp(high, 0, length);
     return {clamp(low, 0, high), high};
 }

@@ -22,6 +22,7 @@ struct Mask {
     const uint64_t* ancestors = nullptr;  // tree: per query, `words` words of bits
     int64_t words = 0;
     int64_t first_shown = 0;           // keys before this index are hidden from all
+    int64_t nearest = 0;               // keys fewer positions than this before a query are hidden; 0 for no limit
 };
 
 struct Heads {

@@ -22,7 +22,6 @@ using namespace nb::literals;
 
 namespace {
 
-constexpr int64_t kCoded = 3;           // in a table of visits, the number format of coded strands
 constexpr int64_t kMostHeadDim = 1024;  // room of Program::attention
 
 struct BoundProgram {
@@ -124,8 +123,9 @@ using Tree = std::tuple<int64_t, ConstArray, ConstArray>;  // segment, depths, a
 
 int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
          const std::vector<std::tuple<ConstArray, ConstArray>>& tables, const ConstArray& targets,
-         const ConstArray& visits, const std::vector<Tree>& trees, const ConstArray& logit_rows,
-         const std::optional<Array>& hidden, const std::optional<Array>& logits, const nb::list& adapters) {
+         const ConstArray& visits, const ConstArray& choices, const ConstArray& observed, const std::vector<Tree>& trees,
+         const ConstArray& logit_rows, const std::optional<Array>& hidden, const std::optional<Array>& logits,
+         const nb::list& adapters) {
     Program& program = self.program;
     const int64_t num_layers = int64_t(program.layers.size());
     check_fp32(x, "x");
@@ -199,40 +199,70 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
         a.targets.push_back(std::move(of_layer));
     }
 
-    // layer, segment, keys, values, key head stride, key stride, value head stride, value stride, length, number,
-    // first key, window, table, keys that nobody sees; keys and values of number 3 are addresses of CodedNumbers
-    const Table visit_table = table_of(visits, "visits", 14);
+    // Visits and choices begin alike: layer, segment, table, window, kind of mask (-1 for that of the segment), nearest.
+    const auto shown_of = [&](const Table& table, int64_t i) {
+        const int64_t layer = table(i, 0), segment = table(i, 1), window = table(i, 3), kind = table(i, 4);
+        expect(layer >= 0 && layer < num_layers && segment >= 0 && segment < num_segments, "a visit of no layer or segment");
+        expect(window >= 0 && kind >= -1 && kind <= 1 && table(i, 5) >= 0, "a visit with a wrong window, mask or distance");
+        check_table(table(i, 2), layer);
+        Mask mask = masks[size_t(segment)];
+        if (kind >= 0) mask.kind = MaskKind(kind);
+        mask.window = window;
+        mask.nearest = table(i, 5);
+        return mask;
+    };
+    const auto expect_order = [&](const auto& of_layer, int64_t segment) {
+        expect(of_layer.empty() || of_layer.back().segment <= segment, "visits that are not in the order of segments");
+    };
+
+    const Table visit_table = table_of(visits, "visits", 6 + kStrandColumns);
     a.visits.resize(size_t(num_layers));
     for (int64_t i = 0; i < visit_table.rows; ++i) {
-        const int64_t layer = visit_table(i, 0), segment = visit_table(i, 1), length = visit_table(i, 8);
-        const int64_t number = visit_table(i, 9), window = visit_table(i, 11);
-        expect(layer >= 0 && layer < num_layers && segment >= 0 && segment < num_segments, "a visit of no layer or segment");
-        auto& of_layer = a.visits[size_t(layer)];
-        expect(of_layer.empty() || of_layer.back().segment <= segment, "visits that are not in the order of segments");
-        expect(length >= 0 && number >= 0 && number <= kCoded && window >= 0, "a strand with a wrong length, format or window");
-        check_table(visit_table(i, 12), layer);
-        Mask mask = masks[size_t(segment)];
-        mask.first_key = visit_table(i, 10);
-        mask.window = window;
-        mask.first_shown = visit_table(i, 13);
-        const auto* keys = reinterpret_cast<const void*>(visit_table(i, 2));
-        const auto* values = reinterpret_cast<const void*>(visit_table(i, 3));
-        StrandVisit visit{nullptr, 0, keys, values, visit_table(i, 4), visit_table(i, 5), visit_table(i, 6),
-                          visit_table(i, 7), length, Number::fp32, mask};
-        if (number == kCoded) {
-            visit.coded_keys = static_cast<const CodedNumbers*>(keys);
-            visit.coded_values = static_cast<const CodedNumbers*>(values);
+        const Mask mask = shown_of(visit_table, i);
+        const int64_t layer = visit_table(i, 0), segment = visit_table(i, 1);
+        const int64_t* row = visit_table.data + i * visit_table.columns + 6;
+        const int64_t number = row[7], length = row[8] + row[10];
+        expect(row[8] >= 0 && row[10] >= 0 && number >= 0 && number <= kCodedFormat, "a strand with a wrong length or format");
+        if (number == kCodedFormat) {
+            const auto& k = *reinterpret_cast<const CodedNumbers*>(row[0]);
+            const auto& v = *reinterpret_cast<const CodedNumbers*>(row[1]);
             const Heads& heads = program.layers[size_t(layer)].heads;
-            const CodedNumbers &k = *visit.coded_keys, &v = *visit.coded_values;
             expect(k.stored.num_heads == heads.num_kv_heads && v.stored.num_heads == heads.num_kv_heads &&
                        k.dim == heads.head_dim && v.dim == heads.value_dim && length <= k.stored.tokens &&
-                       length <= v.stored.tokens && mask.first_shown >= 0 && mask.first_shown <= length,
+                       length <= v.stored.tokens,
                    "codes that do not fit their layer");
-            visit.keys = visit.values = nullptr;
-        } else {
-            visit.number = Number(number);
         }
-        of_layer.push_back({segment, visit, visit_table(i, 12)});
+        auto& of_layer = a.visits[size_t(layer)];
+        expect_order(of_layer, segment);
+        of_layer.push_back({segment, visit_of(row, mask), visit_table(i, 2)});
+    }
+
+    // ... place, address of the index, candidates, address of their strands, most, address of the numbers found
+    const Table choice_table = table_of(choices, "choices", 12);
+    a.choices.resize(size_t(num_layers));
+    for (int64_t i = 0; i < choice_table.rows; ++i) {
+        const Mask mask = shown_of(choice_table, i);
+        const int64_t segment = choice_table(i, 1);
+        expect(choice_table(i, 6) >= 0 && choice_table(i, 8) >= 0 && choice_table(i, 10) >= 0, "a wrong choice");
+        expect(mask.kind != MaskKind::tree, "a choice under a tree mask");
+        auto& of_layer = a.choices[size_t(choice_table(i, 0))];
+        expect_order(of_layer, segment);
+        of_layer.push_back({segment, choice_table(i, 6), reinterpret_cast<const float*>(choice_table(i, 7)), choice_table(i, 8),
+                            reinterpret_cast<const int64_t*>(choice_table(i, 9)), choice_table(i, 10),
+                            reinterpret_cast<int64_t*>(choice_table(i, 11)), mask, choice_table(i, 2)});
+    }
+
+    // layer, segment, table of the queries, addresses of the queries and of their log-sum-exp
+    const Table observed_table = table_of(observed, "observed", 5);
+    a.observed.resize(size_t(num_layers));
+    for (int64_t i = 0; i < observed_table.rows; ++i) {
+        const int64_t layer = observed_table(i, 0), segment = observed_table(i, 1);
+        expect(layer >= 0 && layer < num_layers && segment >= 0 && segment < num_segments, "an observer of no layer or segment");
+        check_table(observed_table(i, 2), layer);
+        auto& of_layer = a.observed[size_t(layer)];
+        expect(of_layer.empty() || of_layer.back().segment < segment, "two observers of a segment");
+        of_layer.push_back({segment, observed_table(i, 2), reinterpret_cast<float*>(observed_table(i, 3)),
+                            reinterpret_cast<float*>(observed_table(i, 4))});
     }
 
     expect(adapters.size() == 0 || int64_t(adapters.size()) == num_segments, "not one adapter, or None, for each segment");
@@ -291,8 +321,8 @@ void bind_program(nb::module_& m) {
              "mixer_output_norm"_a.none(), "feed_forward_output_norm"_a.none(), "query_norm"_a.none(),
              "key_norm"_a.none(), "query_key_value"_a, "output"_a, "gate"_a.none(), "up"_a, "activation"_a, "down"_a,
              "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a, "softcap"_a)
-        .def("run", &run, "x"_a, "segments"_a, "tables"_a, "targets"_a, "visits"_a, "trees"_a, "logit_rows"_a,
-             "hidden"_a.none(), "logits"_a.none(), "adapters"_a = nb::list());
+        .def("run", &run, "x"_a, "segments"_a, "tables"_a, "targets"_a, "visits"_a, "choices"_a, "observed"_a,
+             "trees"_a, "logit_rows"_a, "hidden"_a.none(), "logits"_a.none(), "adapters"_a = nb::list());
 }
 
 }  // namespace plait

@@ -19,6 +19,22 @@ void reserve(Buffer& buffer, int64_t numbers) {
 
 }  // namespace
 
+StrandVisit visit_of(const int64_t* row, Mask mask) {
+    const int64_t first = row[8];
+    mask.first_key = row[9] - first;
+    mask.first_shown = first;
+    StrandVisit visit{nullptr, 0, nullptr, nullptr, row[2], row[3], row[4], row[5], first + row[10], Number::fp32, mask};
+    if (row[7] == kCodedFormat) {
+        visit.coded_keys = reinterpret_cast<const CodedNumbers*>(row[0]);
+        visit.coded_values = reinterpret_cast<const CodedNumbers*>(row[1]);
+    } else {
+        visit.keys = reinterpret_cast<const void*>(row[0]);
+        visit.values = reinterpret_cast<const void*>(row[1]);
+        visit.number = Number(row[7]);
+    }
+    return visit;
+}
+
 int64_t Program::run(const RunArguments& a) {
     Pool& pool = Pool::get();
     threads_ = pool.size();
@@ -47,33 +63,116 @@ int64_t Program::run(const RunArguments& a) {
 
     plan_adapters(a);
 
+    find_tables(a);
     plans_.resize(layers.size());
-    int64_t saved = 0;
+    failure_ = nullptr;
+    int64_t most_scores = 0;
     for (size_t index = 0; index < layers.size(); ++index) {
-        const Layer& layer = layers[index];
-        const Heads& heads = layer.heads;
-        const int64_t q_width = heads.num_heads * heads.head_dim, out_width = heads.num_heads * heads.value_dim;
-        AttentionPlan& plan = plans_[index];
-        plan.reset(heads, threads_);
-        size_t next = 0;
-        for (size_t s = 0; s < a.segments.size(); ++s) {
-            const SegmentArgument& segment = a.segments[s];
-            const int64_t first = plan.num_visits();
-            for (; next < a.visits[index].size() && a.visits[index][next].segment == int64_t(s); ++next) {
-                StrandVisit visit = a.visits[index][next].visit;
-                const int64_t table = std::max<int64_t>(0, a.visits[index][next].table);
-                visit.q = floats_of(queries_) + (table * a.rows + segment.first_row) * q_width;
-                visit.q_stride = q_width;
-                if (visit.length > 0) plan.add_visit(visit);
-            }
-            plan.add_segment({segment.num_rows, first, plan.num_visits(),
-                              floats_of(attended_) + segment.first_row * out_width, out_width, nullptr});
-        }
-        plan.finish(room_);
-        saved += plan.saved_visits();
+        int64_t scores = 0;
+        for (const ChoiceArgument& choice : a.choices[index]) scores += choice.candidates;
+        most_scores = std::max(most_scores, scores);
+        // What is chosen is known when the layer's queries are.
+        if (a.choices[index].empty()) plan(a, index);
     }
+    reserve(scores_, most_scores);
+    if (most_scores > 0) reserve(means_, threads_ * widest_q);
     pool.run([&](Team& team) { walk(team, a); });
+    if (failure_) std::rethrow_exception(failure_);
+    int64_t saved = 0;
+    for (const AttentionPlan& of_layer : plans_) saved += of_layer.saved_visits();
     return saved;
+}
+
+// Each table once, by which the queries of a segment are rotated in a layer.
+void Program::find_tables(const RunArguments& a) {
+    const size_t num_segments = a.segments.size();
+    tables_.resize(layers.size() * num_segments);
+    for (auto& tables : tables_) tables.clear();
+    for (size_t index = 0; index < layers.size(); ++index) {
+        const auto add = [&](int64_t segment, int64_t table) {
+            std::vector<int64_t>& tables = tables_[index * num_segments + size_t(segment)];
+            if (std::find(tables.begin(), tables.end(), table) == tables.end()) tables.push_back(table);
+        };
+        for (const StrandArgument& strand : a.visits[index]) add(strand.segment, strand.table);
+        for (const ChoiceArgument& choice : a.choices[index]) add(choice.segment, choice.table);
+        for (const Observed& observed : a.observed[index]) add(observed.segment, observed.table);
+    }
+}
+
+// What the segments visit in a layer, their choices made.
+void Program::plan(const RunArguments& a, size_t index) {
+    const Heads& heads = layers[index].heads;
+    const int64_t q_width = heads.num_heads * heads.head_dim, out_width = heads.num_heads * heads.value_dim;
+    AttentionPlan& plan = plans_[index];
+    plan.reset(heads, threads_);
+    size_t next = 0, next_choice = 0, next_observed = 0;
+    for (size_t s = 0; s < a.segments.size(); ++s) {
+        const SegmentArgument& segment = a.segments[s];
+        const int64_t first = plan.num_visits();
+        const auto add = [&](StrandVisit visit, int64_t table) {
+            visit.q = floats_of(queries_) + (std::max<int64_t>(0, table) * a.rows + segment.first_row) * q_width;
+            visit.q_stride = q_width;
+            if (visit.length > 0) plan.add_visit(visit);
+        };
+        const auto& visits = a.visits[index];
+        const auto& choices = a.choices[index];
+        for (int64_t place = 0;; ++place) {
+            for (; next_choice < choices.size() && choices[next_choice].segment == int64_t(s) &&
+                   choices[next_choice].place == place;
+                 ++next_choice) {
+                const ChoiceArgument& choice = choices[next_choice];
+                for (int64_t i = 0; i < choice.most && choice.found[i] >= 0; ++i)
+                    add(visit_of(choice.strands + choice.found[i] * kStrandColumns, choice.mask), choice.table);
+            }
+            if (next == visits.size() || visits[next].segment != int64_t(s)) break;
+            add(visits[next].visit, visits[next].table);
+            ++next;
+        }
+        float* lse = nullptr;
+        if (next_observed < a.observed[index].size() && a.observed[index][next_observed].segment == int64_t(s))
+            lse = a.observed[index][next_observed++].lse;
+        plan.add_segment({segment.num_rows, first, plan.num_visits(),
+                          floats_of(attended_) + segment.first_row * out_width, out_width, lse});
+    }
+    plan.finish(room_);
+}
+
+// How well each candidate of a layer matches, behind each other for all choices.
+void Program::score(Team& team, const RunArguments& a, size_t index) {
+    const Kernels& k = kernels();
+    const int64_t width_of = layers[index].heads.num_heads * layers[index].heads.head_dim;
+    float* mean = floats_of(means_) + team.index * int64_t(means_.size() / sizeof(float) / size_t(threads_));
+    float* scores = floats_of(scores_);
+    for (const ChoiceArgument& choice : a.choices[index]) {
+        if (choice.candidates > choice.most) {
+            const SegmentArgument& segment = a.segments[size_t(choice.segment)];
+            const float* q = floats_of(queries_) + (std::max<int64_t>(0, choice.table) * a.rows + segment.first_row) * width_of;
+            std::memcpy(mean, q, size_t(width_of) * sizeof(float));
+            for (int64_t i = 1; i < segment.num_rows; ++i) k.add(mean, q + i * width_of, width_of, mean);
+            k.scale(mean, 1.0f / float(segment.num_rows), width_of, mean);
+            team.share(choice.candidates, 32, [&](int64_t begin, int64_t end) {
+                k.dense_rows(mean, width_of, 1, choice.index, width_of, Number::fp32, width_of, begin, end, scores, 0);
+            });
+        }
+        scores += choice.candidates;
+    }
+}
+
+// The numbers of the best candidates, in rising order; the earlier of two that match alike.
+void Program::choose(const ChoiceArgument& choice, const float* scores) {
+    const int64_t count = std::min(choice.most, choice.candidates);
+    order_.resize(size_t(choice.candidates));
+    for (int64_t i = 0; i < choice.candidates; ++i) order_[size_t(i)] = i;
+    if (count < choice.candidates) {
+        // NaN matches nothing; compared as a number it would break the order.
+        const auto value = [&](int64_t i) { return scores[i] == scores[i] ? scores[i] : -__builtin_inff(); };
+        std::nth_element(order_.begin(), order_.begin() + count, order_.end(), [&](int64_t i, int64_t j) {
+            return value(i) != value(j) ? value(i) > value(j) : i < j;
+        });
+        std::sort(order_.begin(), order_.begin() + count);
+    }
+    std::copy_n(order_.begin(), count, choice.found);
+    std::fill(choice.found + count, choice.found + choice.most, int64_t(-1));
 }
 
 // x += norm(added) where that is given, then norm(x) in int8.
@@ -126,17 +225,19 @@ void Program::rotate(const RunArguments& a, size_t index, int64_t segment, int64
         const AngleTable& angles = a.tables[size_t(table)];
         k.rotate(from, angles.cos + row * angles.half, angles.sin + row * angles.half, angles.half, dim, 1.0f, to);
     };
-    int64_t previous = -2;
-    for (const StrandArgument& strand : a.visits[index]) {
-        if (strand.segment != segment || strand.table == previous) continue;
-        previous = strand.table;
-        float* out = floats_of(queries_) +
-                     (std::max<int64_t>(0, strand.table) * a.rows + row) * heads.num_heads * dim + kv_head * group * dim;
+    const auto queries_in = [&](int64_t table) {
+        return floats_of(queries_) + (std::max<int64_t>(0, table) * a.rows + row) * heads.num_heads * dim + kv_head * group * dim;
+    };
+    for (const int64_t table : tables_[index * a.segments.size() + size_t(segment)])
         for (int64_t h = 0; h < group; ++h)
-            turned(q + (kv_head * group + h) * dim, layer.query_norm, strand.table, out + h * dim);
-    }
+            turned(q + (kv_head * group + h) * dim, layer.query_norm, table, queries_in(table) + h * dim);
+    const int64_t own_row = row - a.segments[size_t(segment)].first_row;
+    for (const Observed& observed : a.observed[index])
+        if (observed.segment == segment)
+            std::memcpy(observed.queries + (own_row * heads.num_heads + kv_head * group) * dim, queries_in(observed.table),
+                        size_t(group * dim) * sizeof(float));
     const Target& target = a.targets[index][size_t(segment)];
-    const int64_t at = target.at + row - a.segments[size_t(segment)].first_row, width_of = nbytes_of(target.number);
+    const int64_t at = target.at + own_row, width_of = nbytes_of(target.number);
     float* key_out = room + dim;
     turned(key, layer.key_norm, target.table, key_out);
     k.convert(key_out, target.number, dim,
@@ -156,6 +257,23 @@ void Program::attention(Team& team, const RunArguments& a, size_t index) {
             rotate(a, index, segment, row, i % heads.num_kv_heads, room);
         }
     });
+    if (!a.choices[index].empty()) {
+        score(team, a, index);
+        if (team.index == 0) {
+            try {
+                const float* scores = floats_of(scores_);
+                for (const ChoiceArgument& choice : a.choices[index]) {
+                    choose(choice, scores);
+                    scores += choice.candidates;
+                }
+                plan(a, index);
+            } catch (...) {
+                failure_ = std::current_exception();
+            }
+        }
+        team.barrier();
+        if (failure_) return;
+    }
     plans_[index].run(team);
 }
 
@@ -225,6 +343,7 @@ void Program::walk(Team& team, const RunArguments& a) {
         adapt_site(team, index, kQueryKeyValue, floats_of(normed_), width, floats_of(qkv_),
                    layer.query_key_value.num_outputs);
         attention(team, a, index);
+        if (failure_) return;
         scale_inputs(team, index);
         join(index, kOutput, layer.output, mixed(layer), floats_of(attended_), layer.mixer_output_norm, &layer.gate.up);
         const Activations& y = read(team, a, layer.feed_forward_norm.data(), layer.epsilon, added, added_norm,

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <vector>
 
@@ -50,6 +51,36 @@ struct StrandArgument {
     int64_t table;
 };
 
+// A strand as a row of numbers: addresses of keys and values, their four strides, capacity, number format, index of its
+// first key in that storage, its position and its length. Where the format is kCodedFormat the addresses are of CodedNumbers.
+constexpr int64_t kStrandColumns = 11, kCodedFormat = 3;
+
+// Its visit under a mask that knows all but where the keys are.
+StrandVisit visit_of(const int64_t* row, Mask mask);
+
+// Strands of which a segment sees, in one layer, those whose vectors match its mean query best. The query is compared
+// in the frame of `table`, in which the strands are visited too.
+struct ChoiceArgument {
+    int64_t segment;
+    int64_t place;         // how many of the segment's visits come before
+    const float* index;    // (candidates, num_heads * head_dim)
+    int64_t candidates;
+    const int64_t* strands;  // (candidates, kStrandColumns)
+    int64_t most;          // strands that are seen, or all where there are no more
+    int64_t* found;        // (most), receives the numbers of those, in rising order; -1 behind the last one
+    Mask mask;             // but for the place of the keys
+    int64_t table;
+};
+
+// What of a segment's queries in one layer is told to whoever observes.
+struct Observed {
+    int64_t segment;
+    int64_t table;   // the frame of the queries
+    float* queries;  // (queries, num_heads, head_dim)
+    float* lse;      // (queries, num_heads)
+};
+
+
 struct SegmentArgument {
     int64_t first_row, num_rows;
 };
@@ -61,6 +92,8 @@ struct RunArguments {
     std::vector<AngleTable> tables;
     std::vector<std::vector<Target>> targets;         // [layer][segment]
     std::vector<std::vector<StrandArgument>> visits;  // [layer], grouped by segment, oldest first
+    std::vector<std::vector<ChoiceArgument>> choices;  // [layer], grouped by segment, in the order of their places
+    std::vector<std::vector<Observed>> observed;       // [layer], by segment
     std::vector<const Adapter*> adapters;             // of each segment, null for none; empty where none has one
     std::vector<int64_t> logit_rows;
     float* hidden = nullptr;  // (logit rows, width), normalised; may be null
@@ -81,6 +114,10 @@ public:
 private:
     void walk(Team& team, const RunArguments& arguments);
     void attention(Team& team, const RunArguments& arguments, size_t index);
+    void plan(const RunArguments& arguments, size_t index);
+    void find_tables(const RunArguments& arguments);
+    void score(Team& team, const RunArguments& arguments, size_t index);
+    void choose(const ChoiceArgument& choice, const float* scores);
     void rotate(const RunArguments& arguments, size_t index, int64_t segment, int64_t row, int64_t kv_head, float* room);
     const Activations& read(Team& team, const RunArguments& a, const float* norm, float epsilon, const float* added,
                             const float* added_norm, bool keeps = false);
@@ -93,10 +130,14 @@ private:
 
     int threads_ = 1;
     std::vector<AttentionPlan> plans_;
+    std::vector<std::vector<int64_t>> tables_;  // [layer * segments + segment], those that its queries are rotated by
+    std::vector<int64_t> order_;                // of candidates, while the best are found
+    // Why a plan could not be made while the threads ran; they stop then.
+    std::exception_ptr failure_;
     std::vector<Activations> own_, own_mixed_;  // of each thread, for few rows
     Activations shared_, mixed_, inner_, last_;
     AttentionScratch room_;
-    Buffer qkv_, queries_, attended_, branch_, rows_, hidden_;
+    Buffer qkv_, queries_, attended_, branch_, rows_, hidden_, means_, scores_;
 
     // For the rows that have adapters: which they are, whether a layer and site changes any, or what its branch read, and what is
     // kept of them.

@@ -216,7 +216,7 @@ def test_every_token_is_in_one_place(steps: list[tuple[int, int]], slack: int) -
             assert len(notes.blocks) == notes.index.length == max(total - 13, 0) // 4
             # First tokens, blocks and what the window and the remainder hold follow each other.
             assert ends[1::2] == ends[:-1:2] if notes.blocks else True
-            assert policy.keep_from(memory, total) == ends[-1]
+            assert policy.start_of_rest(total) == ends[-1]
             held = memory.all_strands()
             assert held == [] or held[0].position <= ends[-1]
             assert [s.position for s in held[1:]] == [s.position + len(s) for s in held[:-1]]

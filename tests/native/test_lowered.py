@@ -356,3 +356,99 @@ def test_context_stores_tell_lowered_models_apart() -> None:
     assert all(lower(each) for each in (one, same, other))
     assert fingerprint(one) == fingerprint(same)
     assert fingerprint(one) != fingerprint(other)
+
+
+LOOKING_BACK = "infllm:local=16,initial=3,block=5,topk=2,representatives=2,execution=8"
+# What the modules compute with the same matrices in native form differs by the rounding of activations alone.
+SAME_MATRICES = 1e-3
+
+
+@pytest.mark.parametrize("memory", [LOOKING_BACK, f"{LOOKING_BACK},gear:bits=8,group=16"])
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+@torch.inference_mode()
+def test_blocks_are_looked_up_inside_the_program_as_by_the_modules(kind: str, memory: str) -> None:
+    fast = model(kind)
+    program = Lowered(fast)
+    tokens = torch.randint(0, 101, (90,))
+    mine, theirs = new_past(fast, memory), new_past(fast, memory)
+    for start, stop in [(0, 24), (24, 48), *((at, at + 1) for at in range(48, 90))]:
+        rows = Rows([(stop - start, start)])
+        fast.program = program
+        found = fast(tokens[start:stop], rows, [mine])
+        fast.program = None
+        assert distance(found, fast(tokens[start:stop], rows, [theirs])) <= SAME_MATRICES
+        mine.commit()
+        theirs.commit()
+        assert mine.layers[0].policy_notes.chosen == theirs.layers[0].policy_notes.chosen
+    # It was the program that answered, and not the modules in its place.
+    assert program(tokens[:1], Rows([(1, 90)]), [mine]) is not None
+    assert len(mine.layers[0].policy_notes.blocks) == 14
+
+
+@torch.inference_mode()
+def test_blocks_in_a_file_are_left_to_the_modules() -> None:
+    fast = model()
+    assert lower(fast)
+    past = new_past(fast, f"{LOOKING_BACK},cold=file")
+    for at in range(0, 48, 8):
+        fast(torch.arange(8), Rows([(8, at)]), [past])
+        past.commit()
+    assert fast.program is not None
+    assert fast.program(torch.tensor([1]), Rows([(1, 48)]), [past]) is None
+    assert len(past) == 48
+
+
+@torch.inference_mode()
+def test_looking_up_gives_the_same_bits_alone_and_in_a_batch() -> None:
+    plain = model()
+    program = Lowered(model())
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(0, 101, (120,), generator=generator) for _ in range(3)]
+
+    def read(chosen: list[int], sets: list[str]) -> list[list[Tensor]]:
+        pasts = [new_past(plain, LOOKING_BACK) for _ in chosen]
+        outs: list[list[Tensor]] = [[] for _ in chosen]
+        for at in [*range(0, 40, 8), *range(40, 120)]:
+            take = 8 if at < 40 else 1
+            with running(threads=1 + at % 3, isa=sets[at % len(sets)]):
+                rows = Rows([(take, at) for _ in chosen])
+                answer = program(torch.cat([texts[i][at : at + take] for i in chosen]), rows, pasts)
+            assert answer is not None
+            for out, segment, past in zip(outs, rows.segments, pasts, strict=True):
+                out.append(answer[0][segment.rows].clone())
+                past.commit()
+        return outs
+
+    sets = extension().isas()
+    together = read([0, 1, 2], sets[: min(3, len(sets))])
+    for index in range(3):
+        for one, other in zip(read([index], sets[:1])[0], together[index], strict=True):
+            assert torch.equal(one, other)
+
+
+@torch.inference_mode()
+def test_what_is_attended_through_a_choice_equals_the_fold() -> None:
+    """The first layer reads the same numbers in both forms, so that nothing but attention differs."""
+    fast = model()
+    assert lower(fast)
+    program = fast.program
+    assert isinstance(program, Lowered)
+    tokens = torch.randint(0, 101, (100,))
+    past = new_past(fast, LOOKING_BACK)
+    for at in range(100):
+        found = program(tokens[at : at + 1], Rows([(1, at)]), [past])
+        assert found is not None
+        notes = past.layers[0].policy_notes
+        asked = notes.pending[-1] if notes.pending else None
+        if at in (30, 60, 99):
+            assert asked is not None
+            lse, queries, chosen = asked.lse.clone(), asked.queries.clone(), notes.chosen
+            past.truncate(at)
+            saved, fast.program = fast.program, None
+            fast(tokens[at : at + 1], Rows([(1, at)]), [past])
+            fast.program = saved
+            again = past.layers[0].policy_notes
+            assert torch.allclose(again.pending[-1].lse, lse, atol=1e-4)
+            assert torch.allclose(again.pending[-1].queries, queries, atol=1e-4)
+            assert again.chosen == chosen
+        past.commit()

@@ -5,8 +5,19 @@ from __future__ import annotations
 from plait.memory.fold import attend
 from plait.memory.memory import Memory
 from plait.memory.past import Past
-from plait.memory.plan import CODECS, POLICIES, Codec, MemoryPlan, Notes, Policy, Seen, Visit, Watcher
-from plait.memory.rows import Rows, Segment, check_pasts
+from plait.memory.plan import (
+    CODECS,
+    POLICIES,
+    Choice,
+    Codec,
+    MemoryPlan,
+    Notes,
+    Policy,
+    Seen,
+    Visit,
+    Watcher,
+)
+from plait.memory.rows import Rows, Segment, Turn, check_pasts, turns_of
 from plait.memory.state import LinearState, State
 from plait.memory.strand import DenseStrand, FrozenStrand, Heads, Strand, allocated_bytes
 from plait.ops import Causal, Everything, Mask, Partial, Tree, empty_partial, merge, merge_all
@@ -18,6 +29,7 @@ __all__ = [
     "CODECS",
     "POLICIES",
     "Causal",
+    "Choice",
     "Codec",
     "DenseStrand",
     "Everything",
@@ -37,6 +49,7 @@ __all__ = [
     "State",
     "Strand",
     "Tree",
+    "Turn",
     "Visit",
     "Watcher",
     "allocated_bytes",
@@ -48,4 +61,5 @@ __all__ = [
     "merge",
     "merge_all",
     "policies",
+    "turns_of",
 ]

@@ -5,7 +5,7 @@ Shapes: N packed rows, n rows of a segment, H query heads, G key/value heads, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from plait.errors import ConfigError
 from plait.memory import side_by_side
 from plait.memory.parts import Parts, Run, Visitor, part_of, rows_of
-from plait.memory.plan import Seen, Visit
-from plait.memory.rows import Rows, Segment, check_pasts
+from plait.memory.plan import Choice, Seen, Visit
+from plait.memory.rows import Rows, Segment, check_pasts, turns_of
 from plait.memory.strand import Heads
 from plait.ops import (
     Causal,
@@ -76,8 +76,7 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
     visits: list[list[Visit]] = []
     strangers: dict[tuple[int, int | None], list[Visitor]] = {}
     for index, (memory, segment) in enumerate(zip(memories, rows.segments, strict=True)):
-        memory.plan.policy.look_up(memory, segment, partial(in_frame.at, segment))
-        visits.append(memory.plan.policy.visits(memory, segment))
+        visits.append(_resolved(memory.plan.policy.visits(memory, segment), partial(in_frame.at, segment)))
         for place, visit in enumerate(visits[index]):
             visitor = Visitor(index, place, segment, visit)
             strangers.setdefault((id(visit.strand), visit.turned_at), []).append(visitor)
@@ -106,7 +105,9 @@ def attend(memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Ro
         if memory.watcher is not None:
             memory.watcher(memory, segment, visits[index], parts.of(index), part_of([run]))
         if memory.is_observed:
-            memory.observe(Seen(segment, partial(in_frame.of_segment, segment), part_of([run])))
+            own = in_frame.of_segment(segment, memory.tail.offset).detach().float()
+            lse = part_of([run]).lse.detach()
+            memory.observe(Seen(segment, rows.positions[segment.rows], own, lse))
     return rows_of([Run(part.out, start, stop) for part, start, stop in merged])
 
 
@@ -114,22 +115,21 @@ def _attend_in_turns(
     memories: Sequence[Memory], q: Tensor, k: Tensor, v: Tensor, rows: Rows, runs: Sequence[Sequence[range]]
 ) -> Tensor:
     """`attend`, the first run of every segment first, then the second one, and so on."""
-    outs: list[Tensor] = []
-    order: list[Tensor] = []
-    for turn in range(max(map(len, runs))):
-        in_turn = [index for index, of_segment in enumerate(runs) if turn < len(of_segment)]
-        pieces: list[tuple[int, int, Mask]] = []
-        taken: list[Tensor] = []
-        for index in in_turn:
-            segment, run = rows.segments[index], runs[index][turn]
-            pieces.append((len(run), segment.position + run.start, segment.mask))
-            taken.append(torch.arange(segment.start + run.start, segment.start + run.stop, device=q.device))
-        order.append(torch.cat(taken))
-        own = order[-1]
-        outs.append(
-            attend([memories[index] for index in in_turn], q[own], k[own], v[own], Rows(pieces, q.device))
-        )
-    return torch.cat(outs)[torch.cat(order).argsort()]
+    turns = turns_of(rows, runs)
+    outs = [
+        attend([memories[index] for index in turn.segments], q[own], k[own], v[own], turn.rows)
+        for turn in turns
+        for own in [turn.chosen]
+    ]
+    return torch.cat(outs)[torch.cat([turn.chosen for turn in turns]).argsort()]
+
+
+def _resolved(looks: Sequence[Visit | Choice], queries: Callable[[int], Tensor]) -> list[Visit]:
+    """Visits, with choices made by the queries as if they stood at a given position."""
+    visits: list[Visit] = []
+    for look in looks:
+        visits += look.choose(queries) if isinstance(look, Choice) else [look]
+    return visits
 
 
 def _stacked(visitors: Sequence[Visitor], heads: Heads, queries: Tensor) -> Partial:

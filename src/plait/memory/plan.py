@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,18 @@ from plait.spec import Axis, Spec, split_specs
 if TYPE_CHECKING:
     from plait.memory.memory import Memory
 
-__all__ = ["CODECS", "POLICIES", "Codec", "MemoryPlan", "Notes", "Policy", "Seen", "Visit", "Watcher"]
+__all__ = [
+    "CODECS",
+    "POLICIES",
+    "Choice",
+    "Codec",
+    "MemoryPlan",
+    "Notes",
+    "Policy",
+    "Seen",
+    "Visit",
+    "Watcher",
+]
 
 CODECS = Axis("codec")
 POLICIES = Axis("policy")
@@ -46,6 +58,56 @@ class Visit(NamedTuple):
     turned_at: int | None = None
     queries: range | None = None
     log_weight: float = 0.0
+
+
+class Choice:
+    """Strands of which the queries of a segment see those that match them best; it stands among the visits.
+
+    Queries are compared as if all of them stood at one frame position, and visit the strands from there. The score of a strand
+    is the product of its vectors with the mean query, summed over heads. To support it, derive from this class and say
+    how numbers become strands.
+
+    Args:
+        index: (B, H D) fp32, a vector of each query head for each of the strands.
+        most: strands that are seen; all of them where there are no more.
+        turned_at: where every query stands in the frames of the strands.
+        window, mask: as of `Visit`.
+
+    Attributes:
+        found: int64 (min(most, B),), the strands that were seen last, in rising order; written in place by whoever
+            computes attention.
+    """
+
+    def __init__(
+        self, index: Tensor, most: int, turned_at: int, window: int | None = None, mask: Mask | None = None
+    ) -> None:
+        self.index, self.most, self.turned_at = index, most, turned_at
+        self.window, self.mask = window, mask
+        self.found = np.arange(min(most, len(index)), dtype=np.int64)
+
+    def choose(self, queries: Callable[[int], Tensor]) -> list[Visit]:
+        """Find what matches best, and how it is seen.
+
+        Args:
+            queries: the queries (n, H, D) as if all of them stood at the given frame position.
+        """
+        if len(self.index) > self.most:
+            mean_HD = queries(self.turned_at).detach().float().mean(dim=0)
+            scores = self.index @ mean_HD.flatten()
+            self.found[:] = np.sort(scores.topk(self.most).indices.cpu().numpy())
+        return [
+            Visit(strand, self.window, self.mask, turned_at=self.turned_at)
+            for strand in self.strands(self.found.tolist())
+        ]
+
+    def strands(self, numbers: Sequence[int]) -> list[Strand]:
+        """The strands with these numbers, oldest first; some may be joined to one."""
+        raise NotImplementedError
+
+    @property
+    def places(self) -> Tensor | None:
+        """Where all strands lie, int64 (B, 11), each `Strand.place`; None where native code cannot read them all."""
+        return None
 
 
 class Notes:
@@ -92,13 +154,15 @@ class Seen(NamedTuple):
 
     Attributes:
         segment: the rows and positions of the queries.
-        queries: the queries (n, H, D) rotated in the frame that starts at the given offset.
-        merged: their attention over everything they saw, out (n, H, V) and lse (n, H).
+        positions: (n,) int64, where each query stands in the sequence.
+        queries: (n, H, D) fp32, rotated in the frame of the memory's tail.
+        lse: (n, H) fp32, the log-sum-exp of the scores of everything they saw.
     """
 
     segment: Segment
-    queries: Callable[[int], Tensor]
-    merged: Partial
+    positions: Tensor
+    queries: Tensor
+    lse: Tensor
 
 
 class Watcher(Protocol):
@@ -156,7 +220,7 @@ class Codec(Spec, axis=CODECS):
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
 
     def observes(self, memory: Memory) -> bool:
-        """Whether `observe` would learn anything now; where nobody does, a forward pass can be one native call."""
+        """Whether `observe` would learn anything from the next forward pass."""
         return type(self).observe is not Codec.observe
 
     @property
@@ -276,23 +340,27 @@ class Policy(Spec, axis=POLICIES):
         """Learn from the queries of a forward pass, after their rows were written and before the commit."""
 
     def observes(self, memory: Memory) -> bool:
-        """Whether `observe` would learn anything now; where nobody does, a forward pass can be one native call."""
+        """Whether `observe` would learn anything from the next forward pass."""
         return type(self).observe is not Policy.observe
 
     def runs(self, segment: Segment) -> list[range]:
         """The segment's queries in runs that are attended one after the other; all at once by default."""
         return [range(segment.length)]
 
-    def look_up(self, memory: Memory, segment: Segment, queries: Callable[[int], Tensor]) -> None:
-        """Choose what the segment's queries will see; called before `visits`, when their rows are written.
+    def visits(self, memory: Memory, segment: Segment) -> Sequence[Visit | Choice]:
+        """The strands that the segment's queries see, oldest first; the tail is one of them.
 
-        Args:
-            queries: the queries (n, H, D) as if all of them stood at the given frame position.
+        Called when the segment's rows are written.
         """
-
-    def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
-        """The strands that the segment's queries see, oldest first; the tail is one of them."""
         return [Visit(strand, memory.window) for strand in memory.all_strands()]
+
+    def visits_key(self, memory: Memory, segment: Segment) -> Hashable | None:
+        """What the visits of a segment depend on beside the strands that are held and their lengths.
+
+        While it stays the same, the visits of an earlier segment of no other kind of mask stand for those of this one. None
+        where they have to be asked for in each pass.
+        """
+        return () if type(self).visits is Policy.visits else None
 
     @property
     def is_shareable(self) -> bool:
@@ -390,13 +458,6 @@ class MemoryPlan:
     def is_shareable(self) -> bool:
         """Whether sequences may share what they remember of a common beginning."""
         return self.codec.is_shareable and self.policy.is_shareable
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether queries see all strands and nobody observes, so that a forward pass visits what the last one did."""
-        policy, codec = type(self.policy), type(self.codec)
-        is_observed = policy.observe is not Policy.observe or codec.observe is not Codec.observe
-        return policy.visits is Policy.visits and not is_observed
 
     @property
     def keeps_as_written(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.errors import ConfigError
 from plait.ops import Angles, Causal, Mask, Rope
 
-__all__ = ["Rows", "Segment", "check_pasts"]
+__all__ = ["Rows", "Segment", "Turn", "check_pasts", "turns_of"]
 
 
 class Segment(NamedTuple):
@@ -122,6 +122,40 @@ class Rows:
             # The nodes of a tree share positions, so the sequence is as long as its deepest node says.
             rope = rope.for_length(int(positions.max()) + 1)
         return rope.angles(positions - offset)
+
+
+class Turn(NamedTuple):
+    """Rows that are attended together, where a segment is read in runs, one after the other.
+
+    Attributes:
+        segments: numbers of the segments that have a run in this turn.
+        chosen: (n,) int64, the packed rows of their runs.
+        rows: these as packed rows of their own.
+    """
+
+    segments: list[int]
+    chosen: Tensor
+    rows: Rows
+
+
+def turns_of(rows: Rows, runs: Sequence[Sequence[range]]) -> list[Turn]:
+    """The first run of every segment, then the second one of those that have one, and so on.
+
+    Args:
+        runs: of each segment, its rows in runs.
+    """
+    turns = []
+    for number in range(max(map(len, runs), default=0)):
+        taking = [index for index, of_segment in enumerate(runs) if number < len(of_segment)]
+        pieces: list[tuple[int, int, Mask]] = []
+        chosen: list[Tensor] = []
+        for index in taking:
+            segment, run = rows.segments[index], runs[index][number]
+            pieces.append((len(run), segment.position + run.start, segment.mask))
+            start = segment.start + run.start
+            chosen.append(torch.arange(start, start + len(run), device=rows.device))
+        turns.append(Turn(taking, torch.cat(chosen), Rows(pieces, rows.device)))
+    return turns
 
 
 def check_pasts(rows: Rows, pasts: Sequence[Sized]) -> None:

@@ -161,6 +161,12 @@ class Strand:
             return None
         return Layout(form.keys.address(), form.values.address(), 0, 0, 0, 0, 0, CODED, form.first)
 
+    @property
+    def place(self) -> tuple[int, ...] | None:
+        """Its layout, its position and its length, as the native program's tables have a strand; None without a layout."""
+        at = self.layout
+        return None if at is None else (*at, self.position, len(self))
+
     def split(self, at: int) -> tuple[Self, Self]:
         """Two strands that hold tokens [0, at) and [at, T). They share storage with this one."""
         raise NotImplementedError

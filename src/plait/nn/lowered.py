@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import Memory, Past, Rows, check_pasts
+from plait.memory import Memory, Past, Rows, Seen, check_pasts
 from plait.nn.adapters import Adapter
+from plait.nn.config import TransformerConfig
 from plait.nn.layers import FeedForward, Norm
-from plait.nn.mixers.attention import Attention
+from plait.nn.mixers.attention import Attention, AttentionConfig
 from plait.nn.past_tables import Frame, PastTables
 from plait.nn.transformer import Block, Transformer
 from plait.ops import Causal, Everything, Mask, Rope, Tree, native
@@ -25,6 +28,8 @@ from plait.ops.native import ACTIVATIONS, Projection, tree_bits
 from plait.weights import Linear
 
 __all__ = ["Lowered", "lower", "obstacle"]
+
+_Numbers = npt.NDArray[np.int64]
 
 _MASKS: dict[type[Mask], int] = {Everything: 0, Causal: 1, Tree: 2}
 # Stands for an adapter that the program cannot compute.
@@ -117,8 +122,9 @@ class Lowered:
         """Hidden rows, normalised for the head, and their logits; None where the program does not apply.
 
         It applies to causal, full and tree masks, and to memories of dense and coded strands on the CPU in
-        which nobody observes and every query of a segment sees what the segment's mask and a window show.
-        Nothing is written where it does not.
+        which every query of a segment sees what the segment's mask, a window or a least distance show. Policies
+        choose from strands inside the program, and are told what they observe behind it. Nothing is written where it
+        does not apply.
 
         Args:
             tokens: (N,) int64 ids; None when `embeddings` (N, W) is given.
@@ -140,6 +146,9 @@ class Lowered:
         # Tables that last were made of layers that stay plain.
         for past in pasts:
             if past not in self._past_tables and not all(map(_is_plain, past.layers)):
+                return None
+            # Whoever watches is told by the plain form, and what is observed must not be learned twice.
+            if any(layer.watcher is not None and layer.is_observed for layer in past.memories("watched")):
                 return None
         adapters = [None if past.adapter is None else _native_form(past.adapter) for past in pasts]
         if _NONE in adapters:
@@ -166,17 +175,23 @@ class Lowered:
         logits = torch.empty(len(chosen), self.head_rows) if with_logits else None
         # Strands are visited by address; the tables keep them.
         tables, parts = plan
+        targets, visits, choices, observed = PastTables.joined(parts)
+        told = _Told(self.config, observed, rows)
         self.saved_visits = self._program.run(
             x.contiguous(),
             segments,
             tables.angles,
-            *PastTables.joined(parts),
+            targets,
+            visits,
+            choices,
+            observed,
             trees,
             chosen.view(-1, 1),
             hidden,
             logits,
             adapters,
         )
+        told.tell(observed, rows, pasts)
         return hidden, None if logits is None else self.finish(logits)
 
     def _plan(self, rows: Rows, pasts: Sequence[Past]) -> tuple[_Tables, list[PastTables]] | None:
@@ -246,6 +261,29 @@ class _Tables:
         return found
 
 
+class _Told:
+    """Room for what the observers of a pass are told, one tensor for each of its layers and segments."""
+
+    def __init__(self, config: TransformerConfig, observed: _Numbers, rows: Rows) -> None:
+        self.queries: list[Tensor] = []
+        self.lse: list[Tensor] = []
+        for at, (layer, segment) in enumerate(observed[:, :2].tolist()):
+            mixer = config.blocks[layer].mixer
+            assert isinstance(mixer, AttentionConfig)
+            count = rows.segments[segment].length
+            self.queries.append(torch.empty(count, mixer.num_heads, mixer.head_dim))
+            self.lse.append(torch.empty(count, mixer.num_heads))
+            observed[at, 3:] = self.queries[-1].data_ptr(), self.lse[-1].data_ptr()
+
+    def tell(self, observed: _Numbers, rows: Rows, pasts: Sequence[Past]) -> None:
+        for (layer, number), queries, lse in zip(
+            observed[:, :2].tolist(), self.queries, self.lse, strict=True
+        ):
+            memory, segment = pasts[number].layers[layer], rows.segments[number]
+            assert isinstance(memory, Memory)
+            memory.observe(Seen(segment, rows.positions[segment.rows], queries, lse))
+
+
 def _native_form(adapter: object) -> Any:
     assert isinstance(adapter, Adapter)
     return adapter.to_native() or _NONE
@@ -270,12 +308,8 @@ def _table(numbers: Sequence[int], columns: int) -> Tensor:
 
 
 def _is_plain(memory: object) -> bool:
-    """Whether a memory has strands that the program can read, and nobody observes."""
-    return (
-        isinstance(memory, Memory)
-        and not memory.is_observed
-        and all(strand.layout is not None for strand in memory.held())
-    )
+    """Whether a memory has strands that the program can read."""
+    return isinstance(memory, Memory) and all(strand.layout is not None for strand in memory.held())
 
 
 def _projection(linear: Linear) -> Projection:

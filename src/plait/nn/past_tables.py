@@ -1,28 +1,29 @@
 """What a native program writes and reads of one past, as tables of whole numbers that last while its strands do.
 
-Shapes: L layers, V visits of all layers.
+Shapes: L layers, V visits, C choices and O observed layers of all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from plait.memory import Memory, Past, Segment, Strand
+from plait.memory import Choice, Memory, Past, Segment, Strand, Visit
 from plait.memory.strand import DenseStrand, Layout
-from plait.ops import Rope, Tree
+from plait.ops import Causal, Everything, Far, Mask, Rope, Tree
 
-__all__ = ["TARGET_COLUMNS", "VISIT_COLUMNS", "Frame", "PastTables"]
+__all__ = ["CHOICE_COLUMNS", "OBSERVED_COLUMNS", "TARGET_COLUMNS", "VISIT_COLUMNS", "Frame", "PastTables"]
 
 _Numbers = npt.NDArray[np.int64]
 
-TARGET_COLUMNS, VISIT_COLUMNS = 10, 14
-# Columns that change from one forward pass to the next.
+TARGET_COLUMNS, VISIT_COLUMNS, CHOICE_COLUMNS, OBSERVED_COLUMNS = 10, 17, 12, 5
+# Columns that change from one forward pass to the next: of targets, of all others, and of visits to tails.
 _AT, _TARGET_TABLE = 7, 9
-_SEGMENT, _LENGTH, _VISIT_TABLE = 1, 8, 12
+_SEGMENT, _TABLE = 1, 2
+_LENGTH = 16
 
 
 class Frame(NamedTuple):
@@ -34,12 +35,14 @@ class Frame(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """What a layer's memory held when its tables were made."""
+    """What a layer's memory held when its tables were made, and the visits, whose strands the tables keep alive."""
 
     memory: Memory
     tail: DenseStrand
     layout: Layout
     strands: list[Strand]
+    key: Hashable | None
+    looks: Sequence[Visit | Choice]
 
 
 class PastTables:
@@ -47,21 +50,24 @@ class PastTables:
 
     Attributes:
         targets: (L, 10), the strand of each layer that new rows are written to.
-        visits: (V, 14), the strands that they visit, by layer and oldest first.
-        frames: whose tables of angles both ask for; see `number`.
+        visits: (V, 17), the strands that they visit, by layer and oldest first.
+        choices: (C, 12), what the rows choose from, by layer and place among its visits.
+        observed: (O, 5), the layers that are told of their queries; addresses are left to the caller.
+        frames: whose tables of angles they ask for; see `number`.
         is_lasting: whether they can serve the next forward pass too, if strands stay the same.
     """
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
-        self.targets: _Numbers = np.zeros((0, TARGET_COLUMNS), np.int64)
-        self.visits: _Numbers = np.zeros((0, VISIT_COLUMNS), np.int64)
+        self.targets, self.visits = _rows([], TARGET_COLUMNS), _rows([], VISIT_COLUMNS)
+        self.choices, self.observed = _rows([], CHOICE_COLUMNS), _rows([], OBSERVED_COLUMNS)
         self.is_lasting = True
         self._layers: list[_Layer] = []
         self._capacity = 0
-        # Of every target and visit, its frame; and the visits to tails.
+        # Of each row of a table, its frame; and the visits to tails.
         self._target_frames: _Numbers = np.zeros(0, np.int64)
         self._visit_frames: _Numbers = np.zeros(0, np.int64)
+        self._choice_frames: _Numbers = np.zeros(0, np.int64)
         self._tails: _Numbers = np.zeros(0, np.int64)
 
     @classmethod
@@ -76,8 +82,10 @@ class PastTables:
         draft = segment.mask if isinstance(segment.mask, Tree) else None
         targets: list[int] = []
         visits: list[int] = []
+        choices: list[int] = []
         target_frames: list[int] = []
         visit_frames: list[int] = []
+        choice_frames: list[int] = []
         tails: list[int] = []
         for layer, (memory, rope) in enumerate(zip(past.layers, ropes, strict=True)):
             assert isinstance(memory, Memory)
@@ -87,26 +95,40 @@ class PastTables:
                 return None
             targets += (*at[:7], first, at.number, -1)
             target_frames.append(self._frame(rope, memory.tail.offset, False))
-            self._layers.append(_Layer(memory, memory.tail, at, list(memory.strands)))
-            for strand, window, mask, turned_at, queries, log_weight in memory.plan.policy.visits(
-                memory, segment
-            ):
-                at = strand.layout
-                if at is None or mask is not None or queries is not None or log_weight:
+            looks = memory.plan.policy.visits(memory, segment)
+            num_choices = 0
+            for number, look in enumerate(looks):
+                kind = _kind_of(look, segment)
+                if kind is None:
                     return None
-                if strand is memory.tail:
+                if isinstance(look, Choice):
+                    places = look.places
+                    if places is None or (draft is not None and kind[0] < 0):
+                        return None
+                    choice_frames.append(self._frame(rope, look.turned_at, True))
+                    choices += (layer, 0, -1, look.window or 0, *kind, number - num_choices)
+                    choices += (look.index.data_ptr(), len(look.index), places.data_ptr(), len(look.found))
+                    choices.append(look.found.ctypes.data)
+                    num_choices += 1
+                    continue
+                place = look.strand.place
+                if place is None or look.queries is not None or look.log_weight:
+                    return None
+                if look.strand is memory.tail:
                     tails.append(len(visit_frames))
-                offset = strand.offset if turned_at is None else turned_at
-                visit_frames.append(self._frame(rope, offset, turned_at is not None))
-                visits += (layer, 0, *at[:6], at.first + len(strand), at.number)
-                visits += (strand.offset + strand.start - at.first, window or 0, -1, at.first)
-            self.is_lasting &= memory.plan.is_steady
+                offset = look.strand.offset if look.turned_at is None else look.turned_at
+                visit_frames.append(self._frame(rope, offset, look.turned_at is not None))
+                visits += (layer, 0, -1, look.window or 0, *kind, *place)
+            key = memory.plan.policy.visits_key(memory, segment)
+            self._layers.append(_Layer(memory, memory.tail, at, list(memory.strands), key, looks))
+        self.is_lasting = all(layer.key is not None for layer in self._layers)
         self.is_lasting &= 0 < len(tails) == len(self._layers)
         self._capacity = min((layer.layout.capacity for layer in self._layers), default=0)
-        self.targets = np.array(targets, dtype=np.int64).reshape(-1, TARGET_COLUMNS)
-        self.visits = np.array(visits, dtype=np.int64).reshape(-1, VISIT_COLUMNS)
+        self.targets, self.visits = _rows(targets, TARGET_COLUMNS), _rows(visits, VISIT_COLUMNS)
+        self.choices = _rows(choices, CHOICE_COLUMNS)
         self._target_frames = np.array(target_frames, dtype=np.int64)
         self._visit_frames = np.array(visit_frames, dtype=np.int64)
+        self._choice_frames = np.array(choice_frames, dtype=np.int64)
         self._tails = np.array(tails, dtype=np.int64)
         return self
 
@@ -115,10 +137,12 @@ class PastTables:
         first = self._layers[0].tail.length
         if first + segment.length > self._capacity:
             return False
-        for memory, tail, layout, strands in self._layers:
+        for memory, tail, layout, strands, key, _ in self._layers:
             if memory.tail is not tail or tail.layout is not layout or tail.length != first:
                 return False
             if memory.pending or memory.strands != strands:
+                return False
+            if memory.plan.policy.visits_key(memory, segment) != key:
                 return False
         draft = segment.mask if isinstance(segment.mask, Tree) else None
         for memory, *_ in self._layers:
@@ -132,20 +156,28 @@ class PastTables:
         # The last stands for rows that are not turned.
         numbers = np.array([*tables, -1])
         self.targets[:, _TARGET_TABLE] = numbers[self._target_frames]
-        self.visits[:, _VISIT_TABLE] = numbers[self._visit_frames]
-        self.visits[:, _SEGMENT] = segment
+        self.visits[:, _TABLE] = numbers[self._visit_frames]
+        self.choices[:, _TABLE] = numbers[self._choice_frames]
+        told = [layer for layer, (memory, *_) in enumerate(self._layers) if memory.is_observed]
+        self.observed = _rows([0] * (len(told) * OBSERVED_COLUMNS), OBSERVED_COLUMNS)
+        self.observed[:, 0] = told
+        self.observed[:, _TABLE] = self.targets[told, _TARGET_TABLE]
+        for table in (self.visits, self.choices, self.observed):
+            table[:, _SEGMENT] = segment
 
     @staticmethod
-    def joined(parts: Sequence[PastTables]) -> tuple[_Numbers, _Numbers]:
-        """The targets of all segments, by layer, and their visits, by layer and segment."""
+    def joined(parts: Sequence[PastTables]) -> tuple[_Numbers, _Numbers, _Numbers, _Numbers]:
+        """Targets, visits, choices and what is observed, of all segments: by layer, then by segment."""
         if len(parts) == 1:
-            return parts[0].targets, parts[0].visits
+            return parts[0].targets, parts[0].visits, parts[0].choices, parts[0].observed
         if not parts:
-            return np.zeros((0, TARGET_COLUMNS), np.int64), np.zeros((0, VISIT_COLUMNS), np.int64)
+            empty = PastTables()
+            return empty.targets, empty.visits, empty.choices, empty.observed
         targets = np.stack([part.targets for part in parts], axis=1).reshape(-1, TARGET_COLUMNS)
-        visits = np.concatenate([part.visits for part in parts])
-        order: npt.NDArray[Any] = np.argsort(visits[:, 0], kind="stable")
-        return targets, visits[order]
+        visits, choices, observed = (
+            _by_layer([getattr(part, name) for part in parts]) for name in ("visits", "choices", "observed")
+        )
+        return targets, visits, choices, observed
 
     def _frame(self, rope: Rope | None, offset: int, is_pinned: bool) -> int:
         if rope is None:
@@ -154,3 +186,32 @@ class PastTables:
         if frame not in self.frames:
             self.frames.append(frame)
         return self.frames.index(frame)
+
+
+def _kind_of(look: Visit | Choice, segment: Segment) -> tuple[int, int] | None:
+    """The kind of a visit's mask, -1 for the segment's own, and the nearest distance seen; None for another mask."""
+    mask: Mask | None = look.mask
+    if mask is None:
+        return -1, 0
+    if type(mask) is Everything:
+        return 0, 0
+    if type(mask) is Causal:
+        return 1, 0
+    if type(mask) is Far and mask.base == segment.mask:
+        is_past = isinstance(look, Choice) or look.strand.position + len(look.strand) <= segment.position
+        # Nodes of a draft are not in the order of positions.
+        return (-1, mask.distance) if is_past or type(segment.mask) is Causal else None
+    return None
+
+
+def _rows(numbers: Sequence[int], columns: int) -> _Numbers:
+    return np.array(numbers, dtype=np.int64).reshape(-1, columns)
+
+
+def _by_layer(tables: Sequence[_Numbers]) -> _Numbers:
+    tables = [table for table in tables if len(table)] or tables[:1]
+    if len(tables) == 1:
+        return tables[0]
+    joined = np.concatenate(tables)
+    order: npt.NDArray[Any] = np.argsort(joined[:, 0], kind="stable")
+    return joined[order]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import CapacityError, ConfigError, IncompatibleError
-from plait.memory import Causal, Memory, MemoryPlan, Past, Rows, State
+from plait.memory import Causal, Memory, MemoryPlan, Past, Rows, State, Turn, check_pasts, turns_of
 from plait.nn.config import BlockConfig, NormConfig, TransformerConfig
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.parameters import Parameters
@@ -238,7 +238,30 @@ class Transformer(nn.Module):
             IncompatibleError: an adapter or a mixer has no gradient through memories.
         """
         with self.guard:
-            return self._hidden(tokens, rows, pasts, embeddings)
+            turns = self._turns(rows, pasts)
+            if len(turns) < 2 or pasts is None:
+                return self._hidden(tokens, rows, pasts, embeddings)
+            parts = [
+                self._hidden(
+                    None if tokens is None else tokens[turn.chosen],
+                    turn.rows,
+                    [pasts[index] for index in turn.segments],
+                    None if embeddings is None else embeddings[turn.chosen],
+                )
+                for turn in turns
+            ]
+            return torch.cat(parts)[torch.cat([turn.chosen for turn in turns]).argsort()]
+
+    def _turns(self, rows: Rows, pasts: Sequence[Past] | None) -> list[Turn]:
+        """The calls of a program in which policies have runs of rows attended, one after the other; none for one call."""
+        if self.program is None or pasts is None or len(pasts) != len(rows.segments):
+            return []
+        runs = []
+        for segment, past in zip(rows.segments, pasts, strict=True):
+            first = past.layers[0]
+            whole = [range(segment.length)]
+            runs.append(first.plan.policy.runs(segment) if isinstance(first, Memory) else whole)
+        return turns_of(rows, runs) if any(len(of_segment) > 1 for of_segment in runs) else []
 
     def _hidden(
         self, tokens: Tensor | None, rows: Rows, pasts: Sequence[Past] | None, embeddings: Tensor | None
@@ -300,6 +323,22 @@ class Transformer(nn.Module):
             (R, V) fp32.
         """
         with self.guard:
+            turns = self._turns(rows, pasts)
+            if pasts is not None and len(turns) > 1:
+                check_pasts(rows, pasts)
+                answers, order = [], []
+                for turn in turns:
+                    own = (wanted[:, None] == turn.chosen).nonzero()
+                    answers.append(
+                        self.answer(
+                            tokens[turn.chosen],
+                            turn.rows,
+                            [pasts[index] for index in turn.segments],
+                            wanted=own[:, 1],
+                        )
+                    )
+                    order.append(own[:, 0])
+                return torch.cat(answers)[torch.cat(order).argsort()]
             found = self._by_program(tokens, rows, pasts, wanted=wanted, with_logits=True)
             if found is not None and found[1] is not None:
                 return found[1]

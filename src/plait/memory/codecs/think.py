@@ -139,7 +139,7 @@ class ThinK(Codec, name="think"):
 
     def observe(self, memory: Memory, seen: Seen) -> None:
         if self.observes(memory):
-            _choice_of(memory).add(seen.queries(memory.tail.offset), seen.segment.position)
+            _choice_of(memory).add(seen.queries, seen.segment.position)
 
     def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
         notes = _choice_of(memory)

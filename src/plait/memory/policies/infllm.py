@@ -7,7 +7,7 @@ Shapes: Q queries, H query heads, G key/value heads, T tokens, D head size, B bl
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -16,13 +16,14 @@ from pydantic import Field
 from torch import Tensor
 
 from plait.errors import ConfigError
+from plait.memory.grown import Asked, GrownRows, TokenScores
 from plait.memory.memory import Memory
-from plait.memory.plan import Notes, Seen, Visit
+from plait.memory.plan import Choice, Notes, Seen, Visit
 from plait.memory.policies.window import FirstAndLast
 from plait.memory.rows import Segment
 from plait.memory.spill import Spilled, SpillFile
 from plait.memory.strand import FrozenStrand, Heads, HoldsTensors, Strand
-from plait.ops import Causal, Everything, Far
+from plait.ops import Causal, Everything, Far, Mask
 
 __all__ = ["InfLLM"]
 
@@ -105,46 +106,49 @@ class InfLLM(FirstAndLast, name="infllm"):
         bounds = [first, *cuts, last]
         return [range(a - first, b - first) for a, b in zip(bounds, bounds[1:], strict=False)]  # noqa: RUF007
 
-    def look_up(self, memory: Memory, segment: Segment, queries: Callable[[int], Tensor]) -> None:
-        notes = _notes(memory)
-        notes.chosen = []
-        if not self._looks_back(memory):
-            return
-        self._remember(memory, segment.position)
-        num_blocks = self.num_blocks(segment.position)
-        if num_blocks <= self.topk:
-            notes.chosen = list(range(num_blocks))
-        elif segment.length and self.topk:
-            mean_HD = queries(self.local - 1).float().mean(dim=0)
-            scores = notes.index.numbers[:num_blocks].flatten(1) @ mean_HD.flatten()
-            notes.chosen = sorted(scores.topk(self.topk).indices.tolist())
-
-    def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
-        seen = super().visits(memory, segment)
-        if not self._looks_back(memory) or not segment.length:
+    def visits(self, memory: Memory, segment: Segment) -> Sequence[Visit | Choice]:
+        looks_back = self._looks_back(memory) and segment.length > 0
+        if looks_back:
+            self._remember(memory, segment.position)
+        seen = self.visits_of_held(memory, segment)
+        if not looks_back:
             return seen
         notes, window = _notes(memory), memory.window
         far = Far(segment.mask, self.local, segment.length)
         # What has left the window of the first query is far enough from all of them.
         whole = Everything() if window is None else far
-        behind = [*([] if notes.first is None else [notes.first]), *notes.retrieve(joined=window is None)]
         pinned = self.local - 1
-        return [
-            *(Visit(strand, window, whole, turned_at=pinned) for strand in behind),
-            *(Visit(strand, window, far, turned_at=pinned) for strand in self._remainder(memory, segment)),
-            *seen,
-        ]
+        behind: list[Visit | Choice] = []
+        if notes.first is not None:
+            behind.append(Visit(notes.first, window, whole, turned_at=pinned))
+        notes.choice = None
+        if notes.blocks and self.topk:
+            notes.choice = _Best(notes, self.topk, pinned, window, whole)
+            behind.append(notes.choice)
+        rest = (Visit(strand, window, far, turned_at=pinned) for strand in self._remainder(memory, segment))
+        return [*behind, *rest, *seen]
+
+    def visits_key(self, memory: Memory, segment: Segment) -> Hashable | None:
+        if not self._looks_back(memory):
+            return ()
+        notes, position = _notes(memory), segment.position
+        have = 0 if notes.first is None else len(notes.first)
+        if len(notes.blocks) != self.num_blocks(position) or have != self.num_first_behind(position):
+            return None
+        start = self.start_of_rest(position)
+        if notes.ahead is None or notes.ahead.start != start:
+            return None
+        # A mask hides what of the next block is in the window; none of it is missing.
+        return notes.changes if position + segment.length - self.local <= start + self.block else None
+
+    def observes(self, memory: Memory) -> bool:
+        return self._looks_back(memory)
 
     def observe(self, memory: Memory, seen: Seen) -> None:
         if self._looks_back(memory):
-            depths = seen.segment.mask.depths(seen.segment.length)
-            _notes(memory).asked.append(
-                _Asked(
-                    seen.queries(memory.tail.offset).detach(),
-                    seen.merged.lse.detach(),
-                    seen.segment.position + depths,
-                )
-            )
+            notes = _notes(memory)
+            notes.pending.append(Asked(seen.queries, seen.lse, seen.positions))
+            notes.num_asked += len(seen.positions)
 
     def rows_at_once(self, memory: Memory, least: int, most: int) -> int:
         if not self._looks_back(memory):
@@ -155,19 +159,23 @@ class InfLLM(FirstAndLast, name="infllm"):
         return next((n for n in range(least, most) if self.num_blocks(start + n) != have), most)
 
     def settle(self, memory: Memory) -> None:
-        if self._looks_back(memory):
-            notes = _notes(memory)
-            self._remember(memory, len(memory))
-            notes.learned = 0
+        if not self._looks_back(memory):
+            super().settle(memory)
+            return
+        notes = _notes(memory)
+        self._remember(memory, len(memory))
+        notes.learned = 0
         super().settle(memory)
-        held = memory.all_strands()
-        if self._looks_back(memory):
-            notes.mass.drop_before(held[0].position if held else len(memory))
+        first = memory.strands[0] if memory.strands else memory.tail
+        notes.mass.drop_before(first.position)
 
     def keep_from(self, memory: Memory, length: int) -> int:
         if not self._looks_back(memory):
             return super().keep_from(memory, length)
-        return self.num_first_behind(length) + self.num_blocks(length) * self.block
+        asked = _notes(memory).asked
+        start = self.start_of_rest(length)
+        # What earlier queries paid attention to is read once more, when that is learned.
+        return min(start, max(int(asked[0].positions.min()) - self.local + 1, 0)) if asked else start
 
     def check_truncate(self, memory: Memory, length: int) -> None:
         if not self._looks_back(memory):
@@ -175,7 +183,7 @@ class InfLLM(FirstAndLast, name="infllm"):
             return
         held = memory.all_strands()
         start = held[0].position if held else len(memory)
-        if length and self.keep_from(memory, length) < start:
+        if length and self.start_of_rest(length) < start:
             num_blocks = -(-max(start - self.initial, 0) // self.block)
             earliest = self.local + min(start, self.initial) + num_blocks * self.block
             raise ConfigError(
@@ -195,23 +203,37 @@ class InfLLM(FirstAndLast, name="infllm"):
         """Whether a layer sees anything further back than `local`."""
         return memory.window is None or memory.window > self.local
 
+    def start_of_rest(self, position: int) -> int:
+        """The first token that is in no block, and not one of the first, for a run of queries at a position."""
+        return self.num_first_behind(position) + self.num_blocks(position) * self.block
+
     def _remember(self, memory: Memory, position: int) -> None:
         """Bring scores and blocks to where a run of queries at a position finds them."""
         notes = _notes(memory)
-        self._learn(memory)
+        num_blocks, num_first = self.num_blocks(position), self.num_first_behind(position)
+        # Scores are needed when a block is made. Layers take turns in learning them, so that no token waits for all.
+        most = _ROWS_AT_ONCE // 2 + memory.layer % (_ROWS_AT_ONCE // 2)
+        if len(notes.blocks) < num_blocks or notes.num_asked >= most:
+            self._learn(memory)
         have = 0 if notes.first is None else len(notes.first)
-        if have < self.num_first_behind(position):
-            new = [strand.turned_back() for strand in _held(memory, have, self.num_first_behind(position))]
+        if have < num_first:
+            new = [strand.turned_back() for strand in _held(memory, have, num_first)]
             notes.first = FrozenStrand.gathered([*([] if notes.first is None else [notes.first]), *new])
-        for number in range(len(notes.blocks), self.num_blocks(position)):
+            notes.changes += 1
+        for number in range(len(notes.blocks), num_blocks):
             start = self.initial + number * self.block
-            strands = [strand.turned_back() for strand in _held(memory, start, start + self.block)]
-            block = FrozenStrand.gathered(strands)
+            block = self._ahead(memory, start)
             representative = self._representative(memory.heads, block, notes.mass.of(start, self.block))
-            stored = memory.plan.codec.encode(block, memory.codec_notes)
-            # A full disk is found here, before anything has changed.
-            notes.blocks.append(stored if notes.file is None else notes.file.put(stored))
-            notes.index.append(representative)
+            notes.add(memory.plan.codec.encode(block, memory.codec_notes), representative)
+
+    def _ahead(self, memory: Memory, start: int) -> FrozenStrand:
+        """The tokens of a block to be, from position `start` on."""
+        notes = _notes(memory)
+        if notes.ahead is None or notes.ahead.start != start:
+            held = _held(memory, start, start + self.block)
+            notes.ahead = FrozenStrand.gathered([strand.turned_back() for strand in held])
+            notes.changes += 1
+        return notes.ahead
 
     def _representative(self, heads: Heads, block: FrozenStrand, mass_HT: Tensor) -> Tensor:
         """The mean (H, D) of each head's keys to which most attention was paid."""
@@ -223,131 +245,51 @@ class InfLLM(FirstAndLast, name="infllm"):
     def _learn(self, memory: Memory) -> None:
         """Add the attention that noted queries paid to each token of their windows to its score."""
         notes, heads = _notes(memory), memory.heads
-        group = heads.num_heads // heads.num_kv_heads
         notes.mass.extend(heads.num_heads, len(memory))
-        for asked in notes.asked:
-            for start in range(0, len(asked.positions), _ROWS_AT_ONCE):
-                rows = slice(start, start + _ROWS_AT_ONCE)
-                positions = asked.positions[rows]
-                q_GMD = asked.queries[rows].float() * heads.scale
-                q_GMD = q_GMD.unflatten(1, (heads.num_kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
-                low = int(positions.min()) - self.local + 1
-                for strand in _held(memory, max(low, 0), int(positions.max()) + 1):
-                    scores = q_GMD @ strand.keys.float().transpose(1, 2)
-                    if heads.softcap is not None:
-                        scores = heads.softcap * torch.tanh(scores / heads.softcap)
-                    scores = scores.unflatten(1, (group, -1)).flatten(0, 1)  # (H, Q, T)
-                    distance = positions[:, None] - torch.arange(
-                        strand.position, strand.position + len(strand)
-                    )
-                    if heads.bias is not None:
-                        scores = heads.bias.applied(scores, distance)
-                    shares = (scores - asked.lse[rows].T[..., None]).exp()
-                    shares = shares.masked_fill((distance < 0) | (distance >= self.local), 0.0)
-                    notes.mass.add(strand.position, shares.sum(dim=1))
-            if not notes.learned and len(asked.positions):
-                notes.learned_from = int(asked.positions[0])
-            notes.learned += len(asked.positions)
-        notes.asked = []
+        if not notes.num_asked:
+            return
+        everyone = Asked.joined([*notes.asked, *notes.pending])
+        for start in range(0, len(everyone.positions), _ROWS_AT_ONCE):
+            asked = everyone.some(slice(start, start + _ROWS_AT_ONCE))
+            low = int(asked.positions.min()) - self.local + 1
+            for strand in _held(memory, max(low, 0), int(asked.positions.max()) + 1):
+                notes.mass.add(strand.position, self._paid(heads, asked, strand))
+        if not notes.learned and notes.pending:
+            notes.learned_from = int(notes.pending[0].positions[0])
+        notes.learned += Asked.count(notes.pending)
+        notes.asked, notes.pending, notes.num_asked = [], [], 0
+
+    def _paid(self, heads: Heads, asked: Asked, strand: FrozenStrand) -> Tensor:
+        """Attention (H, T) that queries paid, all together, to the tokens of a strand that are in their windows."""
+        group = heads.num_heads // heads.num_kv_heads
+        q_GMD = (asked.queries * heads.scale).unflatten(1, (heads.num_kv_heads, group))
+        q_GMD = q_GMD.permute(1, 2, 0, 3).flatten(1, 2)
+        scores = q_GMD @ strand.keys.float().transpose(1, 2)
+        if heads.softcap is not None:
+            scores = heads.softcap * torch.tanh(scores / heads.softcap)
+        scores = scores.unflatten(1, (group, -1)).flatten(0, 1)  # (H, Q, T)
+        places = torch.arange(strand.position, strand.position + len(strand))
+        distance = asked.positions[:, None] - places
+        if heads.bias is not None:
+            scores = heads.bias.applied(scores, distance)
+        shares = scores.sub_(asked.lse.T[..., None]).exp_()
+        return shares.masked_fill_((distance < 0) | (distance >= self.local), 0.0).sum(dim=1)
 
     def _remainder(self, memory: Memory, segment: Segment) -> list[FrozenStrand]:
-        """Tokens that are too far back for the window of some query and not in a block yet."""
+        """Tokens that are too far back for the window of some query and not in a block yet; the last may not be."""
         positions = segment.position + segment.mask.depths(segment.length)
-        start = self.keep_from(memory, segment.position)
-        stop = int(positions.max()) - self.local + 1
+        start, stop = self.start_of_rest(segment.position), int(positions.max()) - self.local + 1
+        found = []
+        if start < stop and start + self.block <= segment.position:
+            # It is turned once for all queries that see some of it.
+            found.append(self._ahead(memory, start))
+            start += self.block
         if stop <= segment.position or memory.draft is None:
-            return [strand.turned_back() for strand in _held(memory, start, stop)]
+            return found + [strand.turned_back() for strand in _held(memory, start, stop)]
         # A draft deeper than the window: its nodes are not in the order of positions.
         nodes = memory.tail.split(segment.position - memory.tail.position)[1]
         past = [strand.turned_back() for strand in _held(memory, start, segment.position)]
-        return [*past, nodes.turned_back(positions)]
-
-
-@dataclass
-class _Asked:
-    """Queries of pending rows: rotated (n, H, D), the log-sum-exp (n, H) of all they saw, positions (n,)."""
-
-    queries: Tensor
-    lse: Tensor
-    positions: Tensor
-
-
-class _Grown:
-    """Rows of numbers in storage that grows by a quarter at a time."""
-
-    def __init__(self) -> None:
-        self.storage = torch.empty(0)
-        self.length = 0
-
-    @property
-    def numbers(self) -> Tensor:
-        return self.storage[: self.length]
-
-    def append(self, row: Tensor) -> None:
-        if self.length == len(self.storage):
-            with torch.inference_mode(False):
-                new = row.new_zeros(max(16, self.length * 5 // 4), *row.shape)
-            if self.length:
-                new[: self.length] = self.numbers
-            self.storage = new
-        self.storage[self.length] = row
-        self.length += 1
-
-    def fork(self) -> _Grown:
-        twin = _Grown()
-        with torch.inference_mode(False):
-            twin.storage, twin.length = self.numbers.clone(), self.length
-        return twin
-
-
-class _Mass:
-    """The attention paid to every token that is held, by each query head: (H, T)."""
-
-    def __init__(self) -> None:
-        self.storage = torch.empty(0, 0)
-        self.start = 0
-        self.length = 0
-
-    def extend(self, num_heads: int, stop: int) -> None:
-        """Make room for tokens before position `stop`."""
-        wanted = stop - self.start
-        if wanted > self.storage.shape[1]:
-            with torch.inference_mode(False):
-                new = torch.zeros(num_heads, max(wanted * 5 // 4, 32))
-            if self.length:
-                new[:, : self.length] = self.storage[:, : self.length]
-            self.storage = new
-        self.length = max(self.length, wanted)
-
-    def add(self, position: int, mass: Tensor) -> None:
-        first = position - self.start
-        self.storage[:, first : first + mass.shape[1]] += mass
-
-    def of(self, position: int, count: int) -> Tensor:
-        first = position - self.start
-        return self.storage[:, first : first + count]
-
-    def truncate(self, length: int) -> None:
-        # Past the last token all is zero, so that the next one there starts from nothing.
-        kept = max(length - self.start, 0)
-        self.storage[:, kept:] = 0.0
-        self.length = min(self.length, kept)
-        if length < self.start:
-            self.start = length
-
-    def drop_before(self, position: int) -> None:
-        dropped = position - self.start
-        if dropped > 0:
-            with torch.inference_mode(False):
-                self.storage = self.storage[:, dropped : self.length].clone()
-            self.start, self.length = position, self.storage.shape[1]
-
-    def fork(self) -> _Mass:
-        twin = _Mass()
-        with torch.inference_mode(False):
-            twin.storage = self.storage.clone()
-        twin.start, twin.length = self.start, self.length
-        return twin
+        return [*found, *past, nodes.turned_back(positions)]
 
 
 @dataclass
@@ -360,15 +302,29 @@ class _Blocks(Notes):
     file: SpillFile | None
     first: FrozenStrand | None = None
     blocks: list[Strand | Spilled] = field(default_factory=list)
-    index: _Grown = field(default_factory=_Grown)
-    mass: _Mass = field(default_factory=_Mass)
-    asked: list[_Asked] = field(default_factory=list)
+    index: GrownRows = field(default_factory=GrownRows)
+    # Where each block lies, for native code; as many as there are blocks where it can read them all.
+    places: GrownRows = field(default_factory=GrownRows)
+    # The block to be, most of which is still in the window.
+    ahead: FrozenStrand | None = None
+    mass: TokenScores = field(default_factory=TokenScores)
+    # Queries that have not been learned from, of rows that are part of the past and of pending ones, and how many.
+    asked: list[Asked] = field(default_factory=list)
+    pending: list[Asked] = field(default_factory=list)
+    num_asked: int = 0
     # Pending rows whose attention is in `mass` already, and the position of the first of them.
     learned: int = 0
     learned_from: int = 0
-    chosen: list[int] = field(default_factory=list)
+    choice: _Best | None = None
+    # Counted up whenever `first`, `blocks` or `ahead` are changed.
+    changes: int = 0
     resident: OrderedDict[int, Strand] = field(default_factory=OrderedDict)
     together: tuple[tuple[int, ...], list[Strand]] = ((), [])
+
+    @property
+    def chosen(self) -> list[int]:
+        """Numbers of the blocks that the last run of queries saw."""
+        return [] if self.choice is None else self.choice.found.tolist()
 
     @property
     def retrieved(self) -> list[range]:
@@ -382,11 +338,21 @@ class _Blocks(Notes):
         """Bytes that blocks have in the file; blocks shared with a fork count in both."""
         return sum(block.nbytes for block in self.blocks if isinstance(block, Spilled))
 
-    def retrieve(self, *, joined: bool) -> list[Strand]:
-        """The chosen blocks; joined, those of plain numbers are one strand, which stays until others are chosen."""
+    def add(self, block: Strand, representative: Tensor) -> None:
+        """Put a block behind the others."""
+        # A full disk is found here, before anything has changed.
+        self.blocks.append(block if self.file is None else self.file.put(block))
+        self.index.append(representative)
+        place = block.place if self.file is None else None
+        if place is not None:
+            self.places.append(torch.tensor(place))
+        self.changes += 1
+
+    def retrieve(self, numbers: Sequence[int], *, joined: bool) -> list[Strand]:
+        """Some blocks; joined, those of plain numbers are one strand, which stays until others are asked for."""
         if not joined:
-            return [self._load(number) for number in self.chosen]
-        key = tuple(self.chosen)
+            return [self._load(number) for number in numbers]
+        key = tuple(numbers)
         if key != self.together[0]:
             strands = [self._load(number) for number in key]
             plain = [strand for strand in strands if type(strand) is FrozenStrand]
@@ -413,7 +379,11 @@ class _Blocks(Notes):
             first=self.first,
             blocks=list(self.blocks),
             index=self.index.fork(),
+            places=self.places.fork(),
+            ahead=self.ahead,
             mass=self.mass.fork(),
+            asked=list(self.asked),
+            num_asked=self.num_asked,
             resident=self.resident.copy(),
             together=self.together,
         )
@@ -422,34 +392,59 @@ class _Blocks(Notes):
         num_blocks, num_first = self.policy.num_blocks(length), self.policy.num_first_behind(length)
         if self.first is not None and num_first < len(self.first):
             self.first = self.first.split(num_first)[0] if num_first else None
+        if self.ahead is not None and self.ahead.start + len(self.ahead) > length:
+            self.ahead = None
         del self.blocks[num_blocks:]
-        self.index.length = min(self.index.length, num_blocks)
+        for grown in (self.index, self.places):
+            grown.length = min(grown.length, num_blocks)
         self.mass.truncate(length)
-        self.chosen, self.together = [], ((), [])
+        self.choice, self.together = None, ((), [])
+        self.changes += 1
         for number in [number for number in self.resident if number >= num_blocks]:
             del self.resident[number]
         self.learned = min(self.learned, max(length - self.learned_from, 0))
-        kept = [(asked, asked.positions < length) for asked in self.asked]
-        self.asked = [_Asked(a.queries[rows], a.lse[rows], a.positions[rows]) for a, rows in kept]
+        self.asked, self.pending = Asked.before(self.asked, length), Asked.before(self.pending, length)
+        self.num_asked = Asked.count([*self.asked, *self.pending])
 
     def commit(self, kept: Sequence[int], count: int) -> None:
-        later = [row - self.learned for row in kept if row >= self.learned]
-        if self.asked:
-            whole = [torch.cat(parts) for parts in zip(*(vars(a).values() for a in self.asked), strict=True)]
-            self.asked = [_Asked(*(tensor[later] for tensor in whole))] if later else []
-        self.learned = 0
+        if self.pending:
+            later = [row - self.learned for row in kept if row >= self.learned]
+            rows = Asked.joined(self.pending)
+            self.num_asked += len(later) - len(rows.positions)
+            if later:
+                self.asked.append(rows if len(later) == len(rows.positions) else rows.some(later))
+        self.pending, self.learned = [], 0
 
     def tensors(self) -> list[Tensor]:
-        strands = [] if self.first is None else [self.first]
+        strands = [strand for strand in (self.first, self.ahead) if strand is not None]
         inside = [block for block in self.blocks if isinstance(block, Strand)]
         held: list[HoldsTensors] = [*strands, *inside, *self.resident.values(), *self.together[1]]
-        asked = [tensor for one in self.asked for tensor in vars(one).values()]
+        asked = [tensor for one in (*self.asked, *self.pending) for tensor in one]
         return [
             self.index.storage,
+            self.places.storage,
             self.mass.storage,
             *asked,
             *(tensor for strand in held for tensor in strand.tensors()),
         ]
+
+
+class _Best(Choice):
+    """The blocks that match best."""
+
+    def __init__(self, notes: _Blocks, most: int, turned_at: int, window: int | None, mask: Mask) -> None:
+        super().__init__(notes.index.numbers.flatten(1), most, turned_at, window, mask)
+        self._notes = notes
+        # Under a mask that looks at positions, blocks stand at their own.
+        self._is_joined = window is None
+
+    def strands(self, numbers: Sequence[int]) -> list[Strand]:
+        return self._notes.retrieve(numbers, joined=self._is_joined)
+
+    @property
+    def places(self) -> Tensor | None:
+        places = self._notes.places.numbers
+        return places if len(places) == len(self.index) else None
 
 
 def _notes(memory: Memory) -> _Blocks:

@@ -80,7 +80,7 @@ class LMInfinite(FirstAndLast, name="lm-infinite"):
         notes = memory.policy_notes
         # A layer whose own window is no wider than `local` sees no further.
         if not isinstance(notes, _First) or not self._reaches(memory, segment):
-            return super().visits(memory, segment)
+            return self.visits_of_held(memory, segment)
         first = [] if notes.strand is None else [notes.strand]
         if notes.length < self.initial:
             first += self._pending_first(memory, segment, notes.length)
@@ -88,7 +88,7 @@ class LMInfinite(FirstAndLast, name="lm-infinite"):
         is_past = notes.length == self.initial and segment.position >= self.initial - 1 + self.local
         mask = None if is_past else Far(segment.mask, self.local, segment.length)
         far = [Visit(strand, memory.window, mask, turned_at=self.local) for strand in first]
-        return far + super().visits(memory, segment)
+        return far + self.visits_of_held(memory, segment)
 
     def visits_of_first(self, memory: Memory, segment: Segment, strand: Strand) -> list[Visit]:
         depths = segment.mask.depths(segment.length).tolist()

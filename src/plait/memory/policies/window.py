@@ -6,6 +6,7 @@ The first tokens are kept because softmax attention parks its spare weight on th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from plait.errors import ConfigError
 from plait.memory.memory import Memory
-from plait.memory.plan import Policy, Visit
+from plait.memory.plan import Choice, Policy, Visit
 from plait.memory.rows import Segment
 from plait.memory.strand import Strand
 
@@ -38,7 +39,11 @@ class FirstAndLast(Policy):
         """First tokens of the sequence that stay."""
         raise NotImplementedError
 
-    def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
+    def visits(self, memory: Memory, segment: Segment) -> Sequence[Visit | Choice]:
+        return self.visits_of_held(memory, segment)
+
+    def visits_of_held(self, memory: Memory, segment: Segment) -> list[Visit]:
+        """Visits to the first tokens and the window."""
         seen: list[Visit] = []
         for strand, is_first in self._parts(memory, segment):
             if is_first:
