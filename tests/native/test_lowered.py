@@ -386,6 +386,22 @@ def test_blocks_are_looked_up_inside_the_program_as_by_the_modules(kind: str, me
 
 
 @torch.inference_mode()
+def test_a_codec_that_learns_from_a_prompt_is_told_by_the_program() -> None:
+    fast = model()
+    program = Lowered(fast)
+    tokens = torch.randint(0, 101, (300,))
+    mine, theirs = (new_past(fast, "think:ratio=0.4,gear:group=16,buffer=16") for _ in range(2))
+    for start, stop in [(0, 200), (200, 300)]:
+        rows = Rows([(stop - start, start)])
+        assert program(tokens[start:stop], rows, [mine]) is not None
+        fast(tokens[start:stop], rows, [theirs])
+        for past in (mine, theirs):
+            past.commit(is_prompt=stop < 300)
+    for ours, other in zip(mine.layers, theirs.layers, strict=True):
+        assert torch.equal(ours.codec_notes.key_channels, other.codec_notes.key_channels)
+
+
+@torch.inference_mode()
 def test_blocks_in_a_file_are_left_to_the_modules() -> None:
     fast = model()
     assert lower(fast)

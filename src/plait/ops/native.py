@@ -196,10 +196,11 @@ def partial_attention(
     first_key: int = 0,
     window: int | None = None,
     softcap: float | None = None,
+    bias: None = None,
 ) -> Partial:
     """Attention of every query over these keys, as a part that can be merged with others.
 
-    Sums over keys run in chunks of 256 positions from multiples of 256; `first_key` says where the keys stand.
+    It knows no bias by distance; see `takes`. Sums over keys run in chunks of 256 positions from multiples of 256; `first_key` says where the keys stand.
     """
     num_queries, num_heads, head_dim = q.shape
     out = torch.empty(num_queries, num_heads, values.shape[2])
