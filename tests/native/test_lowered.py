@@ -265,6 +265,17 @@ def test_first_tokens_at_a_pinned_distance_equal_the_modules(kind: str) -> None:
         theirs.commit()
 
 
+@torch.inference_mode()
+def test_first_tokens_among_the_new_rows_are_not_read_before_they_are_written() -> None:
+    fast = model()
+    program = Lowered(fast)
+    past = new_past(fast, "lm-infinite:local=8,initial=3")
+    rows = Rows([(20, 0)])
+    assert program(torch.arange(20), rows, [past]) is None
+    assert len(past) == 0
+    assert fast(torch.arange(20), rows, [past]).isfinite().all()
+
+
 @pytest.mark.parametrize("memory", ["full", "window:size=4,sinks=3"])
 @torch.inference_mode()
 def test_trees_under_windows_equal_the_modules(memory: str) -> None:
