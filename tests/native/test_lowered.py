@@ -265,6 +265,17 @@ def test_first_tokens_at_a_pinned_distance_equal_the_modules(kind: str) -> None:
         theirs.commit()
 
 
+@torch.inference_mode()
+def test_first_tokens_among_the_new_rows_are_not_read_before_they_are_written() -> None:
+    fast = model()
+    program = Lowered(fast)
+    past = new_past(fast, "lm-infinite:local=8,initial=3")
+    rows = Rows([(20, 0)])
+    assert program(torch.arange(20), rows, [past]) is None
+    assert len(past) == 0
+    assert fast(torch.arange(20), rows, [past]).isfinite().all()
+
+
 @pytest.mark.parametrize("memory", ["full", "window:size=4,sinks=3"])
 @torch.inference_mode()
 def test_trees_under_windows_equal_the_modules(memory: str) -> None:
@@ -383,6 +394,22 @@ def test_blocks_are_looked_up_inside_the_program_as_by_the_modules(kind: str, me
     # It was the program that answered, and not the modules in its place.
     assert program(tokens[:1], Rows([(1, 90)]), [mine]) is not None
     assert len(mine.layers[0].policy_notes.blocks) == 14
+
+
+@torch.inference_mode()
+def test_a_codec_that_learns_from_a_prompt_is_told_by_the_program() -> None:
+    fast = model()
+    program = Lowered(fast)
+    tokens = torch.randint(0, 101, (300,))
+    mine, theirs = (new_past(fast, "think:ratio=0.4,gear:group=16,buffer=16") for _ in range(2))
+    for start, stop in [(0, 200), (200, 300)]:
+        rows = Rows([(stop - start, start)])
+        assert program(tokens[start:stop], rows, [mine]) is not None
+        fast(tokens[start:stop], rows, [theirs])
+        for past in (mine, theirs):
+            past.commit(is_prompt=stop < 300)
+    for ours, other in zip(mine.layers, theirs.layers, strict=True):
+        assert torch.equal(ours.codec_notes.key_channels, other.codec_notes.key_channels)
 
 
 @torch.inference_mode()

@@ -350,7 +350,8 @@ class Policy(Spec, axis=POLICIES):
     def visits(self, memory: Memory, segment: Segment) -> Sequence[Visit | Choice]:
         """The strands that the segment's queries see, oldest first; the tail is one of them.
 
-        Called when the segment's rows are written.
+        Called when the segment's rows are written; by a native program when there is room for them, which it fills later.
+        A visit to a copy that was made of them needs a `Far` mask, which the program leaves to the modules.
         """
         return [Visit(strand, memory.window) for strand in memory.all_strands()]
 

@@ -198,9 +198,9 @@ def _kind_of(look: Visit | Choice, segment: Segment) -> tuple[int, int] | None:
     if type(mask) is Causal:
         return 1, 0
     if type(mask) is Far and mask.base == segment.mask:
+        # A strand that reaches into the new rows holds turned copies of them, made before the program has written any.
         is_past = isinstance(look, Choice) or look.strand.position + len(look.strand) <= segment.position
-        # Nodes of a draft are not in the order of positions.
-        return (-1, mask.distance) if is_past or type(segment.mask) is Causal else None
+        return (-1, mask.distance) if is_past else None
     return None
 
 
