@@ -93,14 +93,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Plait needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-# $(1): the stamp, $(2): the extras
+# $(1): the stamp, $(2): the extras, $(3): stamps of environments that this one holds too
 define environment
 $(VENV)/$(1).stamp: $(PROJECT) | $(VENV)/bin/python
 	@echo "Making the environment in $(VENV) (once) ..." >&2
 	@$(PIP) install --no-compile --constraint constraints.txt --editable ".$(2)"
-	@touch $$@
+	@touch $$@ $(patsubst %,$(VENV)/%.stamp,$(3))
 endef
 $(eval $(call environment,run,))
-$(eval $(call environment,test,[test]))
-$(eval $(call environment,lint,[test$(comma)lint]))
-$(eval $(call environment,docs,[test$(comma)docs]))
+$(eval $(call environment,test,[test],run))
+$(eval $(call environment,lint,[test$(comma)lint],run test))
+$(eval $(call environment,docs,[test$(comma)docs],run test))
