@@ -199,13 +199,18 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
         a.targets.push_back(std::move(of_layer));
     }
 
+    const auto expect_place = [&](const Table& table, int64_t i) {
+        expect(table(i, 0) >= 0 && table(i, 0) < num_layers && table(i, 1) >= 0 && table(i, 1) < num_segments,
+               "a visit of no layer or segment");
+        check_table(table(i, 2), table(i, 0));
+    };
+
     // Visits and choices begin alike: layer, segment, table, window, kind of mask (-1 for that of the segment), nearest.
     const auto shown_of = [&](const Table& table, int64_t i) {
-        const int64_t layer = table(i, 0), segment = table(i, 1), window = table(i, 3), kind = table(i, 4);
-        expect(layer >= 0 && layer < num_layers && segment >= 0 && segment < num_segments, "a visit of no layer or segment");
+        expect_place(table, i);
+        const int64_t window = table(i, 3), kind = table(i, 4);
         expect(window >= 0 && kind >= -1 && kind <= 1 && table(i, 5) >= 0, "a visit with a wrong window, mask or distance");
-        check_table(table(i, 2), layer);
-        Mask mask = masks[size_t(segment)];
+        Mask mask = masks[size_t(table(i, 1))];
         if (kind >= 0) mask.kind = MaskKind(kind);
         mask.window = window;
         mask.nearest = table(i, 5);
@@ -256,10 +261,9 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
     const Table observed_table = table_of(observed, "observed", 5);
     a.observed.resize(size_t(num_layers));
     for (int64_t i = 0; i < observed_table.rows; ++i) {
-        const int64_t layer = observed_table(i, 0), segment = observed_table(i, 1);
-        expect(layer >= 0 && layer < num_layers && segment >= 0 && segment < num_segments, "an observer of no layer or segment");
-        check_table(observed_table(i, 2), layer);
-        auto& of_layer = a.observed[size_t(layer)];
+        expect_place(observed_table, i);
+        const int64_t segment = observed_table(i, 1);
+        auto& of_layer = a.observed[size_t(observed_table(i, 0))];
         expect(of_layer.empty() || of_layer.back().segment < segment, "two observers of a segment");
         of_layer.push_back({segment, observed_table(i, 2), reinterpret_cast<float*>(observed_table(i, 3)),
                             reinterpret_cast<float*>(observed_table(i, 4))});

@@ -85,33 +85,11 @@ struct Linear {
         }
     }
 
-    // The scales and minima of some rows of a block.
+    // Those of the rows from `at` on, the scales of all groups before the minima.
     template <class Fmt>
-    struct Numbers {
-        Wide scale[Fmt::Groups], minimum[Fmt::Groups];
-
-        explicit Numbers(const typename Fmt::Scale* at) {
-            for (int group = 0; group < Fmt::Groups; ++group) {
-                scale[group] = S::wide_load(at + group * kTile);
-                if constexpr (Fmt::HasMinima) minimum[group] = S::wide_load(at + (Fmt::Groups + group) * kTile);
-            }
-        }
-
-        // `total` and what a block adds to it: its products with one row of activations, scaled, and its minima.
-        Wide add(Wide total, const Wide (&products)[Fmt::Groups], const RowBlock& of) const {
-            const Wide x_scale = S::wide_set1(&of.scale);
-            for (int group = 0; group < Fmt::Groups; ++group)
-                total = S::wide_fma(S::wide_mul(scale[group], x_scale), products[group], total);
-            if constexpr (Fmt::HasMinima) {
-                if constexpr (Fmt::Groups == 1) return S::wide_fma(minimum[0], S::wide_set1(&of.scaled_sum), total);
-                else {
-                    total = S::wide_fma(minimum[0], S::wide_set1(&of.scaled_low), total);
-                    return S::wide_fma(minimum[1], S::wide_set1(&of.scaled_high), total);
-                }
-            }
-            return total;
-        }
-    };
+    static Numbers<S, Fmt::Groups, Fmt::HasMinima> numbers_at(const typename Fmt::Scale* at) {
+        return {at, at + Fmt::Groups * kTile};
+    }
 
     // y[row][r] = sum over blocks b of scale[b, r] * x_scale[b] * dot(b) + minimum[b, r] * x_scale[b] * x_sum[b],
     // in the order of b. Nothing here depends on how many rows the chunk has.
@@ -133,7 +111,7 @@ struct Linear {
 #pragma GCC unroll 2
             for (int part = 0; part < kParts; ++part) {
                 const auto codes = S::template load_codes<Fmt::Bits>(codes_at + 4 * S::kWideLanes * part);
-                const Numbers<Fmt> numbers(scales + S::kWideLanes * part);
+                const auto numbers = numbers_at<Fmt>(scales + S::kWideLanes * part);
                 Wide products[Fmt::Groups][Rows];
                 block<Fmt, Rows>(codes, x, xb, products);
 #pragma GCC unroll 8
@@ -198,7 +176,7 @@ struct Linear {
             }
 #pragma GCC unroll 2
             for (int t = 0; t < kTiles; ++t) {
-                const Numbers<Fmt> numbers(reinterpret_cast<const typename Fmt::Scale*>(parameters_at + t * next_parameters));
+                const auto numbers = numbers_at<Fmt>(reinterpret_cast<const typename Fmt::Scale*>(parameters_at + t * next_parameters));
 #pragma GCC unroll 4
                 for (int m = 0; m < kRows; ++m) sum[t][m] = numbers.add(sum[t][m], products[t][m], xb[m]);
             }

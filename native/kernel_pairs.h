@@ -23,6 +23,35 @@ struct Panel {
     alignas(64) float scales[kPanelBlocks][2][kTile], minima[kPanelBlocks][2][kTile];  // of each 32, or 16, columns
 };
 
+// The scales and minima of some rows of a tile in one block, of its 32 columns or of each 16.
+template <class S, int Groups, bool HasMinima>
+struct Numbers {
+    using Wide = typename S::Wide;
+    Wide scale[Groups], minimum[Groups];
+
+    // Those of two groups lie kTile numbers apart.
+    template <class Number>
+    Numbers(const Number* scales, const Number* minima) {
+        for (int group = 0; group < Groups; ++group) {
+            scale[group] = S::wide_load(scales + group * kTile);
+            if constexpr (HasMinima) minimum[group] = S::wide_load(minima + group * kTile);
+        }
+    }
+
+    // `total` and what a block adds to it: its products with one row of activations, scaled, and its minima.
+    Wide add(Wide total, const Wide (&products)[Groups], const RowBlock& of) const {
+        const Wide x_scale = S::wide_set1(&of.scale);
+        for (int group = 0; group < Groups; ++group)
+            total = S::wide_fma(S::wide_mul(scale[group], x_scale), products[group], total);
+        if constexpr (HasMinima && Groups == 1) total = S::wide_fma(minimum[0], S::wide_set1(&of.scaled_sum), total);
+        if constexpr (HasMinima && Groups == 2) {
+            total = S::wide_fma(minimum[0], S::wide_set1(&of.scaled_low), total);
+            total = S::wide_fma(minimum[1], S::wide_set1(&of.scaled_high), total);
+        }
+        return total;
+    }
+};
+
 template <class S>
 struct Pairs {
     // Rows that meet a widened tile together.
@@ -59,23 +88,12 @@ struct Pairs {
             if constexpr (Groups == 2) products<Rows, kBlock / 4, kBlock / 2>(codes, x, sums[1]);
             for (int part = 0; part < kParts; ++part) {
                 const int first = part * S::kWideLanes;
-                Wide scale[Groups], minimum[Groups];
-                for (int group = 0; group < Groups; ++group) {
-                    scale[group] = S::wide_load(panel.scales[b][group] + first);
-                    if constexpr (HasMinima) minimum[group] = S::wide_load(panel.minima[b][group] + first);
-                }
+                const Numbers<S, Groups, HasMinima> numbers(panel.scales[b][0] + first, panel.minima[b][0] + first);
                 for (int m = 0; m < Rows; ++m) {
-                    const RowBlock& of = xb[m];
-                    const Wide x_scale = S::wide_set1(&of.scale);
-                    Wide total = S::wide_load(out + m * kTile + first);
-                    for (int group = 0; group < Groups; ++group)
-                        total = S::wide_fma(S::wide_mul(scale[group], x_scale), S::to_float(sums[group][m][part]), total);
-                    if constexpr (HasMinima && Groups == 1) total = S::wide_fma(minimum[0], S::wide_set1(&of.scaled_sum), total);
-                    if constexpr (HasMinima && Groups == 2) {
-                        total = S::wide_fma(minimum[0], S::wide_set1(&of.scaled_low), total);
-                        total = S::wide_fma(minimum[1], S::wide_set1(&of.scaled_high), total);
-                    }
-                    S::wide_store(out + m * kTile + first, total);
+                    Wide own[Groups];
+                    for (int group = 0; group < Groups; ++group) own[group] = S::to_float(sums[group][m][part]);
+                    float* to = out + m * kTile + first;
+                    S::wide_store(to, numbers.add(S::wide_load(to), own, xb[m]));
                 }
             }
         }

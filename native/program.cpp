@@ -141,7 +141,7 @@ void Program::plan(const RunArguments& a, size_t index) {
 void Program::score(Team& team, const RunArguments& a, size_t index) {
     const Kernels& k = kernels();
     const int64_t width_of = layers[index].heads.num_heads * layers[index].heads.head_dim;
-    float* mean = floats_of(means_) + team.index * int64_t(means_.size() / sizeof(float) / size_t(threads_));
+    float* mean = floats_of(means_) + team.index * width_of;
     float* scores = floats_of(scores_);
     for (const ChoiceArgument& choice : a.choices[index]) {
         if (choice.candidates > choice.most) {

@@ -80,7 +80,6 @@ struct Observed {
     float* lse;      // (queries, num_heads)
 };
 
-
 struct SegmentArgument {
     int64_t first_row, num_rows;
 };

@@ -51,6 +51,14 @@ def test_rotation_equals_the_reference_to_rounding(dim: int, half: int, isa: str
         torch.testing.assert_close(native.rotate(x, angles), rope.rotate(x, angles), atol=1e-6, rtol=1e-6)
 
 
+def test_one_angle_turns_all_rows() -> None:
+    x, turn = torch.randn(5, 4, 8), torch.randn(1, 4)
+    one = Angles(turn.cos(), turn.sin())
+    for_each = Angles(one.cos.expand(5, -1), one.sin.expand(5, -1))
+    assert torch.equal(native.rotate(x, one), native.rotate(x, for_each))
+    assert torch.equal(rope.rotate(x, one), rope.rotate(x, for_each))
+
+
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_appending_rounds_as_torch_does(dtype: torch.dtype, isa: str) -> None:

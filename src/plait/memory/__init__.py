@@ -17,7 +17,7 @@ from plait.memory.plan import (
     Visit,
     Watcher,
 )
-from plait.memory.rows import Rows, Segment, Turn, check_pasts, turns_of
+from plait.memory.rows import Rows, Segment, Turn, check_pasts, in_order, turns_of
 from plait.memory.state import LinearState, State
 from plait.memory.strand import DenseStrand, FrozenStrand, Heads, Strand, allocated_bytes
 from plait.ops import Causal, Everything, Mask, Partial, Tree, empty_partial, merge, merge_all
@@ -58,6 +58,7 @@ __all__ = [
     "check_pasts",
     "codecs",
     "empty_partial",
+    "in_order",
     "merge",
     "merge_all",
     "policies",

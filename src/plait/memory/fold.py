@@ -16,7 +16,7 @@ from plait.errors import ConfigError
 from plait.memory import side_by_side
 from plait.memory.parts import Parts, Run, Visitor, part_of, rows_of
 from plait.memory.plan import Choice, Seen, Visit
-from plait.memory.rows import Rows, Segment, check_pasts, turns_of
+from plait.memory.rows import Rows, Segment, check_pasts, in_order, turns_of
 from plait.memory.strand import Heads
 from plait.ops import (
     Causal,
@@ -116,12 +116,10 @@ def _attend_in_turns(
 ) -> Tensor:
     """`attend`, the first run of every segment first, then the second one, and so on."""
     turns = turns_of(rows, runs)
-    outs = [
-        attend([memories[index] for index in turn.segments], q[own], k[own], v[own], turn.rows)
-        for turn in turns
-        for own in [turn.chosen]
-    ]
-    return torch.cat(outs)[torch.cat([turn.chosen for turn in turns]).argsort()]
+    outs = []
+    for segments, own, own_rows in turns:
+        outs.append(attend([memories[index] for index in segments], q[own], k[own], v[own], own_rows))
+    return in_order(turns, outs)
 
 
 def _resolved(looks: Sequence[Visit | Choice], queries: Callable[[int], Tensor]) -> list[Visit]:

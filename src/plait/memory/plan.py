@@ -461,6 +461,12 @@ class MemoryPlan:
         return self.codec.is_shareable and self.policy.is_shareable
 
     @property
+    def may_observe(self) -> bool:
+        """Whether codec or policy ever learn from queries; `Memory.is_observed` says whether they want the next ones."""
+        policy, codec = type(self.policy), type(self.codec)
+        return policy.observe is not Policy.observe or codec.observe is not Codec.observe
+
+    @property
     def keeps_as_written(self) -> bool:
         """Whether a commit changes nothing: no token is stored in another form, noted, moved or dropped."""
         policy = type(self.policy)

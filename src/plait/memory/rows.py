@@ -11,7 +11,7 @@ from torch import Tensor
 from plait.errors import ConfigError
 from plait.ops import Angles, Causal, Mask, Rope
 
-__all__ = ["Rows", "Segment", "Turn", "check_pasts", "turns_of"]
+__all__ = ["Rows", "Segment", "Turn", "check_pasts", "in_order", "turns_of"]
 
 
 class Segment(NamedTuple):
@@ -156,6 +156,11 @@ def turns_of(rows: Rows, runs: Sequence[Sequence[range]]) -> list[Turn]:
             chosen.append(torch.arange(start, start + len(run), device=rows.device))
         turns.append(Turn(taking, torch.cat(chosen), Rows(pieces, rows.device)))
     return turns
+
+
+def in_order(turns: Sequence[Turn], parts: Sequence[Tensor]) -> Tensor:
+    """What each turn gave for its rows (n, ...), in the order of all packed rows."""
+    return torch.cat(list(parts))[torch.cat([turn.chosen for turn in turns]).argsort()]
 
 
 def check_pasts(rows: Rows, pasts: Sequence[Sized]) -> None:

@@ -45,13 +45,11 @@ def alike(heads: Heads, visitors: Iterable[Visitor], families: Mapping[int, int]
         for visitor in visitors:
             if visitor.number in families and _is_short(visitor):
                 groups.setdefault((families[visitor.number], *_kind(visitor)), []).append(visitor)
-    return [
-        group[start : start + step]
-        for group in groups.values()
-        for step in (_at_once(group[0]),)
-        for start in range(0, len(group), step)
-        if len(group) - start >= _FEWEST
-    ]
+    pieces: list[list[Visitor]] = []
+    for group in groups.values():
+        step = _at_once(group[0])
+        pieces += [group[start : start + step] for start in range(0, len(group) - _FEWEST + 1, step)]
+    return pieces
 
 
 def attend_side_by_side(
@@ -63,24 +61,28 @@ def attend_side_by_side(
         queries: (B n, H, D), rotated for their visits, in the order of the visitors.
         mask_of: what a visitor's queries see, and the position of the first of them.
     """
-    strands = [visitor.visit.strand for visitor in visitors]
-    views = []
-    for visitor, strand in zip(visitors, strands, strict=True):
+    views: list[View] = []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    num_queries = len(visitors[0].queries)
+    for visitor in visitors:
+        strand = visitor.visit.strand
+        assert isinstance(strand, FrozenStrand)
         mask, first_query = mask_of(visitor)
-        num_queries = len(visitor.queries)
-        views.append(
-            mask.view(first_query, range(num_queries), strand.position, len(strand), visitor.visit.window)
-        )
+        view = mask.view(first_query, range(num_queries), strand.position, len(strand), visitor.visit.window)
+        views.append(view)
+        keys.append(strand.keys[:, view.low : view.high])
+        values.append(strand.values[:, view.low : view.high])
     length = max(1, *(view.high - view.low for view in views))
-    keys, values = (
-        padded(
-            [rows[:, view.low : view.high] for rows, view in zip(some, views, strict=True)], length
-        ).float()
-        for some in zip(*((s.keys, s.values) for s in strands if isinstance(s, FrozenStrand)), strict=True)
+    heads = visitors[0].visit.strand.heads
+    return padded_attention(
+        queries,
+        padded(keys, length).float(),
+        padded(values, length).float(),
+        _visible(views, num_queries, length, queries.device),
+        scale=heads.scale,
+        softcap=heads.softcap,
     )
-    visible = _visible(views, len(visitors[0].queries), length, queries.device)
-    heads = strands[0].heads
-    return padded_attention(queries, keys, values, visible, scale=heads.scale, softcap=heads.softcap)
 
 
 def _is_short(visitor: Visitor) -> bool:

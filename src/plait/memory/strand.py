@@ -366,9 +366,7 @@ class FrozenStrand(Strand):
         twin.offset, twin.start = offset, self.start + by
         if rope is not None:
             # The amplitude is in the keys already.
-            angles = Rope(rope.frequencies).angles(
-                torch.full((self._keys.shape[0],), by, device=self._keys.device)
-            )
+            angles = Rope(rope.frequencies).angles(torch.tensor([by], device=self._keys.device))
             with torch.inference_mode(False), torch.no_grad():
                 twin._keys = ops.rotate(self.keys.float(), angles).to(self._keys.dtype)
         return twin

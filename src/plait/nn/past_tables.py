@@ -63,6 +63,8 @@ class PastTables:
         self.choices, self.observed = _rows([], CHOICE_COLUMNS), _rows([], OBSERVED_COLUMNS)
         self.is_lasting = True
         self._layers: list[_Layer] = []
+        # Numbers of the layers, with their memories, that may want to be told of queries.
+        self._observers: list[tuple[int, Memory]] = []
         self._capacity = 0
         # Of each row of a table, its frame; and the visits to tails.
         self._target_frames: _Numbers = np.zeros(0, np.int64)
@@ -119,6 +121,8 @@ class PastTables:
                 offset = look.strand.offset if look.turned_at is None else look.turned_at
                 visit_frames.append(self._frame(rope, offset, look.turned_at is not None))
                 visits += (layer, 0, -1, look.window or 0, *kind, *place)
+            if memory.plan.may_observe:
+                self._observers.append((layer, memory))
             key = memory.plan.policy.visits_key(memory, segment)
             self._layers.append(_Layer(memory, memory.tail, at, list(memory.strands), key, looks))
         self.is_lasting = all(layer.key is not None for layer in self._layers)
@@ -158,7 +162,7 @@ class PastTables:
         self.targets[:, _TARGET_TABLE] = numbers[self._target_frames]
         self.visits[:, _TABLE] = numbers[self._visit_frames]
         self.choices[:, _TABLE] = numbers[self._choice_frames]
-        told = [layer for layer, (memory, *_) in enumerate(self._layers) if memory.is_observed]
+        told = [layer for layer, memory in self._observers if memory.is_observed]
         self.observed = _rows([0] * (len(told) * OBSERVED_COLUMNS), OBSERVED_COLUMNS)
         self.observed[:, 0] = told
         self.observed[:, _TABLE] = self.targets[told, _TARGET_TABLE]

@@ -28,7 +28,7 @@ from plait.ops.masks import Causal, Everything, Far, Mask, Placed, SomeQueries, 
 from plait.ops.native import PackedMatrix, has_native_matrices, has_packed_form
 from plait.ops.padded import padded, padded_attention
 from plait.ops.partial import Partial, empty_partial, merge_all
-from plait.ops.reference import activate, layer_norm
+from plait.ops.reference import activate, capped, layer_norm
 from plait.ops.rope import Angles, Rope
 from plait.ops.stack import StackMatrix
 
@@ -56,6 +56,7 @@ __all__ = [
     "binary_linear",
     "binary_product",
     "bits_of_words",
+    "capped",
     "empty_partial",
     "has_native_matrices",
     "has_packed_form",

@@ -166,12 +166,13 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Turn the first R channels of x (N, H, D) by each row's angles; equals the reference to rounding."""
+    """Turn the first R channels of x (N, H, D) by each row's angles, or one for all; the reference to rounding."""
     wide = x.detach().float()
     if wide.stride(-1) != 1:
         wide = wide.contiguous()
     y = torch.empty(x.shape)
-    extension().rotate(wide, angles.cos.contiguous(), angles.sin.contiguous(), y)
+    cos, sin = (turn.expand(len(x), -1).contiguous() for turn in (angles.cos, angles.sin))
+    extension().rotate(wide, cos, sin, y)
     return y.to(x.dtype)
 
 

@@ -102,7 +102,7 @@ class Rope:
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
-    """Turn the first R channels of x (N, H, D) by each row's angles; the others pass unchanged."""
+    """Turn the first R channels of x (N, H, D) by each row's angles, or one for all; the others pass unchanged."""
     cos, sin = angles.over_channels
     channels = cos.shape[-1]
     turning = x if channels == x.shape[-1] else x[..., :channels]

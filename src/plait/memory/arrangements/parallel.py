@@ -106,8 +106,7 @@ class ParallelGroup(Strand):
         if offset == 0 or rope is None:
             return q
         # The amplitude is in the queries already.
-        angles = Rope(rope.frequencies).angles(torch.full((q.shape[0],), -offset, device=q.device))
-        return rotate(q, angles)
+        return rotate(q, Rope(rope.frequencies).angles(torch.tensor([-offset], device=q.device)))
 
 
 def _with_heads(contexts: Sequence[Sequence[Strand]], heads: Heads) -> list[Strand]:

@@ -23,7 +23,7 @@ from plait.memory.policies.window import FirstAndLast
 from plait.memory.rows import Segment
 from plait.memory.spill import Spilled, SpillFile
 from plait.memory.strand import FrozenStrand, Heads, HoldsTensors, Strand
-from plait.ops import Causal, Everything, Far, Mask
+from plait.ops import Causal, Everything, Far, Mask, capped
 
 __all__ = ["InfLLM"]
 
@@ -264,9 +264,7 @@ class InfLLM(FirstAndLast, name="infllm"):
         group = heads.num_heads // heads.num_kv_heads
         q_GMD = (asked.queries * heads.scale).unflatten(1, (heads.num_kv_heads, group))
         q_GMD = q_GMD.permute(1, 2, 0, 3).flatten(1, 2)
-        scores = q_GMD @ strand.keys.float().transpose(1, 2)
-        if heads.softcap is not None:
-            scores = heads.softcap * torch.tanh(scores / heads.softcap)
+        scores = capped(q_GMD @ strand.keys.float().transpose(1, 2), heads.softcap)
         scores = scores.unflatten(1, (group, -1)).flatten(0, 1)  # (H, Q, T)
         places = torch.arange(strand.position, strand.position + len(strand))
         distance = asked.positions[:, None] - places
