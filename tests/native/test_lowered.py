@@ -479,3 +479,38 @@ def test_what_is_attended_through_a_choice_equals_the_fold() -> None:
             assert torch.allclose(again.pending[-1].queries, queries, atol=1e-4)
             assert again.chosen == chosen
         past.commit()
+
+
+@torch.inference_mode()
+def test_logits_of_rows_read_in_runs_are_those_of_the_runs_by_themselves() -> None:
+    fast = model("rich")
+    assert lower(fast)
+    assert isinstance(fast.program, Lowered)
+    tokens = torch.randint(0, 101, (40,))
+    wanted = torch.tensor([39, 3, 17, 4, 39])
+    found = fast.answer(tokens, Rows([(40, 0)]), [new_past(fast, LOOKING_BACK)], wanted=wanted)
+    past = new_past(fast, LOOKING_BACK)
+    logits = []
+    for start in range(0, 40, 8):
+        answer = fast.program(tokens[start : start + 8], Rows([(8, start)]), [past], with_logits=True)
+        assert answer is not None
+        assert answer[1] is not None
+        logits.append(answer[1].clone())
+    assert torch.equal(found, torch.cat(logits)[wanted])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"), [([1] * 30 + [101], "Token ids must be"), ([1] * 30, "Each token needs one row")]
+)
+@torch.inference_mode()
+def test_rows_read_in_runs_are_refused_before_any_is_written(tokens: list[int], message: str) -> None:
+    fast = model()
+    assert lower(fast)
+    past = new_past(fast, LOOKING_BACK)
+    rows = Rows([(31, 0)])
+    with pytest.raises(ConfigError, match=message):
+        fast(torch.tensor(tokens), rows, [past])
+    with pytest.raises(ConfigError, match=message):
+        fast.answer(torch.tensor(tokens), rows, [past], wanted=torch.tensor([30]))
+    assert len(past) == 0
+    assert past.layers[0].pending == 0

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import CapacityError, ConfigError, IncompatibleError
-from plait.memory import Causal, Memory, MemoryPlan, Past, Rows, State, Turn, check_pasts, turns_of
+from plait.memory import Causal, Memory, MemoryPlan, Past, Rows, State, Turn, in_order, turns_of
 from plait.nn.config import BlockConfig, NormConfig, TransformerConfig
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.parameters import Parameters
 from plait.nn.routing import Routed, routed
+from plait.ops import capped
 from plait.weights import Embedding, Linear
 
 if TYPE_CHECKING:
@@ -204,12 +205,15 @@ class Transformer(nn.Module):
         Raises:
             ConfigError: an id is outside the vocabulary.
         """
+        self._check_ids(tokens)
+        x = self.embedding(tokens).float()
+        return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
+
+    def _check_ids(self, tokens: Tensor) -> None:
         low, high = map(int, tokens.aminmax()) if tokens.numel() else (0, 0)
         if not 0 <= low <= high < self.config.vocab_size:
             bad = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0]
             raise ConfigError(f"Token ids must be in [0, {self.config.vocab_size}). Got {int(bad)}.")
-        x = self.embedding(tokens).float()
-        return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
 
     def forward(
         self,
@@ -239,8 +243,12 @@ class Transformer(nn.Module):
         """
         with self.guard:
             turns = self._turns(rows, pasts)
-            if len(turns) < 2 or pasts is None:
+            if not turns or pasts is None:
                 return self._hidden(tokens, rows, pasts, embeddings)
+            # Nothing may be written when a later turn would be refused.
+            given = _given(tokens, embeddings, rows)
+            if given is tokens:
+                self._check_ids(given)
             parts = [
                 self._hidden(
                     None if tokens is None else tokens[turn.chosen],
@@ -250,7 +258,7 @@ class Transformer(nn.Module):
                 )
                 for turn in turns
             ]
-            return torch.cat(parts)[torch.cat([turn.chosen for turn in turns]).argsort()]
+            return in_order(turns, parts)
 
     def _turns(self, rows: Rows, pasts: Sequence[Past] | None) -> list[Turn]:
         """The calls of a program in which policies have runs of rows attended, one after the other; none for one call."""
@@ -271,12 +279,9 @@ class Transformer(nn.Module):
         found = self._by_program(tokens, rows, pasts, embeddings=embeddings)
         if found is not None:
             return found[0]
+        given = _given(tokens, embeddings, rows)
         if embeddings is None:
-            if tokens is None:
-                raise ConfigError("Transformer needs tokens or embeddings. Got neither.")
-            embeddings = self.embed(tokens)
-        if embeddings.shape[0] != len(rows):
-            raise ConfigError(f"Each token needs one row. Got {embeddings.shape[0]} for {len(rows)} rows.")
+            embeddings = self.embed(given)
         if pasts is None and self.adapter is not None and (prompt := self.adapter.prompt()) is not None:
             return self._behind_prompt(prompt, embeddings, rows)
         return self._through_blocks(embeddings, rows, pasts)
@@ -323,25 +328,10 @@ class Transformer(nn.Module):
             (R, V) fp32.
         """
         with self.guard:
-            turns = self._turns(rows, pasts)
-            if pasts is not None and len(turns) > 1:
-                check_pasts(rows, pasts)
-                answers, order = [], []
-                for turn in turns:
-                    own = (wanted[:, None] == turn.chosen).nonzero()
-                    answers.append(
-                        self.answer(
-                            tokens[turn.chosen],
-                            turn.rows,
-                            [pasts[index] for index in turn.segments],
-                            wanted=own[:, 1],
-                        )
-                    )
-                    order.append(own[:, 0])
-                return torch.cat(answers)[torch.cat(order).argsort()]
-            found = self._by_program(tokens, rows, pasts, wanted=wanted, with_logits=True)
-            if found is not None and found[1] is not None:
-                return found[1]
+            if not self._turns(rows, pasts):
+                found = self._by_program(tokens, rows, pasts, wanted=wanted, with_logits=True)
+                if found is not None and found[1] is not None:
+                    return found[1]
             return self.logits(self(tokens, rows, pasts)[wanted])
 
     def _by_program(
@@ -359,8 +349,7 @@ class Transformer(nn.Module):
         """Scale and cap what the output head gave, as the model was trained."""
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        logits = capped(logits, self.config.logit_softcap)
         if self.config.placeholder is not None:
             at = torch.tensor([self.config.placeholder], device=logits.device)
             logits = logits.index_fill(-1, at, -torch.inf)
@@ -378,3 +367,13 @@ class Transformer(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
+
+
+def _given(tokens: Tensor | None, embeddings: Tensor | None, rows: Rows) -> Tensor:
+    """What the rows are made of, one for each."""
+    given = tokens if embeddings is None else embeddings
+    if given is None:
+        raise ConfigError("Transformer needs tokens or embeddings. Got neither.")
+    if len(given) != len(rows):
+        raise ConfigError(f"Each token needs one row. Got {len(given)} for {len(rows)} rows.")
+    return given
