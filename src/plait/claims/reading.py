@@ -21,6 +21,7 @@ __all__ = [
     "pass_key_said",
     "pass_keys",
     "pass_keys_found",
+    "pass_keys_found_in_prompts",
     "token_nats",
 ]
 
@@ -95,14 +96,15 @@ def pass_keys(seed: int, count: int, deepest: float) -> dict[str, float]:
 def pass_keys_found(lm: LanguageModel, memory: str, length: int, keys: Mapping[str, float]) -> list[bool]:
     """Whether the answer behind a text in which a pass key is hidden is that key, for each key.
 
+    The question is read apart from the text before it, as that of a conversation would be.
+
     Args:
         lm: the model.
         memory: a spec string.
         length: tokens of the text.
         keys: pass keys and their depths, as a part of the length and in rising order; what stands before one is read once.
     """
-    filler = lm.tokenizer.encode(FILLER)
-    question = lm.tokenizer.encode(PASS_KEY_QUESTION)
+    filler, question = _filler_and_question(lm)
     found = []
     with lm.with_memory(memory).session() as trunk:
         trunk.read(PASS_KEY_BEGIN)
@@ -113,12 +115,33 @@ def pass_keys_found(lm: LanguageModel, memory: str, length: int, keys: Mapping[s
                 branch.read(pass_key_said(key))
                 rest = max((length - len(branch) - len(question)) // len(filler), 0)
                 branch.read_tokens(filler * rest)
-                # Read apart from the text before it, as the question of a conversation would be.
+                # What was read before a fork is stored.
                 branch.fork()
                 branch.read_tokens(question)
-                answer = branch.generate(max_new_tokens=8)
-            found.append(key in answer.text)
+                found.append(key in branch.generate(max_new_tokens=8).text)
     return found
+
+
+def pass_keys_found_in_prompts(
+    lm: LanguageModel, memory: str, length: int, keys: Mapping[str, float]
+) -> list[bool]:
+    """The same as `pass_keys_found` where each text and its question are one prompt."""
+    filler, question = _filler_and_question(lm)
+    twin = lm.with_memory(memory)
+    begin = twin.encode(PASS_KEY_BEGIN)
+    found = []
+    for key, depth in keys.items():
+        said = twin.tokenizer.encode(pass_key_said(key))
+        before = filler * max((int(length * depth) - len(begin)) // len(filler), 0)
+        rest = max((length - len(begin) - len(before) - len(said) - len(question)) // len(filler), 0)
+        with twin.session() as session:
+            session.read_tokens([*begin, *before, *said, *filler * rest, *question])
+            found.append(key in session.generate(max_new_tokens=8).text)
+    return found
+
+
+def _filler_and_question(lm: LanguageModel) -> tuple[list[int], list[int]]:
+    return lm.tokenizer.encode(FILLER), lm.tokenizer.encode(PASS_KEY_QUESTION)
 
 
 def decode_times(
