@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from plait.errors import ConfigError, ModelFileError
 from plait.files import remove_leftovers
 from plait.memory import Rows
+from plait.nn.checkpoints import model_file
 from plait.nn.checkpoints.base import Checkpoint
 from plait.nn.checkpoints.packed import PACKED_NAME, PackedCheckpoint, write_packed
 from plait.nn.config import TransformerConfig
@@ -149,7 +150,7 @@ class _Job:
     def check(self, output: Path) -> None:
         """Raise `ModelFileError` if a folder holds another model; remove what a killed run left half-written."""
         whole = output / PACKED_NAME
-        if (output / "config.json").exists():
+        if model_file(output) not in (None, whole):
             raise ModelFileError(f"{output} holds a model. Choose another output folder.")
         for path in (whole, *map(self._path, self._names())):
             if path.exists():
