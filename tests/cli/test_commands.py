@@ -186,6 +186,11 @@ def test_a_prompt_that_ends_inside_a_word_is_finished(
         "run", "-m", str(smollm2_gguf), "--plain", "--prompt-boundary", "exact", "-n", "3", "import nump"
     )
     assert result.stdout.startswith("y as np")
+    for stop, text in (("y", ""), ("y as", ""), ("as", "y "), (" as np", "y"), ("never", "y as np")):
+        arguments = ["--plain", "--prompt-boundary", "exact", "-n", "2", "--stop", stop, "import nump"]
+        assert plait("run", "-m", str(smollm2_gguf), *arguments).stdout == f"{text}\n"
+        told = json.loads(plait("run", "-m", str(smollm2_gguf), "--json", *arguments).stdout)
+        assert (told["text"], told["finish_reason"]) == (text, "length" if stop == "never" else "stop")
 
 
 @pytest.mark.model
@@ -243,11 +248,15 @@ def test_chat_says_when_a_file_cannot_be_saved_or_loaded(
     plait: Callable[..., Result], smollm2_gguf: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "bad.json").write_text('{"messages": [{"role": 3}]}')
-    lines = [f"/save {tmp_path}/no/such/folder.json", f"/load {tmp_path}/bad.json", "/load", "/exit"]
-    result = plait("chat", "-m", str(smollm2_gguf), input="\n".join(lines))
+    (tmp_path / "worse.json").write_text('{"messages": {}}')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    bad = [f"/load {tmp_path}/{name}.json" for name in ("bad", "worse", "deep")]
+    lines = [f"/save {tmp_path}/no/such/folder.json", *bad, "Hello?", "/load", "/exit"]
+    result = plait("chat", "-m", str(smollm2_gguf), "-n", "2", input="\n".join(lines))
     assert result.exit_code == 0
     assert "was not written" in result.stderr
-    assert "not a conversation" in result.stderr
+    assert result.stderr.count("not a conversation") == 3
+    assert result.stdout.strip()
     assert "/load needs a file name" in result.stderr
 
 

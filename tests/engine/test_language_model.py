@@ -384,3 +384,88 @@ def test_suggestions_are_texts(make_small: Make) -> None:
         assert len({draft.text for draft in drafts}) == 3
     with pytest.raises(ConfigError, match="Did you mean 'num_drafts'"):
         lm.suggest("x", num_draft=3)
+
+
+def test_what_is_no_text_and_no_setting_is_refused_by_name(make_small: Make) -> None:
+    lm: Any = make_small()
+    wanted = lm.generate("abc", max_new_tokens=3).tokens
+    for wrong in (
+        lambda: lm.generate(None),
+        lambda: lm.generate(5),
+        lambda: lm.generate(b"abc"),
+        lambda: lm.generate({"prompt": "abc"}),
+        lambda: lm.generate([1, 2]),
+        lambda: lm.generate("abc", stop=None),
+        lambda: lm.generate("abc", stop=3),
+        lambda: lm.generate("abc", stop=[3]),
+        lambda: lm.generate("abc", sampling="temperature=1"),
+        lambda: lm.generate("abc", branch="1"),
+        lambda: lm.score(3),
+        lambda: lm.with_memory(None),
+        lambda: list(lm.stream(torch.tensor([1, 2]))),
+        lambda: list(lm.stream([1.0])),
+    ):
+        with pytest.raises(ConfigError):
+            wrong()
+    assert [score.tokens for score in lm.score(text for text in ("abc", "de"))] == [2, 1]
+    assert lm.generate("abc", max_new_tokens=3).tokens == wanted
+
+
+def test_a_session_that_refuses_something_stays_as_it_was(make_small: Make) -> None:
+    lm = make_small()
+    session: Any = lm.session()
+    session.read("A beginning.")
+    text, ids = session.text, list(session.tokens)
+    for wrong in (
+        lambda: session.read_tokens([1, 257]),
+        lambda: session.read_tokens([-1]),
+        lambda: session.read_tokens([1.5]),
+        lambda: session.follow([ids[0], 257]),
+        lambda: session.edit_tokens(0, 1, [1.5]),
+        lambda: session.edit_tokens(0.5, 1, [1]),
+        lambda: session.edit(0.5, 2, "x"),
+        lambda: session.edit(0, 2, None),
+        lambda: session.apply(["x"]),
+        lambda: session.rewind(1.5),
+        lambda: session.fork(1.5),
+        lambda: session.read_parallel(None, prefix="x"),
+        lambda: session.read_parallel("text", prefix="x"),
+        lambda: session.read_parallel([1], prefix="x"),
+        lambda: session.generate(" more", max_new_tokens=0),
+        lambda: session.generate(" more", stop=3),
+        lambda: session.generate(" more", stopp="x"),
+        lambda: session.generate(" more", logit_bias={300: 1.0}),
+        lambda: session.generate("more " * 200),
+    ):
+        with pytest.raises((ConfigError, CapacityError)):
+            wrong()
+        assert (session.text, session.tokens) == (text, ids)
+    assert session.generate(max_new_tokens=4, ignore_end=True).tokens == _generate_ids(lm, ids, 4)
+
+
+def test_nothing_uses_a_session_that_is_answering(make_small: Make) -> None:
+    lm = make_small()
+    session = lm.session()
+    stream = session.stream("Some text", max_new_tokens=12, ignore_end=True)
+    next(stream)
+    for use in (
+        lambda: session.generate("Other text", max_new_tokens=2),
+        lambda: session.read("x"),
+        lambda: session.rewind(2),
+        lambda: session.fork(),
+        lambda: session.follow([1]),
+        lambda: session.edit(0, 1, "x"),
+        lambda: session.score("x"),
+    ):
+        with pytest.raises(ConfigError, match="is just answering"):
+            use()
+    list(stream)
+    ids = lm.encode("Some text")
+    assert session.tokens == [*ids, *_generate_ids(lm, ids, 12)]
+    stream = session.stream(" more", max_new_tokens=12)
+    next(stream)
+    session.close()
+    assert list(stream) == []
+    assert (session.tokens, session.nbytes()) == ([], 0)
+    with pytest.raises(ConfigError, match="is closed"):
+        session.generate("x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -149,5 +150,90 @@ def test_drafts_are_those_of_the_library(serve: Serve, make_small: Callable[...,
         drafts = await call(client, "/v1/drafts", {"prompt": "abc", "num_drafts": 2, "max_tokens": 5})
         assert [one["text"] for one in drafts["data"]] == [one.text for one in wanted]
         assert drafts["data"][0]["logprob"] == pytest.approx(wanted[0].logprob, abs=1e-4)
+
+    serve(talk)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_session_whose_client_went_away_goes_on_from_what_it_says_it_holds(
+    serve: Serve, make_small: Callable[..., LanguageModel], is_stream: bool
+) -> None:
+    async def talk(client: httpx.AsyncClient) -> None:
+        app = client.app  # type: ignore[attr-defined]
+        path = f"/v1/sessions/{await open_session(client)}"
+        body = {**OPTIONS, "text": " and", "max_tokens": 300, "stream": is_stream}
+        await leave(app, f"{path}/generate", body)
+        while (await client.post(f"{path}/read", json={"text": ""})).status_code == 409:
+            await asyncio.sleep(0.01)
+        held = list(app.state.service.sessions.find("", path.rpartition("/")[2]).session.tokens)
+        if is_stream:
+            assert len(TEXT + " and") < len(held) < len(TEXT + " and") + 300
+        else:
+            assert len(held) == len(TEXT)
+        # Long enough to reach behind everything that the engine had said.
+        more = " more" * 60
+        answer = await call(client, f"{path}/generate", {**OPTIONS, "text": more})
+        with make_small().session() as own:
+            own.read_tokens(held)
+            wanted = own.generate(more, max_new_tokens=6, temperature=0, ignore_end=True)
+        assert answer["choices"][0]["text"] == wanted.text
+
+    serve(talk)
+
+
+async def leave(app: Any, path: str, body: dict[str, Any]) -> None:
+    """Ask, and go away in the middle of the answer."""
+    gone = asyncio.Event()
+    sent = iter([{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}])
+
+    async def receive() -> dict[str, Any]:
+        if (message := next(sent, None)) is not None:
+            return message
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        # Slowly, so that the engine is ahead of what its client was told.
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(0.05)
+            gone.set()
+
+    async def lose_patience() -> None:
+        while (await app.state.service.status())["engine"]["running"] == 0:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        gone.set()
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    patience = asyncio.ensure_future(asyncio.sleep(0) if body["stream"] else lose_patience())
+    await app(scope, receive, send)
+    await patience
+
+
+def test_a_refused_continuation_does_not_keep_its_text(serve: Serve) -> None:
+    async def talk(client: httpx.AsyncClient) -> None:
+        path = f"/v1/sessions/{await open_session(client)}"
+        for wrong in ({"n": 2}, {"max_tokens": 100_000}, {"logit_bias": {"100000": 1}}):
+            answer = await client.post(f"{path}/generate", json={**OPTIONS, "text": " more", **wrong})
+            assert answer.status_code == 400
+            assert (await client.get(path)).json()["text"] == TEXT
+        for _ in range(2):
+            answer = await client.post(f"{path}/generate", json={**OPTIONS, "text": " more", "max_tokens": 2})
+            assert answer.status_code == 200
+            await call(client, f"{path}/rewind", {"length": len(TEXT)})
 
     serve(talk)

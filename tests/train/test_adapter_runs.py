@@ -194,3 +194,7 @@ def test_the_commands_train_tell_answer_and_merge(counting: Path, tmp_path: Path
     again = CliRunner().invoke(app, ["adapters", "merge", out, "--model", model, "--output", merged])
     assert again.exit_code == 1
     assert "holds a model" in again.stderr
+    packed = str(tmp_path / "packed")
+    run("quantize", model, "--output", packed, "--format", "uniform:group=32")
+    again = CliRunner().invoke(app, ["adapters", "merge", out, "--model", model, "--output", packed])
+    assert "holds a model" in again.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,7 +105,30 @@ def test_a_folder_with_a_run_is_not_overwritten(counting: Path, run: Callable[..
     assert "holds a run" in refused.stderr
     both = run("train", "lm", text, "--out", str(counting), "--resume")
     assert both.exit_code == 2
-    assert run("train", "lm", "--out", str(counting)).exit_code == 2
+    assert run("train", "lm", "--out", str(counting.parent / "new")).exit_code == 2
+
+
+def test_a_folder_with_a_model_is_not_written_over(
+    counting: Path, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    text, model = str(counting.parent / "a.txt"), tmp_path / "model"
+    shutil.copytree(counting, model, ignore=shutil.ignore_patterns("training"))
+    packed = tmp_path / "packed"
+    assert run("quantize", str(model), "--format", "db-llm:group=32", "-o", str(packed)).exit_code == 0
+    before = {path: path.read_bytes() for path in (*model.iterdir(), *packed.iterdir())}
+    shape = ["--shape", SHAPE, "--training", "context=32,steps=1"]
+    for command in (
+        ["train", "lm", text, "--out", str(model), *shape],
+        ["train", "lm", text, "--out", str(packed), *shape],
+        ["train", "draft", "--model", str(model), "--out", str(model), "--blocks", "1"],
+        ["train", "weights", text, "--packed", str(packed), "--teacher", str(model), "--out", str(packed)],
+        ["quantize", str(model), "--output", str(model)],
+        ["quantize", str(model), "--output", str(packed)],
+    ):
+        refused = run(*command)
+        assert refused.exit_code == 1, command
+        assert "another" in refused.stderr
+        assert {path: path.read_bytes() for path in (*model.iterdir(), *packed.iterdir())} == before
 
 
 def test_tuning_on_units_keeps_the_model_and_makes_it_answer_placeholders(

@@ -88,13 +88,15 @@ def run(
 
       plait run --plain --prompt-boundary exact -n 20 "import nump"
     """
+    from plait.text import StopStrings
+
     chosen = read_sampling(sampling)
+    if plain and system is not None:
+        raise ConfigError("--system needs a chat template, and --plain switches it off. Give one of them.")
     if prompt_boundary not in ("token", "exact", "healed"):
         raise ConfigError(f"--prompt-boundary must be token, exact or healed. Got {prompt_boundary!r}.")
     text = read_text(prompt or [], wait=True)
     lm = load_model(model, weights=weights, memory=memory, draft=draft, adapter=adapter, offline=offline)
-    if plain and system is not None:
-        raise ConfigError("--system needs a chat template, and --plain switches it off. Give one of them.")
     begun = None
     is_plain = plain or lm.chat_template is None
     if prompt_boundary != "token":
@@ -102,17 +104,26 @@ def run(
             raise ConfigError(f"--prompt-boundary {prompt_boundary} continues a text. Give --plain too.")
         begun = lm.settle(text, chosen, "healed" if prompt_boundary == "healed" else "exact")
         ids = list(begun.ids)
-        if not json_output:
-            typer.echo(begun.text, nl=False)
     elif is_plain:
         ids = lm.encode(text)
     else:
         ids = lm.encode_chat([*_system_message(system), {"role": "user", "content": text}])
     session = lm.session()
     session.read_tokens(ids)
-    for piece in session.stream(max_new_tokens=max_new_tokens, stop=stop or (), sampling=chosen):
+
+    def show(text: str) -> None:
         if not json_output:
-            typer.echo(piece.text, nl=False)
+            typer.echo(text, nl=False)
+
+    # A stop text may begin in what finished the prompt's last word.
+    stops = StopStrings(stop or ())
+    show(stops.push("" if begun is None else begun.text)[0])
+    answer = session.stream(max_new_tokens=max_new_tokens, stop=stop or (), sampling=chosen)
+    for piece in answer:
+        show(stops.push(piece.text)[0])
+        if stops.found is not None:
+            answer.close()
+    show(stops.finish())
     assert session.last is not None
     if json_output:
         print_json(_to_json(session.last if begun is None else begun.before(session.last, stop or ())))
@@ -234,8 +245,10 @@ class Conversation:
     def _load(self, path: Path) -> None:
         try:
             messages = json.loads(path.read_text("utf-8"))["messages"]
-            ok = all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages)
-        except (OSError, ValueError, KeyError, TypeError):
+            ok = isinstance(messages, list) and all(
+                isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages
+            )
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             ok = False
         if not ok:
             say(f"error: {path} is not a conversation saved with /save")

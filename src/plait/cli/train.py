@@ -343,11 +343,14 @@ def _changed(recipe: Recipe, training: str, memory: str = "full") -> Recipe:
 
 def _run(out: Path, start: Callable[[], Trainer], *, resume: bool, given: bool, json_output: bool) -> None:
     """Start a run or resume it, train, and print what came of it."""
-    from plait.train import finish
+    from plait.train import check_folder, finish
     from plait.train import resume as resumed
 
     if resume and given:
         raise typer.BadParameter("a run is resumed as it was started; give --out and --resume only.")
+    if not resume:
+        # Before anything is written that takes long.
+        check_folder(out)
     trainer = resumed(out) if resume else start()
     steps = trainer.config.training.steps
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plait.decode.constraint import Constraint, Guide
-from plait.decode.history import History
+from plait.decode.history import History, token_ids
 from plait.decode.randomness import Streams
 from plait.decode.sampler import Alternative, Choice, Sampler, choose_many, draw
 from plait.decode.sampling import Sampling
@@ -19,4 +19,5 @@ __all__ = [
     "Streams",
     "choose_many",
     "draw",
+    "token_ids",
 ]

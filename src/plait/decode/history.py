@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plait.errors import ConfigError
 
-__all__ = ["History", "TokenCounts"]
+__all__ = ["History", "TokenCounts", "token_ids"]
 
 _LARGEST_ID = 2**31 - 1
 
@@ -123,26 +123,34 @@ class History:
         self._in_prompt = np.pad(self._in_prompt, (0, size))
 
 
-def _checked_ids(tokens: Iterable[int] | Tensor) -> npt.NDArray[np.int64]:
+def token_ids(tokens: Iterable[int] | Tensor, vocab_size: int) -> list[int]:
+    """Ids of a vocabulary, as plain numbers.
+
+    Raises:
+        ConfigError: one is not a whole number in [0, vocab_size).
+    """
+    found: list[int] = _checked_ids(tokens, vocab_size - 1).tolist()
+    return found
+
+
+def _checked_ids(tokens: Iterable[int] | Tensor, largest: int = _LARGEST_ID) -> npt.NDArray[np.int64]:
     given: Any = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else tokens
     if not isinstance(given, np.ndarray):
         # Looked at one by one, since numpy would read a list with one fraction as all fractions.
         given = list(given)
-        wrong = [token for token in given if not _is_id(token)]
+        wrong = [token for token in given if not _is_id(token, largest)]
     elif given.ndim == 1 and (np.issubdtype(given.dtype, np.integer) or not given.size):
-        wrong = given[(given < 0) | (given > _LARGEST_ID)].tolist()
+        wrong = given[(given < 0) | (given > largest)].tolist()
     else:
         raise ConfigError(
             f"Token ids must be whole numbers in one dimension. Got {given.dtype} of shape {given.shape}."
         )
     if wrong:
-        raise ConfigError(f"Token ids must be whole numbers in [0, {_LARGEST_ID}]. Got {wrong[0]!r}.")
+        raise ConfigError(f"Token ids must be whole numbers in [0, {largest + 1}). Got {wrong[0]!r}.")
     return np.asarray(given, dtype=np.int64)
 
 
-def _is_id(token: object) -> bool:
+def _is_id(token: object, largest: int) -> bool:
     return (
-        isinstance(token, (int, np.integer))
-        and not isinstance(token, bool)
-        and bool(0 <= token <= _LARGEST_ID)
+        isinstance(token, (int, np.integer)) and not isinstance(token, bool) and bool(0 <= token <= largest)
     )

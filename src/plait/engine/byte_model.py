@@ -15,7 +15,7 @@ from plait.decode.bytes import END, ByteState, Marginal, MixtureState, NextByte,
 from plait.decode.history import History
 from plait.decode.sampler import Sampler
 from plait.errors import ConfigError
-from plait.text import ByteVocabulary
+from plait.text import ByteVocabulary, StopStrings
 
 if TYPE_CHECKING:
     from plait.engine.language_model import LanguageModel
@@ -75,11 +75,10 @@ class Settled(NamedTuple):
 
     def before(self, answer: Generation, stop: str | Sequence[str]) -> Generation:
         """The answer that went on from here, with the text written before it; it ends at the first stop text."""
-        text, reason = self.text + answer.text, answer.finish_reason
-        stops = [stop] if isinstance(stop, str) else stop
-        if places := [text.find(each) for each in stops if each in text]:
-            text, reason = text[: min(places)], "stop"
-        return dataclasses.replace(answer, text=text, finish_reason=reason)
+        stops = StopStrings([stop] if isinstance(stop, str) else stop)
+        text, is_stopped = stops.push(self.text + answer.text)
+        reason = "stop" if is_stopped else answer.finish_reason
+        return dataclasses.replace(answer, text=text + stops.finish(), finish_reason=reason)
 
 
 class _ByteGenerator:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
+from plait.decode import token_ids
 from plait.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def token_edits(tokenizer: Tokenizer, tokens: Sequence[int], edits: Sequence[Edi
         ConfigError: an edit outside the text, two that overlap, one across a special token, or tokens whose
             bytes are not text.
     """
+    for edit in edits:
+        if not isinstance(edit, Edit) or not isinstance(edit.text, str):
+            raise ConfigError(f"An edit is Edit(start, end, text), with a text. Got {edit!r}.")
     text = _Text(tokenizer, tokens)
     pending = [
         Edit(edit.start, edit.end, edit.text) for edit in _in_order(edits, len(text.characters), "characters")
@@ -112,11 +116,8 @@ def check_token_edits(edits: Sequence[TokenEdit], length: int, vocab_size: int) 
     Raises:
         ConfigError: one is outside the tokens, two overlap, or an id is outside the vocabulary.
     """
-    for edit in edits:
-        outside = next((token for token in edit.ids if not 0 <= token < vocab_size), None)
-        if outside is not None:
-            raise ConfigError(f"Token ids must be in [0, {vocab_size}). Got {outside}.")
-    return [TokenEdit(start, stop, tuple(ids)) for start, stop, ids in _in_order(edits, length, "tokens")]
+    checked = [TokenEdit(start, stop, tuple(token_ids(ids, vocab_size))) for start, stop, ids in edits]
+    return _in_order(checked, length, "tokens")
 
 
 def refreshed(
@@ -301,6 +302,9 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _in_order(edits: Sequence[E], length: int, unit: str) -> list[E]:
+    for edit in edits:
+        if any(isinstance(end, bool) or not isinstance(end, int) for end in edit[:2]):
+            raise ConfigError(f"An edit takes whole numbers of {unit}. Got {edit[0]!r} to {edit[1]!r}.")
     ordered = sorted(edits, key=lambda edit: (edit[0], edit[1]))
     reached = 0
     for edit in ordered:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from plait.decode import Sampler
+from plait.decode import Sampler, token_ids
 from plait.decode.speculate import Account, Context, DraftBudget, Proposal, Speculator, Step, Tree, verify
 from plait.engine.adapters import Adapters
 from plait.engine.budget import MemoryBudget
@@ -132,9 +132,7 @@ class Engine:
         vocab_size, limit = self.model.config.vocab_size, self._longest
         if (adapter := self.adapters.find(request.adapter)) is not None:
             adapter.check_plan(self.plan)
-        outside = next((token for token in request.prompt if not 0 <= token < vocab_size), None)
-        if outside is not None:
-            raise ConfigError(f"Token ids must be in [0, {vocab_size}). Got {outside}.")
+        token_ids(request.prompt, vocab_size)
         if len(request.prompt) >= limit:
             raise CapacityError(
                 f"The prompt has {len(request.prompt)} tokens; the model's context is {limit}, the answer included. "

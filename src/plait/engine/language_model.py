@@ -122,8 +122,11 @@ class LanguageModel:
         Raises:
             ConfigError: no such memory.
         """
+        plan = MemoryPlan.parse(plan) if isinstance(plan, str) else plan
+        if not isinstance(plan, MemoryPlan):
+            raise ConfigError(f"with_memory takes a MemoryPlan or a spec string. Got {plan!r}.")
         twin = copy.copy(self)
-        twin.plan = MemoryPlan.parse(plan) if isinstance(plan, str) else plan
+        twin.plan = plan
         return twin
 
     def session(self, adapter: str = "") -> Session:
@@ -185,7 +188,7 @@ class LanguageModel:
         """
         if prompt_boundary not in get_args(PromptBoundary):
             raise ConfigError(f"prompt_boundary must be token, exact or healed. Got {prompt_boundary!r}.")
-        texts = [prompt] if isinstance(prompt, str) else prompt
+        texts = _texts(prompt)
         if prompt_boundary == "token":
             answers = self._finish([self.request(self.encode(text), **options) for text in texts])
         else:
@@ -388,7 +391,7 @@ class LanguageModel:
             prompt=prompt,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            stop=tuple(_texts(stop, "stop")),
             ignore_end=ignore_end,
             tenant=tenant,
             branch=branch,
@@ -474,7 +477,7 @@ class LanguageModel:
             raise ConfigError(f"context must be from 2 to {limit} tokens. Got {context}.")
         if not 1 <= stride <= context:
             raise ConfigError(f"stride must be from 1 to the context of {context} tokens. Got {stride}.")
-        texts = [text] if isinstance(text, str) else text
+        texts = _texts(text)
         windows = [windows_of(self.encode(one), context, stride) for one in texts]
         nats = iter(score_windows(self.model, [window for of_text in windows for window in of_text]))
         scores = [
@@ -502,6 +505,19 @@ class LanguageModel:
         for _ in engine.run():
             pass
         return [sequence.result() for sequence in sequences]
+
+
+def _texts(given: str | Iterable[str], what: str = "A prompt") -> list[str]:
+    """One text, or several, as a list.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
+        raise ConfigError(f"{what} must be a text, or a list of texts. Got {given!r}.")
+    return list(given)
 
 
 def _unknown_option(settings: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from plait.files import write_text
 from plait.hub import Progress, resolve
 from plait.memory import MemoryPlan
 from plait.nn import Transformer, load_adapter, load_transformer, lower, save_transformer
-from plait.nn.checkpoints import Checkpoint, open_checkpoint
+from plait.nn.checkpoints import Checkpoint, model_file, open_checkpoint
 from plait.text import ChatTemplate, Tokenizer
 from plait.weights import FORMATS, Elastic
 from plait.weights.ggml import FP32
@@ -125,7 +125,7 @@ def merge_adapter(
         ModelFileError: the files are damaged, or do not fit each other.
     """
     folder = Path(folder)
-    if (folder / "config.json").exists():
+    if model_file(folder) is not None:
         raise ConfigError(f"{folder} holds a model. Choose another folder.")
     with open_checkpoint(resolve(str(name), offline=offline)) as checkpoint:
         model = load_transformer(checkpoint, FP32())

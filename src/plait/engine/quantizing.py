@@ -64,7 +64,7 @@ def quantize(
     Raises:
         UnknownNameError: no model or format has that name.
         ConfigError: the format needs calibration text, or does not fit a matrix.
-        ModelFileError: the model is damaged, or `output` holds parts of another one.
+        ModelFileError: the model is damaged, or `output` holds another one.
         CapacityError: the disk is full.
     """
     chosen: WeightFormat = FORMATS.parse(format)
@@ -82,7 +82,6 @@ def quantize(
             texts = [ids[at : at + sample_tokens] for at in range(0, len(ids), sample_tokens)][:samples]
         try:
             output.mkdir(parents=True, exist_ok=True)
-            copy_text_side(checkpoint, output)
             return quantize_checkpoint(
                 checkpoint,
                 output,
@@ -90,6 +89,7 @@ def quantize(
                 head=head_format,
                 calibration=texts,
                 made={"source": Path(path).name, "sha256": _fingerprint(Path(path))},
+                prepare=lambda: copy_text_side(checkpoint, output),
                 progress=progress,
             )
         except OSError as error:

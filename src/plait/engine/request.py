@@ -47,14 +47,21 @@ class Request:
     adapter: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompt, (str, bytes)) or not isinstance(self.prompt, Sequence):
+            raise ConfigError(
+                f"prompt must be a list of token ids. Got {type(self.prompt).__name__}; encode makes ids of a text, and "
+                "tolist makes a list of a tensor."
+            )
         if not self.prompt:
             raise ConfigError("The prompt is empty. Give at least one token.")
         if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
             raise ConfigError(f"max_new_tokens must be a whole number. Got {self.max_new_tokens!r}.")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1. Got {self.max_new_tokens}.")
-        if self.branch < 0:
-            raise ConfigError(f"branch must be at least 0. Got {self.branch}.")
+        if isinstance(self.branch, bool) or not isinstance(self.branch, int) or self.branch < 0:
+            raise ConfigError(f"branch must be a whole number of at least 0. Got {self.branch!r}.")
+        if not isinstance(self.sampling, Sampling):
+            raise ConfigError(f"sampling must be a plait.Sampling. Got {self.sampling!r}.")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop must be non-empty texts. Got {list(self.stop)!r}.")
 

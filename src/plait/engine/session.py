@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from plait.decode import token_ids
 from plait.engine.context_store import ContextStore
 from plait.engine.contexts import APE, ContextReport, read_contexts
 from plait.engine.edits import (
@@ -54,6 +55,8 @@ class Session:
         self.tokens: list[int] = []
         self.last: Generation | None = None
         self._closed = False
+        # Ends the answer that is being made, which uses the past in place.
+        self._stop_answer: Callable[[], object] | None = None
         # Whether keys and values are those of reading the tokens from the start.
         self._is_plain = True
 
@@ -72,9 +75,13 @@ class Session:
         self.read_tokens(self.lm.tokenizer.encode(text, add_special=not self.tokens))
 
     def read_tokens(self, ids: Sequence[int]) -> None:
-        """Append token ids to what was read. They are fed to the model when something is generated."""
+        """Append token ids to what was read. They are fed to the model when something is generated.
+
+        Raises:
+            ConfigError: an id is outside the vocabulary; nothing was appended.
+        """
         self._check_open()
-        self.tokens.extend(ids)
+        self.tokens.extend(token_ids(ids, self.lm.model.config.vocab_size))
 
     def rewind(self, length: int) -> None:
         """Go back to the first `length` tokens.
@@ -83,8 +90,10 @@ class Session:
             ConfigError: there are not that many.
         """
         self._check_open()
-        if not 0 <= length <= len(self.tokens):
-            raise ConfigError(f"rewind takes a length from 0 to {len(self.tokens)}. Got {length}.")
+        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(self.tokens):
+            raise ConfigError(
+                f"rewind takes a length of whole tokens from 0 to {len(self.tokens)}. Got {length!r}."
+            )
         self._go_back(length)
         del self.tokens[length:]
 
@@ -95,8 +104,8 @@ class Session:
             ConfigError: `count` is below 1.
         """
         self._check_open()
-        if count < 1:
-            raise ConfigError(f"fork takes a count of at least 1. Got {count}.")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigError(f"fork takes a count of at least 1. Got {count!r}.")
         self._feed()
         return [self._twin() for _ in range(count)]
 
@@ -135,6 +144,8 @@ class Session:
             IncompatibleError: the model has recurrent layers, or its memory keeps notes.
         """
         self._check_open()
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise ConfigError(f"read_parallel takes a list of texts. Got {texts!r}.")
         APE(temperature=temperature, scale=scale)
         encode = self.lm.tokenizer.encode
         before = [*self.tokens, *(encode(prefix, add_special=not self.tokens) if prefix else [])]
@@ -259,15 +270,20 @@ class Session:
         return self.last
 
     def stream(self, text: str = "", **options: Any) -> Generator[Piece, None, None]:
-        """As `generate`, yielding text as it comes; `last` holds the result. Closing cancels."""
+        """As `generate`, yielding text as it comes; `last` holds the result. Closing cancels.
+
+        Until the answer is complete, or the iterator is closed, nothing else may use the session. A text whose
+        continuation is refused is not kept.
+        """
+        before = len(self.tokens)
         if text:
             self.read(text)
-        yield from self._continue(**options)
+        yield from self._continue(before, **options)
 
     def chat(self, messages: str | Sequence[Message], **options: Any) -> Generator[Piece, None, None]:
         """Answer a conversation, reusing what its beginning shares with this session."""
         self.follow(self.lm.encode_chat(messages))
-        yield from self._continue(**options)
+        yield from self._continue(len(self.tokens), **options)
 
     def follow(self, ids: Sequence[int]) -> int:
         """Make these ids what was read, keeping the memory of the longest common beginning.
@@ -276,6 +292,7 @@ class Session:
             How many tokens did not have to be read again.
         """
         self._check_open()
+        ids = token_ids(ids, self.lm.model.config.vocab_size)
         common = 0
         for ours, theirs in zip(self.tokens, ids, strict=False):
             if ours != theirs:
@@ -288,34 +305,48 @@ class Session:
     def ready(self) -> Past:
         """The past in front of the last token, for `Engine.submit` with `tokens` as the prompt.
 
-        Afterwards the session goes on with `read_tokens` of the answer.
+        Afterwards the session goes on with `keep` of the answer.
         """
         self._check_open()
         # The last token is read again, because the answer begins with what the model says to it.
         self._go_back(max(len(self.tokens) - 1, 0))
         return self.past
 
+    def keep(self, ids: Sequence[int]) -> None:
+        """Append what was said to the past of `ready`: the answer, or its beginning; the rest is forgotten."""
+        self._check_open()
+        self.tokens.extend(ids)
+        self._go_back(len(self.tokens))
+
     def nbytes(self) -> int:
         """Bytes allocated for what is remembered."""
         return self.past.nbytes()
 
     def close(self) -> None:
-        """Free what is remembered. Using the session afterwards is an error."""
+        """Free what is remembered, and end an answer that is being made. Using the session afterwards is an error."""
         self._closed = True
+        if self._stop_answer is not None:
+            self._stop_answer()
         self.tokens = []
         self.past = self._new_past()
 
-    def _continue(self, **options: Any) -> Generator[Piece, None, None]:
-        past = self.ready()
-        engine = self.lm.new_engine()
-        sequence = engine.submit(self.lm.request(list(self.tokens), **options), past)
+    def _continue(self, before: int, **options: Any) -> Generator[Piece, None, None]:
+        """Answer; back to the first `before` tokens where the request is refused."""
+        try:
+            engine, past = self.lm.new_engine(), self.ready()
+            sequence = engine.submit(self.lm.request(list(self.tokens), **options), past)
+        except BaseException:
+            del self.tokens[before:]
+            raise
+        self._stop_answer = lambda: sequence.is_finished or engine.cancel(sequence)
         try:
             for _, piece in engine.run():
                 yield piece
         finally:
-            if not sequence.is_finished:
-                engine.cancel(sequence)
-            self.tokens = sequence.tokens
+            self._stop_answer()
+            self._stop_answer = None
+            if not self._closed:
+                self.tokens = sequence.tokens
             self.last = sequence.result()
 
     def _apply(self, edits: list[TokenEdit], refresh: Refresh, materialise: bool) -> EditReport:
@@ -388,3 +419,8 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise ConfigError("This session is closed. Open another with lm.session().")
+        if self._stop_answer is not None:
+            raise ConfigError(
+                "This session is just answering. Take all pieces of the answer, or close its iterator, before using "
+                "the session again; or fork the session first."
+            )

@@ -10,9 +10,9 @@ Shapes: N tokens of calibration text, W width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, ModelFileError
+from plait.files import remove_leftovers
 from plait.memory import Rows
+from plait.nn.checkpoints import model_file
 from plait.nn.checkpoints.base import Checkpoint
 from plait.nn.checkpoints.packed import PACKED_NAME, PackedCheckpoint, write_packed
 from plait.nn.config import TransformerConfig
@@ -72,6 +74,7 @@ def quantize_checkpoint(
     head: WeightFormat | None = None,
     calibration: Sequence[Sequence[int]] = (),
     made: Mapping[str, Any] | None = None,
+    prepare: Callable[[], None] = lambda: None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Quantized:
     """Pack the matrices of every block, and write `plait.safetensors` into a folder.
@@ -86,6 +89,7 @@ def quantize_checkpoint(
         head: of the embedding and the head; left out, they stay in the codes that they have, or in q8_0.
         calibration: token ids of texts, needed by formats that look at inputs.
         made: further facts for the header, as JSON holds them.
+        prepare: puts other files into the folder, once it is known to hold no other model.
         progress: told a line for each part.
 
     Raises:
@@ -106,7 +110,9 @@ def quantize_checkpoint(
         **(made or {}),
     }
     job = _Job(checkpoint, entries, config, format, head, Path(output) / "parts", facts)
+    job.check(Path(output))
     job.folder.mkdir(parents=True, exist_ok=True)
+    prepare()
     shell = job.outer()
     progress(f"embedding and head, {1 + len(config.blocks)} parts in all")
     texts = (
@@ -140,6 +146,16 @@ class _Job:
         self.facts = dict(facts)
         self.reused = 0
         self.texts: list[Tensor] = []
+
+    def check(self, output: Path) -> None:
+        """Raise `ModelFileError` if a folder holds another model; remove what a killed run left half-written."""
+        whole = output / PACKED_NAME
+        if model_file(output) not in (None, whole):
+            raise ModelFileError(f"{output} holds a model. Choose another output folder.")
+        for path in (whole, *map(self._path, self._names())):
+            if path.exists():
+                self._opened(path)
+            remove_leftovers(path)
 
     def outer(self) -> Transformer:
         """The model without its blocks."""
@@ -204,14 +220,21 @@ class _Job:
         path = self._path(part)
         if not path.exists():
             return None
+        found = self._opened(path)
+        self.reused += 1
+        return CheckpointParameters(found, {name: Entry(name) for name in found.tensors()}, None)
+
+    def _opened(self, path: Path) -> PackedCheckpoint:
         found = PackedCheckpoint(path)
         if found.made != self.facts or found.config != self.config.to_json():
             raise ModelFileError(
                 f"{path} was made from another model or with other settings. Choose another output folder, or "
-                f"remove {self.folder}."
+                f"remove {path.parent}."
             )
-        self.reused += 1
-        return CheckpointParameters(found, {name: Entry(name) for name in found.tensors()}, None)
+        return found
+
+    def _names(self) -> list[str]:
+        return [_OUTER_PART, *(f"blocks.{index}" for index in range(len(self.config.blocks)))]
 
     def _write(
         self, part: str, matrices: Mapping[str, Packed], vectors: Mapping[str, Tensor], spec: str
@@ -231,7 +254,7 @@ class _Job:
 
     def finish(self, path: Path) -> Quantized:
         """Join the parts into one file, and remove them."""
-        names = [_OUTER_PART, *(f"blocks.{index}" for index in range(len(self.config.blocks)))]
+        names = self._names()
         entries: dict[str, Any] = {}
         matrices: dict[str, dict[str, Tensor]] = {}
         vectors: dict[str, Tensor] = {}
@@ -258,7 +281,11 @@ class _Job:
         if order is not None:
             header["order"] = order
         write_packed(path, header, matrices, vectors)
-        shutil.rmtree(self.folder)
+        for part in names:
+            self._path(part).unlink()
+        # It may hold files that are not ours.
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
         return Quantized(path, path.stat().st_size, weights, 8 * nbytes / max(1, weights), self.reused)
 
     def _packed_blocks(self) -> tuple[list[Block], dict[Linear, list[str]]]:

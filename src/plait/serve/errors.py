@@ -105,6 +105,7 @@ def validation_error(error: RequestValidationError) -> HTTPError:
     kind, message = str(first["type"]), str(first["msg"])
     param = ".".join(where) or None
     if kind == "json_invalid" or not where:
+        message = message.removeprefix("Value error, ")
         return HTTPError(400, f"The body is not what this route takes: {message}.")
     if kind == "extra_forbidden":
         return HTTPError(

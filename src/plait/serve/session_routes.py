@@ -66,11 +66,16 @@ async def read(http: Request, session: str, body: ReadRequest) -> dict[str, Any]
 
 @router.post("/{session}/generate", responses=STREAMED)
 async def generate(http: Request, session: str, body: SessionGenerateRequest) -> Response:
-    """Continue a session; the answer becomes part of it, also what was said when the client went away."""
+    """Continue a session; the answer becomes part of it.
+
+    Of a stream that ends early, what was said stays. A whole answer that is refused, fails, or has nobody any more to
+    take it, leaves the session as it was, its text left out.
+    """
     service, one = service_of(http), _find(http, session)
     constraint = await service.constraint(body)
     using = service.sessions.using(one)
     own = await using.__aenter__()
+    before = len(own.tokens)
     try:
         if body.text:
             own.read_tokens(await _new_tokens(http, own.tokens, body.text))
@@ -85,7 +90,10 @@ async def generate(http: Request, session: str, body: SessionGenerateRequest) ->
         )
         running = service.sessions.run(one, request)
     except BaseException:
-        await using.__aexit__(None, None, None)
+        try:
+            own.rewind(before)
+        finally:
+            await using.__aexit__(None, None, None)
         raise
     report = CompletionLogprobs(service.lm.tokenizer)
 
@@ -97,8 +105,10 @@ async def generate(http: Request, session: str, body: SessionGenerateRequest) ->
     if body.stream:
 
         async def keep_said(taken: list[list[Choice]]) -> dict[str, Any]:
-            service.sessions.keep(one, taken[0])
-            await using.__aexit__(None, None, None)
+            try:
+                service.sessions.keep(one, taken[0])
+            finally:
+                await using.__aexit__(None, None, None)
             return {}
 
         counts = body.stream_options is not None and body.stream_options.include_usage
@@ -110,6 +120,9 @@ async def generate(http: Request, session: str, body: SessionGenerateRequest) ->
 
     try:
         return await whole(service, http, running, [prompt], form, keep)
+    except BaseException:
+        own.rewind(before)
+        raise
     finally:
         await using.__aexit__(None, None, None)
 

@@ -185,8 +185,8 @@ class Sessions:
         return Running(self.service, [request], session.ready())
 
     def keep(self, one: ServedSession, choices: list[Choice]) -> None:
-        """Make an answer part of a session."""
-        one.session.read_tokens([choice.token for choice in choices])
+        """Make an answer, or as much of it as was told, part of a session."""
+        one.session.keep([choice.token for choice in choices])
 
     def check_bytes(self, more: int) -> None:
         """Raise `CapacityError` if sessions would remember too much."""

@@ -18,6 +18,7 @@ from plait.train.objectives import (
 from plait.train.recipes import Recipe, adapter, draft, language_model, lexical_units, packed, reference
 from plait.train.runs import (
     RunResult,
+    check_folder,
     finish,
     open_start,
     resume,
@@ -58,6 +59,7 @@ __all__ = [
     "Training",
     "adapter",
     "changed",
+    "check_folder",
     "draft",
     "encoded",
     "finish",

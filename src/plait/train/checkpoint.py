@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, ModelFileError
-from plait.files import replacing
+from plait.files import remove_leftovers, replacing
 from plait.train.config import RunConfig
 
 __all__ = ["Checkpoint", "load_checkpoint", "optimizer_tensors", "restore", "save_checkpoint"]
@@ -59,6 +59,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "data": checkpoint.data,
         "step": checkpoint.step,
     }
+    remove_leftovers(path)
     with replacing(path) as beside:
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()},

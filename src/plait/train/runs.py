@@ -33,7 +33,7 @@ from plait.nn import (
     save_tuned,
 )
 from plait.nn.adapter_files import written_names
-from plait.nn.checkpoints import open_checkpoint
+from plait.nn.checkpoints import model_file, open_checkpoint
 from plait.nn.checkpoints.packed import PACKED_NAME
 from plait.nn.save import GivenParameters, named_tensors, written_settings
 from plait.text import ChatTemplate, Tokenizer, learn_byte_bpe
@@ -51,6 +51,7 @@ from plait.weights.ggml import FP32
 
 __all__ = [
     "RunResult",
+    "check_folder",
     "finish",
     "fresh_parameters",
     "open_start",
@@ -101,11 +102,10 @@ def prepare(
     """Put into a folder what a run needs, and return the run.
 
     Raises:
-        ConfigError: the folder holds a run already, or the model is of a family that is not written.
+        ConfigError: the folder holds a run or a model, or the model is of a family that is not written.
     """
     state = folder / _STATE
-    if (state / CHECKPOINT).exists():
-        raise ConfigError(f"{folder} holds a run. Resume it, or choose another folder.")
+    check_folder(folder)
     written_settings(config.model)
     state.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
@@ -113,6 +113,14 @@ def prepare(
     if held_out is not None:
         held_out.save(state / _HELD_OUT)
     return Trainer(config, model, data, held_out, state)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ConfigError` if a folder holds a run or a model, which a new run would write over."""
+    if (folder / _STATE / CHECKPOINT).exists():
+        raise ConfigError(f"{folder} holds a run. Resume it, or choose another folder.")
+    if model_file(folder) is not None:
+        raise ConfigError(f"{folder} holds a model. Choose another folder.")
 
 
 def resume(folder: Path) -> Trainer:
@@ -162,7 +170,7 @@ def train_new(recipe: Recipe, corpus: Corpus, folder: Path) -> Trainer:
     """A run of a new model, whose vocabulary is learned from the texts.
 
     Raises:
-        ConfigError: the recipe has no shape, the texts are too short, or the folder holds a run.
+        ConfigError: the recipe has no shape, the texts are too short, or the folder holds a run or a model.
     """
     if recipe.shape is None:
         raise ConfigError("A new model needs a shape. Give the recipe one, or tune a model.")
@@ -210,7 +218,7 @@ def tune(
         template: of the model, to be kept beside it.
 
     Raises:
-        ConfigError: more blocks than the model has, or the folder holds a run.
+        ConfigError: more blocks than the model has, or the folder holds a run or a model.
     """
     teacher = model
     if recipe.blocks is not None:
@@ -260,12 +268,11 @@ def tune_adapter(
         corpus: what the data is, in words.
 
     Raises:
-        ConfigError: the folder holds a run, the model has none of the targets, its adapters are not written, or the
+        ConfigError: the folder holds a run or a model, the model has none of the targets, its adapters are not written, or the
             original is missing or superfluous.
     """
     state = folder / _STATE
-    if (state / CHECKPOINT).exists():
-        raise ConfigError(f"{folder} holds a run. Resume it, or choose another folder.")
+    check_folder(folder)
     model, tokenizer, _ = open_model(resolve(start), weights)
     if original and not method.needs_original:
         raise ConfigError(
@@ -312,12 +319,11 @@ def tune_weights(
         corpus: what the data is, in words.
 
     Raises:
-        ConfigError: the folder holds a run, or `start` holds no packed model.
+        ConfigError: the folder holds a run or a model, or `start` holds no packed model.
         IncompatibleError: the formats of `start` are not tuned, or the teacher is another model.
     """
     state = folder / _STATE
-    if (state / CHECKPOINT).exists():
-        raise ConfigError(f"{folder} holds a run. Resume it, or choose another folder.")
+    check_folder(folder)
     model, tuned = open_tuned(start)
     original, tokenizer, _ = open_start(teacher)
     if original.config.vocab_size != model.config.vocab_size:

@@ -102,6 +102,35 @@ def test_parts_of_another_run_are_refused(
         quantized(source, tmp_path, "bitmod:bits=4")
 
 
+def test_a_folder_with_another_model_or_other_files_keeps_them(source: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "mine.txt").write_text("not of this run")
+    # What a kill in the middle of a write leaves.
+    left = [tmp_path / f".{PACKED_NAME}.abc.tmp", parts / ".blocks.1.safetensors.abc.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    with open_checkpoint(source) as checkpoint:
+        path = quantize_checkpoint(checkpoint, tmp_path, FORMATS.parse("bitmod:bits=3")).path
+    assert [file.name for file in parts.iterdir()] == ["mine.txt"]
+    assert not any(path.exists() for path in left)
+    whole, prepared = path.read_bytes(), []
+    for folder, spec in ((tmp_path, "bitmod:bits=4"), (source, "bitmod:bits=3")):
+        with (
+            open_checkpoint(source) as checkpoint,
+            pytest.raises(ModelFileError, match="another output folder"),
+        ):
+            quantize_checkpoint(
+                checkpoint, folder, FORMATS.parse(spec), prepare=lambda: prepared.append("files")
+            )
+    assert not prepared
+    assert path.read_bytes() == whole
+    assert not (source / "parts").exists()
+    (parts / "mine.txt").unlink()
+    parts.rmdir()
+    assert quantized(source, tmp_path, "bitmod:bits=3").read_bytes() == whole
+
+
 def test_calibration_is_asked_for_and_checked(source: Path, tmp_path: Path) -> None:
     with open_checkpoint(source) as checkpoint, pytest.raises(ConfigError, match="--calibration"):
         quantize_checkpoint(checkpoint, tmp_path, FORMATS.parse("gptq"))

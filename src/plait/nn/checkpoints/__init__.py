@@ -9,7 +9,7 @@ from plait.errors import ModelFileError
 from plait.nn.checkpoints.base import Checkpoint, TensorInfo
 from plait.nn.checkpoints.files import GGUF_MAGIC, file_start, folder_files
 from plait.nn.checkpoints.gguf import GGUFCheckpoint
-from plait.nn.checkpoints.packed import PACKED_NAME, PackedCheckpoint
+from plait.nn.checkpoints.packed import PACKED_NAME, TEXT_NAME, PackedCheckpoint
 from plait.nn.checkpoints.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsCheckpoint
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "PackedCheckpoint",
     "SafetensorsCheckpoint",
     "TensorInfo",
+    "model_file",
     "open_checkpoint",
 ]
 
@@ -45,6 +46,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             return PackedCheckpoint(path.parent)
         return SafetensorsCheckpoint(path)
     raise ModelFileError(f"{path} is neither a GGUF nor a safetensors file. Give the path of a model.")
+
+
+def model_file(folder: Path) -> Path | None:
+    """What makes a folder one that holds a model, which nothing else may be written over; None if nothing does."""
+    files = folder_files(folder) if folder.is_dir() else {}
+    ggufs = [name for name in files if name.endswith(".gguf") and name != TEXT_NAME]
+    names = ("config.json", SINGLE_NAME, INDEX_NAME, *ggufs, PACKED_NAME)
+    return next((files[name] for name in names if name in files), None)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
