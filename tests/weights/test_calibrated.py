@@ -13,7 +13,7 @@ from plait.claims.weights import of_best_codes
 from plait.errors import ConfigError
 from plait.weights import GPTQ, DecoupleQ, Stats, Uniform
 from plait.weights.decoupleq import best_levels, row_losses
-from plait.weights.gptq import codes_with_feedback, damped
+from plait.weights.gptq import Moments, codes_with_feedback, damped
 from plait.weights.uniform import Levels, nearest_levels
 
 
@@ -65,7 +65,7 @@ def plain_gptq(weight: np.ndarray, levels: Levels, hessian: np.ndarray, bits: in
 def test_gptq_equals_removing_one_column_at_a_time(bits: int) -> None:
     weight, hessian = weights(6, 40), hessian_of(40)
     levels = nearest_levels(weight, bits, 16, symmetric=False)
-    codes = codes_with_feedback(weight, levels, hessian, bits, 16, order="natural")
+    codes = codes_with_feedback(weight, levels, Moments(hessian).feedback("natural"), bits, 16)
     assert torch.equal(codes, torch.from_numpy(plain_gptq(weight.numpy(), levels, hessian.numpy(), bits, 16)))
 
 
@@ -73,8 +73,9 @@ def test_columns_in_order_of_their_inputs_equal_a_permuted_matrix() -> None:
     weight, hessian = weights(5, 200), hessian_of(200)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     levels = nearest_levels(weight, 3, 0, symmetric=False)
-    by_activation = codes_with_feedback(weight, levels, hessian, 3, 0)
-    permuted = codes_with_feedback(weight[:, order], levels, hessian[order][:, order], 3, 0, order="natural")
+    by_activation = codes_with_feedback(weight, levels, Moments(hessian).feedback(), 3, 0)
+    natural = Moments(hessian[order][:, order]).feedback("natural")
+    permuted = codes_with_feedback(weight[:, order], levels, natural, 3, 0)
     assert torch.equal(by_activation[:, order], permuted)
 
 
@@ -190,7 +191,7 @@ def test_a_row_that_lies_on_a_grid_is_recovered() -> None:
     shake = 2 * torch.rand(2, 64, 1, generator=generator) - 1
     levels = Levels(scale * (1 + 0.04 * shake[0]), zero + 0.1 * shake[1])
     for _ in range(4):
-        found = codes_with_feedback(weight, levels, hessian, 2, 0)
+        found = codes_with_feedback(weight, levels, Moments(hessian).feedback(), 2, 0)
         levels = best_levels(weight, found, hessian, 0)
     sizes = ((weight.double() @ hessian) * weight.double()).sum(dim=1)
     losses = row_losses(weight, found, levels, hessian, 0)

@@ -201,6 +201,14 @@ def test_bitmod_finds_the_grid_that_brute_force_finds(bits: int) -> None:
     torch.testing.assert_close(found, error, rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.parametrize("types", ["all", "er", "ea", "none"])
+def test_bitmod_keeps_weights_whose_squares_no_number_holds(types: str) -> None:
+    weight = weights(16, 64) * 1e25
+    got = BitMoD(types=types).pack(weight).unpack()
+    torch.testing.assert_close(got, weight, rtol=0, atol=0.26 * float(weight.abs().max()))
+    assert float(torch.corrcoef(torch.stack([got.flatten(), weight.flatten()]) / 1e25)[0, 1]) > 0.98
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_bitmod_values_are_row_scale_times_step_times_table(bits: int) -> None:
     packed = BitMoD(bits=bits, group=48).pack(weights(20, 100))

@@ -17,7 +17,7 @@ Shapes: O output rows, I input columns, N groups of a row, W columns of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ __all__ = ["BitMoD"]
 
 # Groups that are searched at once: temporaries of 2^20 weights stay in a few megabytes.
 _WEIGHTS_AT_ONCE = 1 << 20
+# Half steps on either side of 0 that are told apart; all beyond round to the end of the grid.
+_MOST_HALVES = 32
 _TYPES = {"all": (0, 1, 2, 3), "er": (0, 1), "ea": (2, 3), "none": ()}
 
 
@@ -83,32 +85,47 @@ class BitMoD(WeightFormat, name="bitmod"):
         )
 
 
-def _grids(bits: int, types: str) -> list[tuple[int, Tensor, Tensor]]:
-    """Each grid that may be chosen: its number, its sorted values (V,), and the code of each (V,)."""
+class _Choice(NamedTuple):
+    """A grid that may be chosen.
+
+    A weight over its scale is looked up by the half step that it lies in: values lie on whole numbers, so the border
+    between two of them is a multiple of a half.
+
+    Attributes:
+        number: as types have it.
+        largest: magnitude of its values.
+        values: the nearest value for each half step, fp32 (H,).
+        codes: the code of that value, uint8 (H,).
+    """
+
+    number: int
+    largest: float
+    values: Tensor
+    codes: Tensor
+
+
+def _grids(bits: int, types: str) -> list[_Choice]:
     grid: Grid = GRIDS[f"bitmod{bits}"]
     basic = list(grid.values[:-1])
     special = len(basic)
     choices: list[tuple[int, int | None]] = [(number, grid.specials[number]) for number in _TYPES[types]]
     choices = choices or [(0, None)]
+    # The upper end of each half step: of two values that are as near, the lower one.
+    ends = torch.arange(-_MOST_HALVES, _MOST_HALVES + 1) / 2
     grids = []
     for number, value in choices:
-        values = [(float(v), code) for code, v in enumerate(basic)]
+        pairs = [(float(v), code) for code, v in enumerate(basic)]
         if value is not None:
-            values.append((float(value), special))
-        values.sort()
-        grids.append(
-            (
-                number,
-                torch.tensor([v for v, _ in values]),
-                torch.tensor([c for _, c in values], dtype=torch.uint8),
-            )
-        )
+            pairs.append((float(value), special))
+        pairs.sort()
+        values = torch.tensor([v for v, _ in pairs])
+        codes = torch.tensor([code for _, code in pairs], dtype=torch.uint8)
+        nearest = torch.bucketize(ends, (values[1:] + values[:-1]) / 2)
+        grids.append(_Choice(number, float(values.abs().max()), values[nearest], codes[nearest]))
     return grids
 
 
-def _encode(
-    weight: Tensor, group: int, grids: list[tuple[int, Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _encode(weight: Tensor, group: int, grids: list[_Choice]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes uint8 (O, I), 8-bit scales (O, N), grids uint8 (O, N) and steps fp32 (O,) of some rows."""
     parts = grouped(weight, group)
     choices = [_best_grid(part, grids) for part in parts]
@@ -123,36 +140,39 @@ def _encode(
     return torch.cat(codes, dim=1), rounded.to(torch.uint8), types, steps
 
 
-def _best_grid(part: Tensor, grids: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _best_grid(part: Tensor, grids: list[_Choice]) -> tuple[Tensor, Tensor]:
     """The scale (O, N) and the number uint8 (O, N) of the grid with the least squared error."""
     largest = part.abs().amax(dim=2)
     best = torch.full_like(largest, torch.inf)
-    best_scale, best_type = torch.zeros_like(largest), torch.zeros_like(largest, dtype=torch.uint8)
-    for number, values, _ in grids:
-        scale = largest / values.abs().max()
-        error = (_nearest(part, scale[..., None], values) - part).square().mean(dim=2)
+    # Where squares are above what fp32 holds, the first grid.
+    best_scale = largest / grids[0].largest
+    best_type = torch.full_like(largest, grids[0].number, dtype=torch.uint8)
+    halves: dict[float, Tensor] = {}
+    for grid in grids:
+        scale = largest / grid.largest
+        if grid.largest not in halves:
+            halves[grid.largest] = _halves(part, scale[..., None])
+        nearest = grid.values.index_select(0, halves[grid.largest]).view(part.shape)
+        error = nearest.mul_(scale[..., None]).sub_(part).square_().mean(dim=2)
         is_better = error < best
         best = torch.where(is_better, error, best)
         best_scale = torch.where(is_better, scale, best_scale)
-        best_type = torch.where(is_better, number, best_type)
+        best_type = torch.where(is_better, grid.number, best_type)
     return best_scale, best_type
 
 
-def _indices(part: Tensor, scale: Tensor, values: Tensor) -> Tensor:
-    """Index of the nearest of `values` times scale; a tie goes to the lower value."""
-    ratio = part / torch.where(scale > 0, scale, 1.0)
-    return torch.bucketize(ratio.contiguous(), (values[1:] + values[:-1]) / 2)
+def _halves(part: Tensor, scale: Tensor) -> Tensor:
+    """The number of the half step that each weight over its scale lies in, int32 (O * N * W,); that of 0 where the scale is 0."""
+    ratio = part / torch.where(scale > 0, scale, torch.inf)
+    halves = ratio.mul_(2).ceil_().clamp_(-_MOST_HALVES, _MOST_HALVES)
+    return halves.add_(_MOST_HALVES).to(torch.int32).flatten()
 
 
-def _nearest(part: Tensor, scale: Tensor, values: Tensor) -> Tensor:
-    return values[_indices(part, scale, values)] * scale
-
-
-def _codes(part: Tensor, scale: Tensor, types: Tensor, grids: list[tuple[int, Tensor, Tensor]]) -> Tensor:
+def _codes(part: Tensor, scale: Tensor, types: Tensor, grids: list[_Choice]) -> Tensor:
     """Codes uint8 (O, N, W) in the grid that each group has; where the scale is 0, the code of 0."""
-    codes = torch.zeros_like(part, dtype=torch.uint8)
-    for number, values, code_of in grids:
-        zero = code_of[values == 0]
-        found = torch.where(scale > 0, code_of[_indices(part, scale, values)], zero)
-        codes = torch.where((types == number)[..., None], found, codes)
-    return codes
+    count = 2 * _MOST_HALVES + 1
+    starts = torch.zeros(4, dtype=torch.int32)
+    for index, grid in enumerate(grids):
+        starts[grid.number] = index * count
+    halves = _halves(part, scale).view(part.shape) + starts[types.long()][..., None]
+    return torch.cat([grid.codes for grid in grids]).index_select(0, halves.flatten()).view(part.shape)

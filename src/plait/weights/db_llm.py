@@ -31,7 +31,7 @@ from plait.errors import ConfigError
 from plait.weights.coded import GRIDS, Coded, from_groups, group_sizes, grouped, half
 from plait.weights.decoupleq import best_pairs, output_errors
 from plait.weights.format import WeightFormat, check_matrix
-from plait.weights.gptq import damped, needed, with_feedback
+from plait.weights.gptq import Moments, moments, with_feedback
 from plait.weights.stats import Stats
 from plait.weights.uniform import Group, coded_bits
 
@@ -97,18 +97,19 @@ class DBLLM(WeightFormat, name="db-llm"):
         )
         if self.start != "calibrated":
             return packed_planes(nearest_planes(weight, scales, self.group), scales, self.group)
-        hessian = damped(needed(f"{self} (start=calibrated)", stats).hessian, self.damping)
-        codes = self._chosen(weight, scales, hessian)
+        inputs = moments(f"{self} (start=calibrated)", stats, self.damping)
+        hessian = inputs.hessian
+        codes = self._chosen(weight, scales, inputs)
         loss = output_errors(plane_values(codes, scales, self.group) - weight, hessian)
         for number in range(self.rounds):
             if number:
-                found = self._chosen(weight, scales, hessian)
+                found = self._chosen(weight, scales, inputs)
                 codes, scales, loss = self._kept(weight, hessian, (codes, scales, loss), (found, scales))
             solved = best_scales(weight, codes, scales, hessian, self.group)
             codes, scales, loss = self._kept(weight, hessian, (codes, scales, loss), (codes, solved))
         return packed_planes(codes, scales, self.group)
 
-    def _chosen(self, weight: Tensor, scales: PlaneScales, hessian: Tensor) -> Tensor:
+    def _chosen(self, weight: Tensor, scales: PlaneScales, inputs: Moments) -> Tensor:
         """Planes with the error of each column made up for by later ones."""
         size = self.group or max(1, weight.shape[1])
         high, low = scales.high.t().contiguous(), scales.low.t().contiguous()
@@ -118,7 +119,7 @@ class DBLLM(WeightFormat, name="db-llm"):
             b1, b2 = _planes(rest, a1, a2)
             return 2 * b1.to(torch.uint8) + b2.to(torch.uint8), b1 * a1 + b2 * a2
 
-        return with_feedback(weight, hessian, nearest)
+        return with_feedback(weight, inputs.feedback(), nearest)
 
     def _kept(
         self,

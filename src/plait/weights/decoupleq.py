@@ -21,9 +21,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from plait.weights.coded import Coded, group_sizes
+from plait.weights.coded import Coded, group_sizes, grouped
 from plait.weights.format import BlockRun, Linear, Packed, Stacked, check_matrix
-from plait.weights.gptq import codes_with_feedback, damped, needed
+from plait.weights.gptq import Moments, codes_with_feedback, moments
 from plait.weights.stats import Stats
 from plait.weights.uniform import Group, Levels, UniformFormat
 
@@ -34,6 +34,8 @@ _SYSTEM_BYTES = 64 << 20
 # A scale is kept at least this large, relative to the row's root mean square: zeros must fit in fp16.
 _LEAST_SCALE = 1e-4
 _SETTLED = 1e-4
+# Columns of a symmetric matrix, or of its factor, that are multiplied together.
+_COLUMNS_AT_ONCE = 192
 _CLIPPING = tuple(1 - i / 20 for i in range(1, 16))
 
 
@@ -72,20 +74,21 @@ class DecoupleQ(UniformFormat, name="decoupleq"):
     def pack(self, weight: Tensor, stats: Stats | None = None) -> Coded:
         check_matrix(self.name, weight)
         weight = weight.detach().float()
-        hessian = damped(needed(self.name, stats).hessian, self.damping)
+        inputs = moments(self.name, stats, self.damping)
+        hessian = inputs.hessian
         levels = self.levels(weight)
-        codes = self._integers(weight, levels, hessian)
+        codes = self._integers(weight, levels, inputs)
         loss = row_losses(weight, codes, levels, hessian, self.group)
         for number in range(1, self.rounds):
             if number == 1:
-                start = self._clipped(weight, hessian)
+                start = self._clipped(weight, inputs)
                 start_codes = self.nearest(weight, start)
                 start = best_levels(weight, start_codes, hessian, self.group)
-                found = self._integers(weight, start, hessian)
+                found = self._integers(weight, start, inputs)
                 codes, levels, loss, _ = self._kept(weight, hessian, (codes, levels, loss), (found, start))
                 improved = 1.0
             else:
-                found = self._integers(weight, levels, hessian)
+                found = self._integers(weight, levels, inputs)
                 codes, levels, loss, improved = self._kept(
                     weight, hessian, (codes, levels, loss), (found, levels)
                 )
@@ -98,17 +101,18 @@ class DecoupleQ(UniformFormat, name="decoupleq"):
             codes, levels, _, _ = self._kept(weight, hessian, (codes, levels, loss), (codes, solved))
         return self.packed(codes, levels)
 
-    def _integers(self, weight: Tensor, levels: Levels, hessian: Tensor) -> Tensor:
-        return codes_with_feedback(weight, levels, hessian, self.bits, self.group)
+    def _integers(self, weight: Tensor, levels: Levels, inputs: Moments) -> Tensor:
+        return codes_with_feedback(weight, levels, inputs.feedback(), self.bits, self.group)
 
-    def _clipped(self, weight: Tensor, hessian: Tensor) -> Levels:
+    def _clipped(self, weight: Tensor, inputs: Moments) -> Levels:
         """Levels between the extremes of each group, shrunk by the factor that is best for the row."""
         full = self.levels(weight)
-        best = row_losses(weight, self.nearest(weight, full), full, hessian, self.group)
+        best = torch.full((len(weight),), torch.inf)
         scale = full.scale
-        for factor in _CLIPPING:
+        for factor in (1.0, *_CLIPPING):
             levels = Levels(full.scale * factor, full.zero)
-            loss = row_losses(weight, self.nearest(weight, levels), levels, hessian, self.group)
+            change = _change(weight, self.nearest(weight, levels), levels, self.group)
+            loss = _rough_losses(change, inputs.lower)
             is_better = loss < best
             best = torch.where(is_better, loss, best)
             scale = torch.where(is_better[:, None], levels.scale, scale)
@@ -169,15 +173,37 @@ class DecoupleQ(UniformFormat, name="decoupleq"):
 
 def row_losses(weight: Tensor, codes: Tensor, levels: Levels, hessian: Tensor, group: int) -> Tensor:
     """(v - b)^T H (v - b) of each row, (O,) fp64."""
-    sizes = torch.tensor(group_sizes(weight.shape[1], group))
-    scale, zero = (numbers.repeat_interleave(sizes, dim=1) for numbers in levels)
-    return output_errors(scale * (codes.float() - zero) - weight, hessian)
+    return output_errors(_change(weight, codes, levels, group), hessian)
 
 
 def output_errors(change: Tensor, hessian: Tensor) -> Tensor:
-    """D^T H D of each row of a change (O, I), (O,) fp64."""
+    """D^T H D of each row of a change (O, I), (O,) fp64; H is symmetric."""
     change = change.double()
-    return ((change @ hessian) * change).sum(dim=1)
+    errors = change.new_zeros(len(change))
+    for start in range(0, len(hessian), _COLUMNS_AT_ONCE):
+        stop = start + _COLUMNS_AT_ONCE
+        # What lies below the diagonal is what lies above it.
+        pulled = change[:, start:stop] @ hessian[start:stop, start:]
+        pulled[:, _COLUMNS_AT_ONCE:] *= 2
+        errors += pulled.mul_(change[:, start:]).sum(dim=1)
+    return errors
+
+
+def _rough_losses(change: Tensor, lower: Tensor) -> Tensor:
+    """D^T H D of each row in fp32, (O,), with H = `lower` times its transpose; to choose where to start."""
+    losses = torch.zeros(len(change))
+    for start in range(0, len(lower), _COLUMNS_AT_ONCE):
+        # Above the diagonal there are zeros.
+        part = change[:, start:] @ lower[start:, start : start + _COLUMNS_AT_ONCE]
+        losses += part.square_().sum(dim=1)
+    return losses
+
+
+def _change(weight: Tensor, codes: Tensor, levels: Levels, group: int) -> Tensor:
+    """What a matrix of these codes and levels differs by, fp32 (O, I)."""
+    sizes = torch.tensor(group_sizes(weight.shape[1], group))
+    scale, zero = (numbers.repeat_interleave(sizes, dim=1) for numbers in levels)
+    return (codes.float() - zero).mul_(scale).sub_(weight)
 
 
 def best_levels(weight: Tensor, codes: Tensor, hessian: Tensor, group: int) -> Levels:
@@ -258,24 +284,15 @@ def _solved(
     ridge: Tensor,
     pull: Tensor | None,
 ) -> Tensor:
-    sizes = group_sizes(weight.shape[1], group)
-    rows, count = weight.shape[0], len(sizes)
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    spans = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    system = weight.new_empty(rows, 2 * count, 2 * count)
-    right = weight.new_empty(rows, 2 * count)
     wanted = weight @ hessian
-    for j, span in enumerate(spans):
-        right[:, j] = (first[:, span] * wanted[:, span]).sum(dim=1)
-        right[:, count + j] = (second[:, span] * wanted[:, span]).sum(dim=1)
-        with_first = first[:, span] @ hessian[span]  # (O, I): H times `first` on group j
-        with_second = second[:, span] @ hessian[span]
-        for k, other in enumerate(spans):
-            system[:, j, k] = (with_first[:, other] * first[:, other]).sum(dim=1)
-            system[:, j, count + k] = (with_first[:, other] * second[:, other]).sum(dim=1)
-            system[:, count + j, k] = (with_second[:, other] * first[:, other]).sum(dim=1)
-            system[:, count + j, count + k] = (with_second[:, other] * second[:, other]).sum(dim=1)
-    system = (system + system.transpose(1, 2)) / 2 + torch.diag_embed(ridge)
+    right = torch.cat([_group_sums(part * wanted, group) for part in (first, second)], dim=1)
+    crossed = _products(first, second, hessian, group)
+    ones = _products(first, first, hessian, group)
+    others = _products(second, second, hessian, group).expand_as(ones)
+    system = torch.cat(
+        [torch.cat([ones, crossed], dim=2), torch.cat([crossed.transpose(1, 2), others], dim=2)], dim=1
+    )
+    system.diagonal(dim1=1, dim2=2).add_(ridge)
     if pull is not None:
         right = right + pull
     found, failed = torch.linalg.solve_ex(system, right[..., None])
@@ -286,6 +303,27 @@ def _solved(
         )
         found = torch.where((failed != 0)[:, None, None], torch.linalg.solve(system, right[..., None]), found)
     return found[..., 0]
+
+
+def _products(first: Tensor, second: Tensor, hessian: Tensor, group: int) -> Tensor:
+    """f^T H s for f a row of `first` on group j and s the same row of `second` on group k, fp64 (O, j, k)."""
+    size = group or max(1, first.shape[1])
+    starts = range(0, first.shape[1], size)
+    if len(second) == 1 < len(first):
+        pulled = _group_sums(hessian * second, group)
+        return torch.stack([first[:, at : at + size] @ pulled[at : at + size] for at in starts], dim=1)
+    found = first.new_zeros(len(first), len(starts), len(starts))
+    for index, at in enumerate(starts):
+        # Of a symmetric result, half is computed.
+        begin = at if first is second else 0
+        pulled = first[:, at : at + size] @ hessian[at : at + size, begin:]
+        found[:, index, begin // size :] = _group_sums(pulled.mul_(second[:, begin:]), group)
+    return found + found.triu(1).transpose(1, 2) if first is second else found
+
+
+def _group_sums(numbers: Tensor, group: int) -> Tensor:
+    """Sums over the columns of each group, (O, I) -> (O, G)."""
+    return torch.cat([part.sum(dim=2) for part in grouped(numbers, group)], dim=1)
 
 
 class _Tunable(Packed):

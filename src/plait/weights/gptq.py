@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import cached_property
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,9 +22,18 @@ from plait.errors import ConfigError
 from plait.weights.coded import Coded
 from plait.weights.format import check_matrix
 from plait.weights.stats import Stats
-from plait.weights.uniform import Group, Levels, UniformFormat, round_half_up
+from plait.weights.uniform import Group, Levels, UniformFormat
 
-__all__ = ["GPTQ", "codes_with_feedback", "damped", "inverse_factor", "needed"]
+__all__ = [
+    "GPTQ",
+    "Feedback",
+    "Moments",
+    "codes_with_feedback",
+    "damped",
+    "moments",
+    "needed",
+    "with_feedback",
+]
 
 # Columns whose errors reach the rest of the row together.
 _COLUMNS_AT_ONCE = 128
@@ -60,9 +70,9 @@ class GPTQ(UniformFormat, name="gptq"):
         check_matrix(self.name, weight)
         weight = weight.detach().float()
         levels = self.levels(weight)
-        hessian = damped(needed(self.name, stats).hessian, self.damping)
+        feedback = moments(self.name, stats, self.damping).feedback(self.order)
         codes = codes_with_feedback(
-            weight, levels, hessian, self.bits, self.group, lowest=int(self.symmetric), order=self.order
+            weight, levels, feedback, self.bits, self.group, lowest=int(self.symmetric)
         )
         return self.packed(codes, levels)
 
@@ -88,82 +98,122 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return hessian
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse, with more damping by tens until there is one; (I, I) fp64."""
+class Feedback(NamedTuple):
+    """How the error of a column is made up for.
+
+    Attributes:
+        order: in which columns are taken, int64 (I,).
+        upper: the upper Cholesky factor of the inverse second moments in that order, fp32 (I, I).
+    """
+
+    order: Tensor
+    upper: Tensor
+
+
+class Moments:
+    """Damped second moments of inputs, and what is made of them for every matrix that reads these inputs.
+
+    Args:
+        hessian: (I, I) fp64.
+    """
+
+    def __init__(self, hessian: Tensor) -> None:
+        self.hessian = hessian
+        self._feedbacks: dict[str, Feedback] = {}
+
+    def feedback(self, order: str = "activation") -> Feedback:
+        """For columns with large inputs first, or in `natural` order.
+
+        Raises:
+            ConfigError: the moments have no Cholesky factor.
+        """
+        if order not in self._feedbacks:
+            taken = (
+                torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
+                if order == "activation"
+                else torch.arange(len(self.hessian))
+            )
+            inverse = _factored(self.hessian[taken][:, taken], _inverse_factor).float()
+            self._feedbacks[order] = Feedback(taken, inverse)
+        return self._feedbacks[order]
+
+    @cached_property
+    def lower(self) -> Tensor:
+        """The lower Cholesky factor, fp32 (I, I): D^T H D is the square of D^T times it."""
+        return _factored(self.hessian, torch.linalg.cholesky_ex).float()
+
+
+def moments(name: str, stats: Stats | None, damping: float) -> Moments:
+    """The damped moments of the statistics that the format `name` was promised."""
+    known = needed(name, stats)
+    return known.derived(("moments", damping), lambda: Moments(damped(known.hessian, damping)))
+
+
+def _inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if failed:
+        return lower, failed
+    factor: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return factor
+
+
+def _factored(hessian: Tensor, factor: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """A Cholesky factor, with more damping by tens until there is one; (I, I) fp64."""
     mean = hessian.diagonal().mean()
     for power in range(-2, 3):
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        found, failed = factor(hessian)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
+            return found
         hessian = hessian.clone()
         hessian.diagonal().add_(10.0**power * mean)
     raise ConfigError("The second moments of the inputs have no Cholesky factor. Give more calibration text.")
 
 
 def codes_with_feedback(
-    weight: Tensor,
-    levels: Levels,
-    hessian: Tensor,
-    bits: int,
-    group: int,
-    *,
-    lowest: int = 0,
-    order: str = "activation",
+    weight: Tensor, levels: Levels, feedback: Feedback, bits: int, group: int, *, lowest: int = 0
 ) -> Tensor:
     """Codes in given evenly spaced levels: Algorithm 1 of the paper, uint8 (O, I).
 
     Args:
         weight: (O, I) fp32.
-        hessian: damped second moments, (I, I) fp64.
         lowest: smallest code.
-        order: `activation` or `natural`.
     """
     size, highest = group or max(1, weight.shape[1]), (1 << bits) - 1
     # A group of columns in one piece.
     scales, zeros = levels.scale.t().contiguous(), levels.zero.t().contiguous()
-    safe = torch.where(scales == 0, 1.0, scales)
+    safe = torch.where(scales == 0, 1.0, scales).unbind()
+    scale_of, zero_of = scales.unbind(), zeros.unbind()
 
     def nearest(column: int, rest: Tensor) -> tuple[Tensor, Tensor]:
         at = column // size
-        chosen = round_half_up(rest / safe[at] + zeros[at]).clamp_(lowest, highest)
-        return chosen.to(torch.uint8), scales[at] * (chosen - zeros[at])
+        # Halves go up, as in `round_half_up`.
+        chosen = (rest / safe[at]).add_(zero_of[at]).add_(0.5).floor_().clamp_(lowest, highest)
+        return chosen.to(torch.uint8), chosen.sub_(zero_of[at]).mul_(scale_of[at])
 
-    return with_feedback(weight, hessian, nearest, order)
+    return with_feedback(weight, feedback, nearest)
 
 
 def with_feedback(
-    weight: Tensor,
-    hessian: Tensor,
-    nearest: Callable[[int, Tensor], tuple[Tensor, Tensor]],
-    order: str = "activation",
+    weight: Tensor, feedback: Feedback, nearest: Callable[[int, Tensor], tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Codes column by column, the error of each made up for by those that follow; uint8 (O, I).
 
     Args:
         weight: (O, I) fp32.
-        hessian: damped second moments, (I, I) fp64.
         nearest: gives for a column and what is wanted there (O,) the codes, uint8, and the values they stand for.
-        order: `activation` or `natural`.
     """
     columns = weight.shape[1]
-    taken = (
-        torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        if order == "activation"
-        else torch.arange(columns)
-    )
-    upper = inverse_factor(hessian[taken][:, taken]).float()
+    taken, upper = feedback
     rest = weight[:, taken].t().contiguous()  # (I, O): a column of the matrix lies in one piece
-    numbers = taken.tolist()
+    numbers, own = taken.tolist(), upper.diagonal().tolist()
     codes = torch.empty_like(rest, dtype=torch.uint8)
     for start in range(0, columns, _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, columns)
-        errors = torch.zeros(stop - start, weight.shape[0])
+        errors = torch.empty(stop - start, weight.shape[0])
         for index in range(start, stop):
-            codes[index], values = nearest(numbers[index], rest[index])
-            error = (rest[index] - values) / upper[index, index]
-            errors[index - start] = error
+            column, error = rest[index], errors[index - start]
+            codes[index], values = nearest(numbers[index], column)
+            torch.sub(column, values, out=error).div_(own[index])
             if index + 1 < stop:
                 rest[index + 1 : stop].addr_(upper[index, index + 1 : stop], error, alpha=-1)
         if stop < columns:

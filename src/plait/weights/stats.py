@@ -5,7 +5,8 @@ Shapes: N rows of activations, I input columns.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from plait.errors import ConfigError
 
 __all__ = ["NEEDS", "Stats"]
+
+T = TypeVar("T")
 
 # What a weight format may ask for.
 NEEDS = ("norms", "hessian", "block_io")
@@ -35,6 +38,7 @@ class Stats:
         self._squares = torch.zeros(columns, dtype=torch.float64)
         self._sizes = torch.zeros(columns, dtype=torch.float64)
         self._products = torch.zeros(columns, columns, dtype=torch.float64) if "hessian" in needs else None
+        self._derived: dict[Hashable, object] = {}
 
     def add(self, x: Tensor) -> None:
         """Count rows of activations, (..., I).
@@ -48,6 +52,7 @@ class Stats:
         rows = x.detach().reshape(-1, self.columns).float()
         if not torch.isfinite(rows).all():
             raise ConfigError("an activation is NaN or infinite")
+        self._derived.clear()
         self.tokens += rows.shape[0]
         self._squares += rows.double().square().sum(dim=0)
         self._sizes += rows.double().abs().sum(dim=0)
@@ -74,6 +79,12 @@ class Stats:
         if self._products is None:
             raise ConfigError("These statistics hold norms only. Ask for the hessian when they are made.")
         return self._products / self._count()
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, made once for all matrices that read these inputs; `key` says what it is."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]  # type: ignore[return-value]
 
     def divided(self, factors: Tensor) -> Stats:
         """What the sums would be of inputs that were divided by `factors` (I,)."""
