@@ -443,6 +443,18 @@ def test_a_session_that_refuses_something_stays_as_it_was(make_small: Make) -> N
     assert session.generate(max_new_tokens=4, ignore_end=True).tokens == _generate_ids(lm, ids, 4)
 
 
+def test_a_session_past_the_context_is_not_read(make_small: Make) -> None:
+    lm = make_small()
+    session = lm.session()
+    session.read("x" * 600)
+    with pytest.raises(CapacityError, match="context is 512"):
+        session.fork()
+    assert len(session.past) == 0
+    session.rewind(512)
+    session.fork()
+    assert len(session.past) == 512
+
+
 def test_nothing_uses_a_session_that_is_answering(make_small: Make) -> None:
     lm = make_small()
     session = lm.session()

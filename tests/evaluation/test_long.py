@@ -175,3 +175,14 @@ def test_a_memory_that_cannot_hold_a_case_says_so(lm: plait.LanguageModel, mater
         pass
     assert "context of 8192" in report.outcomes[outcome.key].refused
     assert report.summary()[0]["refused"]
+
+
+def test_files_without_text_are_refused(lm: plait.LanguageModel, tmp_path: Path) -> None:
+    files = [tmp_path / "a.md", tmp_path / "b.txt"]
+    for file in files:
+        file.write_text(" \n")
+    with pytest.raises(ConfigError, match=r"no text in .*b\.txt"):
+        Material.of_files(lm.tokenizer, files)
+    files[0].write_text("Some text.")
+    found = Material.of_files(lm.tokenizer, files)
+    assert len(found.prose(random.Random(1), 64)) >= 64

@@ -102,6 +102,7 @@ class Session:
 
         Raises:
             ConfigError: `count` is below 1.
+            CapacityError: what was read exceeds the model's context.
         """
         self._check_open()
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -383,6 +384,11 @@ class Session:
 
     def _feed(self) -> None:
         """Read what has not been read, so that forks share it."""
+        limit = self.lm.plan.longest(self.lm.model.config.max_positions)
+        if len(self.tokens) > limit:
+            raise CapacityError(
+                f"The session has {len(self.tokens)} tokens; the model's context is {limit}. Rewind it."
+            )
         self.lm.new_engine().read(self.tokens, self.past)
 
     def _go_back(self, length: int) -> None:

@@ -139,11 +139,15 @@ class Material:
                 packages.setdefault(str(file.parent), {})[file.name] = text
             else:
                 texts[str(file)] = text
+        if texts and not any(text.strip() for text in texts.values()):
+            raise ConfigError(
+                f"There is no text in {', '.join(texts)}. Give files with text, or none at all."
+            )
         return cls(tokenizer, texts or chapters(), packages or _library())
 
-    def prose(self, draw: random.Random, length: int, leave_out: str = "") -> list[int]:
+    def prose(self, draw: random.Random, length: int) -> list[int]:
         """At least so many ids of passages in random order, beginning over where there are too few."""
-        names = [name for name in self.texts if name != leave_out and self.texts[name].strip()]
+        names = [name for name in self.texts if self.texts[name].strip()]
         draw.shuffle(names)
         ids: list[int] = []
         while len(ids) < length:
