@@ -5,6 +5,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <tuple>
@@ -220,12 +222,26 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
         expect(of_layer.empty() || of_layer.back().segment <= segment, "visits that are not in the order of segments");
     };
 
-    const Table visit_table = table_of(visits, "visits", 6 + kStrandColumns);
+    // ... first and last visitor, what is added to the log-sum-exp, group, temper and share, numbers as bits of fp64
+    constexpr int64_t kStrandAt = 12;
+    const auto number_at = [](const int64_t& bits) {
+        double number;
+        std::memcpy(&number, &bits, sizeof number);
+        return float(number);
+    };
+    const Table visit_table = table_of(visits, "visits", kStrandAt + kStrandColumns);
     a.visits.resize(size_t(num_layers));
     for (int64_t i = 0; i < visit_table.rows; ++i) {
         const Mask mask = shown_of(visit_table, i);
         const int64_t layer = visit_table(i, 0), segment = visit_table(i, 1);
-        const int64_t* row = visit_table.data + i * visit_table.columns + 6;
+        const int64_t* row = visit_table.data + i * visit_table.columns;
+        const Run visitors{row[6], row[7]};
+        const Weight weight{number_at(row[8]), row[9], number_at(row[10]), number_at(row[11])};
+        row += kStrandAt;
+        expect(visitors.first >= 0 && visitors.last >= visitors.first, "a wrong run of visiting queries");
+        expect(std::isfinite(weight.added) && weight.group >= 0 && std::isfinite(weight.temper) && weight.temper > 0 &&
+                   std::isfinite(weight.share) && weight.share > 0,
+               "a visit with a wrong weight");
         const int64_t number = row[7], length = row[8] + row[10];
         expect(row[8] >= 0 && row[10] >= 0 && number >= 0 && number <= kCodedFormat, "a strand with a wrong length or format");
         if (number == kCodedFormat) {
@@ -240,6 +256,8 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
         auto& of_layer = a.visits[size_t(layer)];
         expect_order(of_layer, segment);
         of_layer.push_back({segment, visit_of(row, mask), visit_table(i, 2)});
+        of_layer.back().visit.visitors = visitors;
+        of_layer.back().visit.weight = weight;
     }
 
     // ... place, address of the index, candidates, address of their strands, most, address of the numbers found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import Memory, Past, Rows, Seen, check_pasts
+from plait.memory import Memory, Past, Rows, Seen, Strand, check_pasts
 from plait.nn.adapters import Adapter
 from plait.nn.config import TransformerConfig
 from plait.nn.layers import FeedForward, Norm
@@ -121,10 +121,10 @@ class Lowered:
     ) -> tuple[Tensor, Tensor | None] | None:
         """Hidden rows, normalised for the head, and their logits; None where the program does not apply.
 
-        It applies to causal, full and tree masks, and to memories of dense and coded strands on the CPU in
-        which every query of a segment sees what the segment's mask, a window or a least distance show. Policies
-        choose from strands inside the program, and are told what they observe behind it. Nothing is written where it
-        does not apply.
+        It applies to causal, full and tree masks, and to memories of dense and coded strands on the CPU, or groups of
+        them, in which a run of queries sees what the segment's mask, a window or a least distance show. Policies
+        choose from strands inside the program, and are told what they observe behind it. Nothing is written where it does
+        not apply.
 
         Args:
             tokens: (N,) int64 ids; None when `embeddings` (N, W) is given.
@@ -309,7 +309,12 @@ def _table(numbers: Sequence[int], columns: int) -> Tensor:
 
 def _is_plain(memory: object) -> bool:
     """Whether a memory has strands that the program can read."""
-    return isinstance(memory, Memory) and all(strand.layout is not None for strand in memory.held())
+    return isinstance(memory, Memory) and all(map(_has_place, memory.held()))
+
+
+def _has_place(strand: Strand) -> bool:
+    group = strand.group
+    return strand.layout is not None if group is None else all(map(_has_place, group.strands))
 
 
 def _projection(linear: Linear) -> Projection:

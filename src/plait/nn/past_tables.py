@@ -19,11 +19,13 @@ __all__ = ["CHOICE_COLUMNS", "OBSERVED_COLUMNS", "TARGET_COLUMNS", "VISIT_COLUMN
 
 _Numbers = npt.NDArray[np.int64]
 
-TARGET_COLUMNS, VISIT_COLUMNS, CHOICE_COLUMNS, OBSERVED_COLUMNS = 10, 17, 12, 5
+TARGET_COLUMNS, VISIT_COLUMNS, CHOICE_COLUMNS, OBSERVED_COLUMNS = 10, 23, 12, 5
 # Columns that change from one forward pass to the next: of targets, of all others, and of visits to tails.
 _AT, _TARGET_TABLE = 7, 9
 _SEGMENT, _TABLE = 1, 2
-_LENGTH = 16
+_LENGTH = 22
+# Stands for the end of a run of queries that reaches as far as there are any.
+_ALL = 2**62
 
 
 class Frame(NamedTuple):
@@ -50,7 +52,7 @@ class PastTables:
 
     Attributes:
         targets: (L, 10), the strand of each layer that new rows are written to.
-        visits: (V, 17), the strands that they visit, by layer and oldest first.
+        visits: (V, 23), the strands that they visit, by layer and oldest first.
         choices: (C, 12), what the rows choose from, by layer and place among its visits.
         observed: (O, 5), the layers that are told of their queries; addresses are left to the caller.
         frames: whose tables of angles they ask for; see `number`.
@@ -65,6 +67,8 @@ class PastTables:
         self._layers: list[_Layer] = []
         # Numbers of the layers, with their memories, that may want to be told of queries.
         self._observers: list[tuple[int, Memory]] = []
+        # What visits are made of, whose addresses the tables have.
+        self._visited: list[Strand] = []
         self._capacity = 0
         # Of each row of a table, its frame; and the visits to tails.
         self._target_frames: _Numbers = np.zeros(0, np.int64)
@@ -113,14 +117,18 @@ class PastTables:
                     choices.append(look.found.ctypes.data)
                     num_choices += 1
                     continue
-                place = look.strand.place
-                if place is None or look.queries is not None or look.log_weight:
-                    return None
-                if look.strand is memory.tail:
-                    tails.append(len(visit_frames))
-                offset = look.strand.offset if look.turned_at is None else look.turned_at
-                visit_frames.append(self._frame(rope, offset, look.turned_at is not None))
-                visits += (layer, 0, -1, look.window or 0, *kind, *place)
+                strands, weight = _weighed(look, len(visit_frames) + 1)
+                queries = look.queries or range(_ALL)
+                for strand in strands:
+                    place = strand.place
+                    if place is None:
+                        return None
+                    if strand is memory.tail:
+                        tails.append(len(visit_frames))
+                    offset = strand.offset if look.turned_at is None else look.turned_at
+                    visit_frames.append(self._frame(rope, offset, look.turned_at is not None))
+                    visits += (layer, 0, -1, look.window or 0, *kind, queries.start, queries.stop, *weight, *place)
+                self._visited += strands
             if memory.plan.may_observe:
                 self._observers.append((layer, memory))
             key = memory.plan.policy.visits_key(memory, segment)
@@ -206,6 +214,27 @@ def _kind_of(look: Visit | Choice, segment: Segment) -> tuple[int, int] | None:
         is_past = isinstance(look, Choice) or look.strand.position + len(look.strand) <= segment.position
         return (-1, mask.distance) if is_past else None
     return None
+
+
+def _weighed(look: Visit, number: int) -> tuple[list[Strand], tuple[int, int, int, int]]:
+    """The strands of a visit, and how it counts: what is added, its group, and the group's factors."""
+    group = look.strand.group
+    if group is None:
+        return [look.strand], (_bits(look.log_weight), 0, *_ONES)
+    return list(group.strands), (
+        _bits(look.log_weight / group.share),
+        number,
+        _bits(1 / group.temperature),
+        _bits(group.share),
+    )
+
+
+def _bits(number: float) -> int:
+    """The bits of a number in fp64."""
+    return int(np.float64(number).view(np.int64))
+
+
+_ONES = (_bits(1.0), _bits(1.0))
 
 
 def _rows(numbers: Sequence[int], columns: int) -> _Numbers:
