@@ -207,7 +207,9 @@ def main() -> None:
         print()
         return
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"{'memory':66} {'ms/token':>9} {'lowest':>8} {'speed':>6} {'native':>6} {'held MB':>8} {'off by':>8}")
+    print(
+        f"{'memory':66} {'ms/token':>9} {'lowest':>8} {'speed':>6} {'native':>6} {'held MB':>8} {'off by':>8}"
+    )
     for row in rows:
         print(
             f"{row['memory']:66} {row['ms_a_token']:9.2f} {row['lowest_ms']:8.2f} {row['speed_of_first']:6.2f} "

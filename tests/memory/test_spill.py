@@ -77,7 +77,10 @@ def test_native_code_reads_a_strand_where_the_file_is_mapped(spec: str) -> None:
         layouts.append(tuple(address - first for address in place[:2]))
         mapped = stored.mapped()
         assert mapped.data_ptr() == first
-        assert torch.equal(mapped[: strand.tensors()[0].nbytes].view(strand.tensors()[0].dtype), strand.tensors()[0].flatten())
+        assert torch.equal(
+            mapped[: strand.tensors()[0].nbytes].view(strand.tensors()[0].dtype),
+            strand.tensors()[0].flatten(),
+        )
         # What has left memory is read again.
         stored.rest()
         assert torch.equal(mapped, store.read(stored.where, stored.nbytes))

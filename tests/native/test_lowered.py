@@ -378,7 +378,9 @@ IN_A_FILE = f"{LOOKING_BACK},cached=3,cold=file"
 CODED = "gear:bits=8,group=16"
 
 
-@pytest.mark.parametrize("memory", [LOOKING_BACK, f"{LOOKING_BACK},{CODED}", IN_A_FILE, f"{IN_A_FILE},{CODED}"])
+@pytest.mark.parametrize(
+    "memory", [LOOKING_BACK, f"{LOOKING_BACK},{CODED}", IN_A_FILE, f"{IN_A_FILE},{CODED}"]
+)
 @pytest.mark.parametrize("kind", ["plain", "rich"])
 @torch.inference_mode()
 def test_blocks_are_looked_up_inside_the_program_as_by_the_modules(kind: str, memory: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plait.memory import Memory, Past, Policy, Rows, Segment, Visit
 from plait.memory.arrangements import ParallelGroup
-from plait.nn.lowered import Lowered
+from plait.nn.lowered import Lowered, lower
 from plait.nn.transformer import Transformer
 from plait.ops import Causal, Far, Tree
 
@@ -106,6 +106,31 @@ def test_branches_that_see_parts_of_the_past_have_the_bits_of_plain_decoding(mem
     fast(text, Rows([(70, 0)]), [plain])
     plain.commit()
     assert distance(found, fast(fed, Rows([(11, 70, tree)]), [plain])) <= SAME_MATRICES
+
+
+@torch.inference_mode()
+def test_a_first_piece_longer_than_the_window_is_read_by_the_program() -> None:
+    fast = model()
+    assert lower(fast)
+    program, tokens = fast.program, torch.randint(0, 101, (60,))
+    memory = "lm-infinite:local=16,initial=5"
+    left = []
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        assert program is not None
+        found = program(*arguments, **settings)
+        left.append(found is None)
+        return found
+
+    fast.program = watched
+    found = fast(tokens, Rows([(60, 0)]), [new_past(fast, memory)])
+    assert left == [False, False]
+    past = new_past(fast, memory)
+    for at in range(60):
+        assert torch.equal(fast(tokens[at : at + 1], Rows([(1, at)]), [past])[0], found[at])
+        past.commit()
+    fast.program = None
+    assert distance(found, fast(tokens, Rows([(60, 0)]), [new_past(fast, memory)])) <= SAME_MATRICES
 
 
 @dataclass(frozen=True, kw_only=True)

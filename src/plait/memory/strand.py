@@ -20,7 +20,16 @@ from plait.ops import Angles, DistanceBias, Mask, Partial, Rope, Scoring, rotate
 from plait.ops.coded import CODED, CodedForm
 from plait.ops.native import NUMBERS
 
-__all__ = ["DenseStrand", "FrozenStrand", "Group", "Heads", "HoldsTensors", "Layout", "Strand", "allocated_bytes"]
+__all__ = [
+    "DenseStrand",
+    "FrozenStrand",
+    "Group",
+    "Heads",
+    "HoldsTensors",
+    "Layout",
+    "Strand",
+    "allocated_bytes",
+]
 
 
 @dataclass(frozen=True, eq=False)

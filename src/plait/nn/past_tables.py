@@ -127,7 +127,17 @@ class PastTables:
                         tails.append(len(visit_frames))
                     offset = strand.offset if look.turned_at is None else look.turned_at
                     visit_frames.append(self._frame(rope, offset, look.turned_at is not None))
-                    visits += (layer, 0, -1, look.window or 0, *kind, queries.start, queries.stop, *weight, *place)
+                    visits += (
+                        layer,
+                        0,
+                        -1,
+                        look.window or 0,
+                        *kind,
+                        queries.start,
+                        queries.stop,
+                        *weight,
+                        *place,
+                    )
                 self._visited += strands
             if memory.plan.may_observe:
                 self._observers.append((layer, memory))
