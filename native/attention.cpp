@@ -35,13 +35,21 @@ Range visible_range(const Mask& mask, int64_t i, int64_t length) {
     return {clamp(low, 0, high), high};
 }
 
+// How far query `i` stands from a position, or from all of them.
+int64_t distance_of(const StrandVisit& visit, int64_t i, int64_t position) {
+    const Mask& mask = visit.mask;
+    if (visit.standing == Standing::distance) return visit.stands_at;
+    if (visit.standing == Standing::place) return visit.stands_at - position;
+    return mask.first_query + (mask.kind == MaskKind::tree ? mask.depths[i] : i) - position;
+}
+
 }  // namespace
 
 // What a chunk's visit points to, in a thread's scratch.
 struct AttentionPlan::Ready {
     Visit visit;
     float* q;
-    int64_t *low, *high;  // [piece][query]
+    int64_t *low, *high, *distance;  // [piece][query]
     Piece* pieces;
     DraftNodes* nodes;
 };
@@ -157,6 +165,7 @@ bool AttentionPlan::is_same(const PlanChunk& a, const PlanChunk& b) const {
         if (u.keys != w.keys || u.values != w.values || u.number != w.number || u.key_stride != w.key_stride) return false;
         if (u.value_stride != w.value_stride || u.key_head_stride != w.key_head_stride) return false;
         if (u.value_head_stride != w.value_head_stride) return false;
+        if ((u.standing == Standing::distance) != (w.standing == Standing::distance)) return false;
         if (u.weight.added != w.weight.added || u.weight.temper != w.weight.temper) return false;
         if (u.coded_keys != w.coded_keys || u.coded_values != w.coded_values) return false;
     }
@@ -260,7 +269,7 @@ void AttentionPlan::finish(AttentionScratch& room) {
     attend_numbers_ = round_up(attend_numbers_, kLanes);
     const int64_t ready = most_pieces_ * int64_t(sizeof(Piece) + sizeof(DraftNodes)) / int64_t(sizeof(float));
     scratch_numbers_ = round_up(attend_numbers_ + most_rows_ * padded_dim_ +
-                                    3 * fold_numbers(most_rows_) + ready + 4 * most_pieces_ * most_queries_, kLanes);
+                                    3 * fold_numbers(most_rows_) + ready + 6 * most_pieces_ * most_queries_, kLanes);
     const size_t scratch = sizeof(float) * size_t(scratch_numbers_) * size_t(threads_);
     if (room.scratch.size() < scratch) room.scratch = Buffer(scratch);
     if (room.folds.size() < sizeof(float) * size_t(folds)) room.folds = Buffer(sizeof(float) * size_t(folds));
@@ -275,7 +284,8 @@ void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_hea
     ready.q = base;
     ready.low = reinterpret_cast<int64_t*>(base + most_rows_ * padded_dim_);
     ready.high = ready.low + most_pieces_ * most_queries_;
-    ready.pieces = reinterpret_cast<Piece*>(ready.high + most_pieces_ * most_queries_);
+    ready.distance = ready.high + most_pieces_ * most_queries_;
+    ready.pieces = reinterpret_cast<Piece*>(ready.distance + most_pieces_ * most_queries_);
     ready.nodes = reinterpret_cast<DraftNodes*>(ready.pieces + most_pieces_);
     const Kernels& k = kernels();
     int64_t query = 0, num_pieces = 0;
@@ -298,6 +308,7 @@ void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_hea
                 const int64_t low = clamp(range.low - piece.first, 0, piece.count);
                 ready.low[p * most_queries_ + query] = low;
                 ready.high[p * most_queries_ + query] = clamp(range.high - piece.first, low, piece.count);
+                ready.distance[p * most_queries_ + query] = distance_of(visit, block.first_query + i, chunk.position);
             }
         }
     }
@@ -330,10 +341,15 @@ void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_hea
                            visit.number,
                            ready.low + p * most_queries_,
                            ready.high + p * most_queries_,
+                           ready.distance + p * most_queries_,
+                           visit.standing == Standing::distance ? 0 : 1,
                            piece.is_draft ? &ready.nodes[p] : nullptr};
     }
+    const float temper = visit_of(chunk).weight.temper;
     ready.visit = {ready.q,     query * group_, group_,         heads_.head_dim, heads_.value_dim, padded_dim_,
-                   padded_value_, heads_.softcap * visit_of(chunk).weight.temper, ready.pieces, num_pieces};
+                   padded_value_, heads_.softcap * temper,
+                   heads_.slopes == nullptr ? nullptr : heads_.slopes + kv_head * group_, temper, heads_.growth,
+                   ready.pieces,  num_pieces};
 }
 
 void AttentionPlan::attend(const Member* members, int64_t count, int64_t kv_head, float* scratch, Fold fold) const {

@@ -45,7 +45,13 @@ struct Weight {
 struct Heads {
     int64_t num_heads, num_kv_heads, head_dim, value_dim;
     float scale, softcap;  // softcap 0 for none
+    const float* slopes = nullptr;  // (num_heads): slope * growth[distance] is taken off a score; null for no bias
+    const float* growth = nullptr;  // at distance 0; as far to either side as distances reach
 };
+
+// How far queries stand from the keys of a visit, for a bias: each at its own place, all at one, or at one distance of all
+// keys.
+enum class Standing : int { own = 0, place = 1, distance = 2 };
 
 // One strand, and the queries of one segment in its frame.
 struct StrandVisit {
@@ -59,6 +65,8 @@ struct StrandVisit {
     Mask mask;
     Run visitors = {};  // the other queries do not make this visit
     Weight weight = {};
+    Standing standing = Standing::own;
+    int64_t stands_at = 0;  // the place, or the distance
     // Where the strand is stored in few bits; `keys` and `values` are not used then.
     const CodedNumbers* coded_keys = nullptr;
     const CodedNumbers* coded_values = nullptr;

@@ -8,6 +8,8 @@
 namespace plait {
 namespace {
 
+constexpr int64_t kReach = 2000;  // larger than any distance here
+
 // Coded keys or values with storage of their own, each array of exactly its size.
 struct CodedCase {
     CodedNumbers numbers;
@@ -104,10 +106,13 @@ void fuzz_attention() {
         mask.ancestors = ancestors.data();
     }
     const float softcap = pick(0, 1) ? 10.0f : 0.0f;
+    const bool is_biased = pick(0, 1) != 0;
+    const std::vector<float> slopes = numbers(heads), growth = numbers(2 * kReach + 1);
     compare("attention", queries * heads * (value_dim + 1), [&](float* out) {
         AttentionPlan plan;
         AttentionScratch room;
-        plan.reset({heads, kv_heads, dim, value_dim, 0.3f, softcap}, Pool::get().size());
+        plan.reset({heads, kv_heads, dim, value_dim, 0.3f, softcap, is_biased ? slopes.data() : nullptr, growth.data() + kReach},
+                   Pool::get().size());
         if (length > 0)
             plan.add_visit({q.data(), heads * dim, keys.data(), values.data(), capacity * dim, dim, capacity * value_dim,
                             value_dim, length, kind, mask});
@@ -136,10 +141,13 @@ void fuzz_coded() {
     visit.mask.first_shown = pick(0, visit.length);
     visit.coded_keys = &keys.numbers;
     visit.coded_values = &values.numbers;
+    const bool is_biased = pick(0, 1) != 0;
+    const std::vector<float> slopes = numbers(heads), growth = numbers(2 * kReach + 1);
     compare("coded attention", queries * heads * (value_dim + 1), [&](float* out) {
         AttentionPlan plan;
         AttentionScratch room;
-        plan.reset({heads, kv_heads, dim, value_dim, 0.05f, 0.0f}, Pool::get().size());
+        plan.reset({heads, kv_heads, dim, value_dim, 0.05f, 0.0f, is_biased ? slopes.data() : nullptr, growth.data() + kReach},
+                   Pool::get().size());
         plan.add_visit(visit);
         plan.add_segment({queries, 0, 1, out, heads * value_dim, out + queries * heads * value_dim});
         plan.finish(room);
@@ -147,12 +155,14 @@ void fuzz_coded() {
     });
 }
 
-// Several segments over strands that some of them share, cut at other places; visits of some of the queries, with weights
-// and in groups.
+// Several segments over strands that some of them share, cut at other places; visits of some of the queries, with weights,
+// in groups and with a bias.
 void fuzz_visits() {
     const int64_t group = pick(1, 4), kv_heads = pick(1, 2), heads = group * kv_heads, dim = pick(1, 70);
     const int64_t num_strands = pick(1, 4), num_segments = pick(1, 4);
     const float softcap = pick(0, 1) ? 10.0f : 0.0f;
+    const bool is_biased = pick(0, 1) != 0;
+    const std::vector<float> slopes = numbers(heads), growth = numbers(2 * kReach + 1);
     std::vector<std::vector<float>> keys, values, queries;
     std::vector<int64_t> lengths, firsts;
     for (int64_t i = 0; i < num_strands; ++i) {
@@ -200,6 +210,8 @@ void fuzz_visits() {
                 visit.visitors.last = visit.visitors.first + pick(0, 30);
             }
             visit.weight = weight;
+            visit.standing = Standing(pick(0, 2));
+            visit.stands_at = pick(0, 900);
             if (visit.length > 0) asking.visits.push_back(visit);
         }
         segments.push_back(asking);
@@ -207,7 +219,8 @@ void fuzz_visits() {
     compare("visits", total * heads * (dim + 1), [&](float* out) {
         AttentionPlan plan;
         AttentionScratch room;
-        plan.reset({heads, kv_heads, dim, dim, 0.2f, softcap}, Pool::get().size());
+        plan.reset({heads, kv_heads, dim, dim, 0.2f, softcap, is_biased ? slopes.data() : nullptr, growth.data() + kReach},
+                   Pool::get().size());
         float* lse = out + total * heads * dim;
         for (const Asking& asking : segments) {
             const int64_t first = plan.num_visits();

@@ -14,6 +14,7 @@ from plait.engine.context_store import fingerprint
 from plait.errors import ConfigError, IncompatibleError
 from plait.memory import Memory, MemoryPlan, Past, Policy, Rows, Segment, Visit
 from plait.nn.config import BlockConfig, FeedForwardConfig, NormConfig, TransformerConfig
+from plait.nn.distance_bias import DistanceBiasConfig
 from plait.nn.lowered import Lowered, lower, obstacle
 from plait.nn.mixers.attention import AttentionConfig
 from plait.nn.parameters import RandomParameters
@@ -30,12 +31,17 @@ pytestmark = switched_off
 TOLERANCE = 0.03
 
 
-def model(kind: str = "plain", format: WeightFormat | None = None, **changes: Any) -> Transformer:
+def model(
+    kind: str = "plain",
+    format: WeightFormat | None = None,
+    bias: DistanceBiasConfig | None = None,
+    **changes: Any,
+) -> Transformer:
     is_rich = kind == "rich"
     mixers = [
         AttentionConfig(
             num_heads=4, num_kv_heads=2, head_dim=32, rope=RopeConfig(dim=32 if not is_rich else 16),
-            qkv_bias=is_rich, output_bias=is_rich, qk_norm=is_rich, softcap=20.0 if is_rich else None, window=window,
+            distance_bias=bias, qkv_bias=is_rich, output_bias=is_rich, qk_norm=is_rich, softcap=20.0 if is_rich else None, window=window,
         )
         for window in ((None, 6) if is_rich else (None, None))
     ]  # fmt: skip
