@@ -1,8 +1,9 @@
-"""Does a token cost more when the past is stored in few bits?
+"""Does a token cost more when the past is stored in few bits, or seen in parts?
 
 SmolLM2-135M-Instruct (4-bit weights, one native call a token) decodes behind a past of Python's manual, which is read
 once and stored in every memory. The memories take turns; numbers are medians over rounds. Before anything is timed,
 each memory's native attention is compared with the torch form of what it stores; no speed is printed where they differ.
+`native` is the share of tokens that the one native call answered.
 
     python bench/compressed_decode.py
     python bench/compressed_decode.py --tokens 2000 --rounds 3 --only dense,gear:bits=4 --json
@@ -17,6 +18,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +27,7 @@ from plait import LanguageModel, load
 from plait.claims.machine import memory_bandwidth
 from plait.claims.texts import token_runs
 from plait.memory import FrozenStrand, MemoryPlan, Past, Rows
+from plait.nn.transformer import Program
 from plait.ops import Everything, native
 
 MEMORIES = [
@@ -38,6 +41,15 @@ MEMORIES = [
     "saq:steps=64@16/rest@4",
     "think:ratio=0.4",
     "think:ratio=0.4,gear:bits=4",
+    "window:size=1024",
+    "lm-infinite",
+    "lm-infinite:style=streaming",
+    "infllm:local=512,initial=64,block=64,topk=10",
+    "infllm:local=512,initial=64,block=64,topk=10,gear:bits=4",
+    "infllm:local=512,initial=64,block=64,topk=10,cold=file",
+    "infllm:local=512,initial=64,block=64,topk=10,cold=file,gear:bits=4",
+    "prflash",
+    "prflash:mode=bernoulli,correct=true",
 ]
 # Last tokens of the past that the model itself reads, so that codecs see queries.
 READ = 64
@@ -59,7 +71,7 @@ def exact_past(
     for strands in tails:
         plain = [strand for strand in strands if isinstance(strand, FrozenStrand)]
         keys, values = (torch.cat([getattr(s, name) for s in plain], dim=1) for name in ("keys", "values"))
-        layers.append((keys.transpose(0, 1).clone(), values.transpose(0, 1).clone()))
+        layers.append((keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous()))
     if stored is not None:
         named = [
             (f"{i}.{name}", t)
@@ -83,6 +95,25 @@ def filled(
         lm.model.answer(torch.tensor(ids[written:]), rows, [past], wanted=torch.tensor([READ - 1]))
         past.commit()
     return past
+
+
+class Counted:
+    """A program that counts the passes that it answers and those that it leaves to the modules."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.answered, self.left = program, 0, 0
+
+    def __call__(self, *arguments: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        found = self.program(*arguments, **settings)
+        self.answered += found is not None
+        self.left += found is None
+        return found
+
+    def share(self) -> float:
+        """Of the passes since it was last asked, those that it answered."""
+        answered, total = self.answered, self.answered + self.left
+        self.answered = self.left = 0
+        return answered / max(total, 1)
 
 
 def error(past: Past) -> float:
@@ -120,6 +151,8 @@ def main() -> None:
         raise SystemExit("This measures the native operations; unset PLAIT_NATIVE.")
     torch.set_num_threads(native.extension().threads())
     lm = load("smollm2")
+    assert lm.model.program is not None
+    lm.model.program = counted = Counted(lm.model.program)
     (ids,) = token_runs(lm.tokenizer, [options.tokens])
     layers = exact_past(lm, ids, options.prompt_file)
     names = options.only.split(";") if options.only else MEMORIES
@@ -129,6 +162,8 @@ def main() -> None:
         if off > TOLERANCE:
             raise SystemExit(f"{name}: native attention is off by {off:.2g}; no speed is reported")
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    shares: dict[str, float] = {}
+    counted.share()
     with torch.inference_mode():
         for number in range(options.rounds + 1):
             for name in names[:: 1 if number % 2 else -1]:
@@ -140,6 +175,7 @@ def main() -> None:
                     past.commit()
                 if number:
                     seconds[name].append((time.perf_counter() - start) / options.steps)
+                shares[name] = counted.share()
                 past.truncate(options.tokens)
     rows = []
     for name in names:
@@ -152,6 +188,7 @@ def main() -> None:
                 "ms_a_token": median * 1e3,
                 "lowest_ms": min(seconds[name]) * 1e3,
                 "speed_of_first": statistics.median(ratios),
+                "native": shares[name],
                 "held_mb": held / 1e6,
                 "gb_s_of_past": held / median / 1e9,
                 "off_by": errors[name],
@@ -170,11 +207,13 @@ def main() -> None:
         print()
         return
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"{'memory':32} {'ms/token':>9} {'lowest':>8} {'speed':>6} {'held MB':>8} {'off by':>8}")
+    print(
+        f"{'memory':66} {'ms/token':>9} {'lowest':>8} {'speed':>6} {'native':>6} {'held MB':>8} {'off by':>8}"
+    )
     for row in rows:
         print(
-            f"{row['memory']:32} {row['ms_a_token']:9.2f} {row['lowest_ms']:8.2f} {row['speed_of_first']:6.2f} "
-            f"{row['held_mb']:8.1f} {row['off_by']:8.1e}"
+            f"{row['memory']:66} {row['ms_a_token']:9.2f} {row['lowest_ms']:8.2f} {row['speed_of_first']:6.2f} "
+            f"{row['native']:6.2f} {row['held_mb']:8.1f} {row['off_by']:8.1e}"
         )
 
 

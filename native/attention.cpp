@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <tuple>
 
@@ -34,13 +35,21 @@ Range visible_range(const Mask& mask, int64_t i, int64_t length) {
     return {clamp(low, 0, high), high};
 }
 
+// How far query `i` stands from a position, or from all of them.
+int64_t distance_of(const StrandVisit& visit, int64_t i, int64_t position) {
+    const Mask& mask = visit.mask;
+    if (visit.standing == Standing::distance) return visit.stands_at;
+    if (visit.standing == Standing::place) return visit.stands_at - position;
+    return mask.first_query + (mask.kind == MaskKind::tree ? mask.depths[i] : i) - position;
+}
+
 }  // namespace
 
 // What a chunk's visit points to, in a thread's scratch.
 struct AttentionPlan::Ready {
     Visit visit;
     float* q;
-    int64_t *low, *high;  // [piece][query]
+    int64_t *low, *high, *distance;  // [piece][query]
     Piece* pieces;
     DraftNodes* nodes;
 };
@@ -61,7 +70,8 @@ void AttentionPlan::add_piece(size_t first_chunk, const PlanPiece& piece, int64_
         const PlanPiece& last = pieces_.back();
         const bool is_coded = is_coded_piece(last) || is_coded_piece(piece);
         const bool is_behind = piece.is_draft || (!last.is_draft && piece.slot >= last.slot + last.count);
-        if (!is_coded && is_behind && visits_[size_t(last.visit)].q == visits_[size_t(piece.visit)].q) {
+        const StrandVisit &before = visits_[size_t(last.visit)], &visit = visits_[size_t(piece.visit)];
+        if (!is_coded && is_behind && before.q == visit.q && before.weight == visit.weight) {
             pieces_.push_back(piece);
             chunks_.back().last_piece = int64_t(pieces_.size());
             return;
@@ -71,10 +81,24 @@ void AttentionPlan::add_piece(size_t first_chunk, const PlanPiece& piece, int64_
     chunks_.push_back({int64_t(pieces_.size()) - 1, int64_t(pieces_.size()), position});
 }
 
-void AttentionPlan::cut_into_chunks(const SegmentQueries& segment) {
+// Between two neighbours of `borders_` all queries of a segment make the same visits.
+void AttentionPlan::find_borders(const SegmentQueries& segment) {
+    const auto inside = [&](int64_t query) { return clamp(query, 0, segment.num_queries); };
+    borders_ = {0, segment.num_queries};
+    for (int64_t v = segment.first_visit; v < segment.last_visit; ++v) {
+        borders_.push_back(inside(visits_[size_t(v)].visitors.first));
+        borders_.push_back(inside(visits_[size_t(v)].visitors.last));
+    }
+    std::sort(borders_.begin(), borders_.end());
+    borders_.erase(std::unique(borders_.begin(), borders_.end()), borders_.end());
+}
+
+// The chunks that some queries of a segment see, which all make the same visits.
+void AttentionPlan::cut_into_chunks(const SegmentQueries& segment, Run queries) {
     const size_t first_chunk = chunks_.size();
     for (int64_t v = segment.first_visit; v < segment.last_visit; ++v) {
         const StrandVisit& visit = visits_[size_t(v)];
+        if (visit.visitors.first > queries.first || visit.visitors.last < queries.last) continue;
         const Mask& mask = visit.mask;
         const bool is_tree = mask.kind == MaskKind::tree;
         const int64_t run = is_tree ? clamp(mask.first_query - mask.first_key, 0, visit.length) : visit.length;
@@ -106,8 +130,8 @@ bool AttentionPlan::is_visible(const Block& block, const PlanChunk& chunk) const
         const PlanPiece& piece = pieces_[size_t(p)];
         if (piece.is_draft) return true;
         const StrandVisit& visit = visits_[size_t(piece.visit)];
-        const auto sees = [&](Range range) { return range.low < piece.first + piece.count && range.high > piece.first; };
         const int64_t last = block.first_query + block.num_queries - 1;
+        const auto sees = [&](Range range) { return range.low < piece.first + piece.count && range.high > piece.first; };
         if (visit.mask.kind == MaskKind::tree) {
             for (int64_t i = block.first_query; i <= last; ++i)
                 if (sees(visible_range(visit.mask, i, visit.length))) return true;
@@ -120,10 +144,10 @@ bool AttentionPlan::is_visible(const Block& block, const PlanChunk& chunk) const
     return false;
 }
 
-void AttentionPlan::add_blocks(int64_t segment, int64_t first_chunk, int64_t last_chunk) {
-    const int64_t block_queries = std::max<int64_t>(1, kBlockRows / group_), queries = segments_[size_t(segment)].num_queries;
-    for (int64_t first = 0; first < queries; first += block_queries) {
-        Block block{segment, first, std::min(block_queries, queries - first), int64_t(steps_.size()), 0};
+void AttentionPlan::add_blocks(int64_t segment, Run queries, int64_t first_chunk, int64_t last_chunk) {
+    const int64_t block_queries = std::max<int64_t>(1, kBlockRows / group_);
+    for (int64_t first = queries.first; first < queries.last; first += block_queries) {
+        Block block{segment, first, std::min(block_queries, queries.last - first), int64_t(steps_.size()), 0};
         for (int64_t c = first_chunk; c < last_chunk; ++c)
             if (is_visible(block, chunks_[size_t(c)])) steps_.push_back({c, -1, 0});
         block.last_step = int64_t(steps_.size());
@@ -141,6 +165,8 @@ bool AttentionPlan::is_same(const PlanChunk& a, const PlanChunk& b) const {
         if (u.keys != w.keys || u.values != w.values || u.number != w.number || u.key_stride != w.key_stride) return false;
         if (u.value_stride != w.value_stride || u.key_head_stride != w.key_head_stride) return false;
         if (u.value_head_stride != w.value_head_stride) return false;
+        if ((u.standing == Standing::distance) != (w.standing == Standing::distance)) return false;
+        if (u.weight.added != w.weight.added || u.weight.temper != w.weight.temper) return false;
         if (u.coded_keys != w.coded_keys || u.coded_values != w.coded_values) return false;
     }
     return true;
@@ -206,9 +232,13 @@ void AttentionPlan::finish(AttentionScratch& room) {
     units_.clear();
     members_.clear();
     for (size_t s = 0; s < segments_.size(); ++s) {
-        const int64_t first = int64_t(chunks_.size());
-        cut_into_chunks(segments_[s]);
-        add_blocks(int64_t(s), first, int64_t(chunks_.size()));
+        find_borders(segments_[s]);
+        for (size_t border = 1; border < borders_.size(); ++border) {
+            const Run queries{borders_[border - 1], borders_[border]};
+            const int64_t first = int64_t(chunks_.size());
+            cut_into_chunks(segments_[s], queries);
+            add_blocks(int64_t(s), queries, first, int64_t(chunks_.size()));
+        }
     }
     if (segments_.size() > 1) share_chunks();
     // Chunks of one block go to several threads only where blocks are too few to keep all busy. Each chunk is
@@ -239,7 +269,7 @@ void AttentionPlan::finish(AttentionScratch& room) {
     attend_numbers_ = round_up(attend_numbers_, kLanes);
     const int64_t ready = most_pieces_ * int64_t(sizeof(Piece) + sizeof(DraftNodes)) / int64_t(sizeof(float));
     scratch_numbers_ = round_up(attend_numbers_ + most_rows_ * padded_dim_ +
-                                    2 * fold_numbers(most_rows_) + ready + 4 * most_pieces_ * most_queries_, kLanes);
+                                    3 * fold_numbers(most_rows_) + ready + 6 * most_pieces_ * most_queries_, kLanes);
     const size_t scratch = sizeof(float) * size_t(scratch_numbers_) * size_t(threads_);
     if (room.scratch.size() < scratch) room.scratch = Buffer(scratch);
     if (room.folds.size() < sizeof(float) * size_t(folds)) room.folds = Buffer(sizeof(float) * size_t(folds));
@@ -254,7 +284,8 @@ void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_hea
     ready.q = base;
     ready.low = reinterpret_cast<int64_t*>(base + most_rows_ * padded_dim_);
     ready.high = ready.low + most_pieces_ * most_queries_;
-    ready.pieces = reinterpret_cast<Piece*>(ready.high + most_pieces_ * most_queries_);
+    ready.distance = ready.high + most_pieces_ * most_queries_;
+    ready.pieces = reinterpret_cast<Piece*>(ready.distance + most_pieces_ * most_queries_);
     ready.nodes = reinterpret_cast<DraftNodes*>(ready.pieces + most_pieces_);
     const Kernels& k = kernels();
     int64_t query = 0, num_pieces = 0;
@@ -263,11 +294,11 @@ void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_hea
         const PlanChunk& chunk = chunks_[size_t(steps_[size_t(m->step)].chunk)];
         num_pieces = chunk.last_piece - chunk.first_piece;
         for (int64_t i = 0; i < block.num_queries; ++i, ++query) {
-            const StrandVisit& frame = visits_[size_t(pieces_[size_t(chunk.first_piece)].visit)];
+            const StrandVisit& frame = visit_of(chunk);
             const float* from = frame.q + (block.first_query + i) * frame.q_stride + kv_head * group_ * heads_.head_dim;
             for (int64_t h = 0; h < group_; ++h) {
                 float* to = ready.q + (query * group_ + h) * padded_dim_;
-                k.scale(from + h * heads_.head_dim, heads_.scale, heads_.head_dim, to);
+                k.scale(from + h * heads_.head_dim, heads_.scale * frame.weight.temper, heads_.head_dim, to);
                 for (int64_t c = heads_.head_dim; c < padded_dim_; ++c) to[c] = 0.0f;
             }
             for (int64_t p = 0; p < num_pieces; ++p) {
@@ -277,6 +308,7 @@ void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_hea
                 const int64_t low = clamp(range.low - piece.first, 0, piece.count);
                 ready.low[p * most_queries_ + query] = low;
                 ready.high[p * most_queries_ + query] = clamp(range.high - piece.first, low, piece.count);
+                ready.distance[p * most_queries_ + query] = distance_of(visit, block.first_query + i, chunk.position);
             }
         }
     }
@@ -309,10 +341,15 @@ void AttentionPlan::prepare(const Member* members, int64_t count, int64_t kv_hea
                            visit.number,
                            ready.low + p * most_queries_,
                            ready.high + p * most_queries_,
+                           ready.distance + p * most_queries_,
+                           visit.standing == Standing::distance ? 0 : 1,
                            piece.is_draft ? &ready.nodes[p] : nullptr};
     }
+    const float temper = visit_of(chunk).weight.temper;
     ready.visit = {ready.q,     query * group_, group_,         heads_.head_dim, heads_.value_dim, padded_dim_,
-                   padded_value_, heads_.softcap, ready.pieces, num_pieces};
+                   padded_value_, heads_.softcap * temper,
+                   heads_.slopes == nullptr ? nullptr : heads_.slopes + kv_head * group_, temper, heads_.growth,
+                   ready.pieces,  num_pieces};
 }
 
 void AttentionPlan::attend(const Member* members, int64_t count, int64_t kv_head, float* scratch, Fold fold) const {
@@ -320,8 +357,24 @@ void AttentionPlan::attend(const Member* members, int64_t count, int64_t kv_head
     prepare(members, count, kv_head, scratch + attend_numbers_, ready);
     const PlanPiece& piece = pieces_[size_t(chunks_[size_t(steps_[size_t(members->step)].chunk)].first_piece)];
     const StrandVisit& visit = visits_[size_t(piece.visit)];
-    if (!is_coded_piece(piece)) return kernels().attend_chunk(ready.visit, scratch, fold);
-    kernels().attend_coded(ready.visit, *visit.coded_keys, *visit.coded_values, kv_head, piece.first, scratch, fold);
+    if (is_coded_piece(piece))
+        kernels().attend_coded(ready.visit, *visit.coded_keys, *visit.coded_values, kv_head, piece.first, scratch, fold);
+    else
+        kernels().attend_chunk(ready.visit, scratch, fold);
+    if (visit.weight.added == 0) return;
+    for (int64_t r = 0; r < ready.visit.rows; ++r) fold.top[r] += visit.weight.added;
+}
+
+// Put what a group of visits gave to what the others gave.
+void AttentionPlan::close_group(float share, int64_t rows, Fold group, Fold total) const {
+    for (int64_t r = 0; r < rows; ++r) {
+        if (group.top[r] == -__builtin_inff()) continue;
+        float* sum = group.sum + r * padded_value_;
+        kernels().scale(sum, 1.0f / group.total[r], padded_value_, sum);
+        group.top[r] = share * float(double(group.top[r]) + std::log(double(group.total[r])));
+        group.total[r] = 1.0f;
+    }
+    kernels().merge_folds(total, group, rows, padded_value_);
 }
 
 void AttentionPlan::finish_block(const Block& block, int64_t kv_head, Fold fold) const {
@@ -339,7 +392,7 @@ void AttentionPlan::run(Team& team) {
     const Kernels& k = kernels();
     float* scratch = reinterpret_cast<float*>(room_->scratch.data()) + scratch_numbers_ * team.index;
     float* folds = reinterpret_cast<float*>(room_->folds.data());
-    float* own = scratch + scratch_numbers_ - 2 * fold_numbers(most_rows_);
+    float* own = scratch + scratch_numbers_ - 3 * fold_numbers(most_rows_);
     const int64_t num_units = int64_t(units_.size()), num_blocks = int64_t(blocks_.size()), num_heads = heads_.num_kv_heads;
     const auto stored = [&](const Unit& unit, int64_t head) {
         return fold_at(folds + unit.fold + head * fold_numbers(unit.num_rows), unit.num_rows);
@@ -364,8 +417,13 @@ void AttentionPlan::run(Team& team) {
             const Block& block = blocks_[size_t(i % num_blocks)];
             const int64_t head = i / num_blocks, rows = block.num_queries * group_;
             const Fold total = fold_at(own, rows), fresh = fold_at(own + fold_numbers(most_rows_), rows);
-            std::fill(total.top, total.top + rows, -__builtin_inff());
-            std::fill(total.total, total.total + rows, 0.0f);
+            const Fold together = fold_at(own + 2 * fold_numbers(most_rows_), rows);
+            const auto empty = [&](Fold fold) {
+                std::fill(fold.top, fold.top + rows, -__builtin_inff());
+                std::fill(fold.total, fold.total + rows, 0.0f);
+            };
+            empty(total);
+            Weight open;
             for (int64_t s = block.first_step; s < block.last_step; ++s) {
                 const Step& step = steps_[size_t(s)];
                 Fold from = fresh;
@@ -376,8 +434,15 @@ void AttentionPlan::run(Team& team) {
                     const Member alone{i % num_blocks, s};
                     attend(&alone, 1, head, scratch, fresh);
                 }
-                k.merge_folds(total, from, rows, padded_value_);
+                const Weight& weight = visit_of(chunks_[size_t(step.chunk)]).weight;
+                if (weight.group != open.group) {
+                    if (open.group != 0) close_group(open.share, rows, together, total);
+                    if (weight.group != 0) empty(together);
+                    open = weight;
+                }
+                k.merge_folds(open.group == 0 ? total : together, from, rows, padded_value_);
             }
+            if (open.group != 0) close_group(open.share, rows, together, total);
             finish_block(block, head, total);
         }
     });

@@ -25,10 +25,33 @@ struct Mask {
     int64_t nearest = 0;               // keys fewer positions than this before a query are hidden; 0 for no limit
 };
 
+// Queries [first, last) of a segment.
+struct Run {
+    int64_t first = 0, last = INT64_MAX;
+};
+
+// How a visit counts. Visits of one group, which follow each other, are merged among themselves first: their scores are
+// multiplied by `temper`, and the log-sum-exp of all of them by `share`.
+struct Weight {
+    float added = 0;     // to the log-sum-exp of the visit
+    int64_t group = 0;   // 0 for none
+    float temper = 1, share = 1;
+
+    bool operator==(const Weight& other) const {
+        return added == other.added && group == other.group && temper == other.temper && share == other.share;
+    }
+};
+
 struct Heads {
     int64_t num_heads, num_kv_heads, head_dim, value_dim;
     float scale, softcap;  // softcap 0 for none
+    const float* slopes = nullptr;  // (num_heads): slope * growth[distance] is taken off a score; null for no bias
+    const float* growth = nullptr;  // at distance 0; as far to either side as distances reach
 };
+
+// How far queries stand from the keys of a visit, for a bias: each at its own place, all at one, or at one distance of all
+// keys.
+enum class Standing : int { own = 0, place = 1, distance = 2 };
 
 // One strand, and the queries of one segment in its frame.
 struct StrandVisit {
@@ -40,6 +63,10 @@ struct StrandVisit {
     int64_t length;
     Number number;
     Mask mask;
+    Run visitors = {};  // the other queries do not make this visit
+    Weight weight = {};
+    Standing standing = Standing::own;
+    int64_t stands_at = 0;  // the place, or the distance
     // Where the strand is stored in few bits; `keys` and `values` are not used then.
     const CodedNumbers* coded_keys = nullptr;
     const CodedNumbers* coded_values = nullptr;
@@ -84,7 +111,7 @@ private:
         int64_t visit, first, count, slot;
         bool is_draft;
     };
-    // Pieces that lie in one chunk and are visited in one frame; or one piece of a coded strand, a block of it.
+    // Pieces that lie in one chunk and are visited in one frame with one weight; or one piece of a coded strand, a block of it.
     struct PlanChunk {
         int64_t first_piece, last_piece, position;
     };
@@ -106,16 +133,21 @@ private:
     };
     struct Ready;  // a visit of the kernel and what it points to
 
-    void cut_into_chunks(const SegmentQueries& segment);
+    void find_borders(const SegmentQueries& segment);
+    void cut_into_chunks(const SegmentQueries& segment, Run queries);
+    const StrandVisit& visit_of(const PlanChunk& chunk) const {
+        return visits_[size_t(pieces_[size_t(chunk.first_piece)].visit)];
+    }
     bool is_coded_piece(const PlanPiece& piece) const { return visits_[size_t(piece.visit)].coded_keys != nullptr; }
     void add_piece(size_t first_chunk, const PlanPiece& piece, int64_t position);
-    void add_blocks(int64_t segment, int64_t first_chunk, int64_t last_chunk);
+    void add_blocks(int64_t segment, Run queries, int64_t first_chunk, int64_t last_chunk);
     void share_chunks();
     void add_unit(const Member* members, int64_t count);
     bool is_visible(const Block& block, const PlanChunk& chunk) const;
     bool is_same(const PlanChunk& a, const PlanChunk& b) const;
     void prepare(const Member* members, int64_t count, int64_t kv_head, float* scratch, Ready& ready) const;
     void attend(const Member* members, int64_t count, int64_t kv_head, float* scratch, Fold fold) const;
+    void close_group(float share, int64_t rows, Fold group, Fold total) const;
     void finish_block(const Block& block, int64_t kv_head, Fold fold) const;
     Fold fold_at(float* base, int64_t rows) const;
     int64_t fold_numbers(int64_t rows) const;
@@ -133,6 +165,7 @@ private:
     std::vector<Unit> units_;
     std::vector<Member> members_, together_;
     std::vector<const void*> strands_;
+    std::vector<int64_t> borders_;
     AttentionScratch* room_ = nullptr;
 };
 

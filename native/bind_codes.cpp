@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "arrays.h"
@@ -142,6 +143,34 @@ void set_kept(BoundNumbers& self, const ConstArray& kept, int64_t dim, const std
     keep(self, *means);
 }
 
+// What would describe the same numbers if the `length` bytes from `from` on, in which all of them lie, stood at `to`;
+// None where some lie elsewhere.
+nb::object description_at(const BoundNumbers& self, int64_t from, int64_t length, int64_t to) {
+    CodedNumbers moved = self.numbers;
+    bool is_inside = true;
+    const auto move = [&](auto*& pointer) {
+        if (pointer == nullptr) return;
+        const int64_t offset = int64_t(reinterpret_cast<intptr_t>(pointer)) - from;
+        is_inside = is_inside && offset >= 0 && offset <= length;
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(intptr_t(to + offset));
+    };
+    for (StoredNumbers* stored : {&moved.stored, &moved.factor}) {
+        move(stored->affine.codes);
+        move(stored->affine.scale);
+        move(stored->affine.minimum);
+        move(stored->plain.data);
+    }
+    move(moved.factor_channels);
+    move(moved.outliers.starts);
+    move(moved.outliers.tokens);
+    move(moved.outliers.channels);
+    move(moved.outliers.numbers);
+    move(moved.kept);
+    move(moved.means);
+    if (!is_inside) return nb::none();
+    return nb::bytes(&moved, sizeof moved);
+}
+
 void coded_attention(const ConstArray& q, const BoundNumbers& keys, const BoundNumbers& values, int64_t first,
                      int64_t length, float scale, int mask_kind, int64_t first_query, int64_t first_key, int64_t window,
                      float softcap, const std::optional<ConstArray>& depths, const std::optional<ConstArray>& ancestors,
@@ -189,6 +218,7 @@ void bind_codes(nb::module_& m) {
         .def_static("affine", &affine, "codes"_a, "scale"_a, "minimum"_a, "bits"_a, "along_tokens"_a, "group"_a,
                     "skipped"_a, "num_heads"_a, "width"_a)
         .def_static("plain", &plain, "numbers"_a);
+    static_assert(std::is_trivially_copyable_v<CodedNumbers>, "descriptions are copied as bytes");
     nb::class_<BoundNumbers>(m, "CodedNumbers")
         .def("__init__",
              [](BoundNumbers* self, const BoundStored& stored) {
@@ -207,6 +237,7 @@ void bind_codes(nb::module_& m) {
                  return thin;
              },
              "kept"_a, "dim"_a, "means"_a.none())
+        .def("description_at", &description_at, "from"_a, "length"_a, "to"_a)
         .def("address", [](const BoundNumbers& self) { return int64_t(reinterpret_cast<intptr_t>(&self.numbers)); });
     m.def("coded_attention", &coded_attention, "q"_a, "keys"_a, "values"_a, "first"_a, "length"_a, "scale"_a,
           "mask_kind"_a, "first_query"_a, "first_key"_a, "window"_a, "softcap"_a, "depths"_a.none(),

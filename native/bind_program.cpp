@@ -5,6 +5,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <tuple>
@@ -23,6 +27,7 @@ using namespace nb::literals;
 namespace {
 
 constexpr int64_t kMostHeadDim = 1024;  // room of Program::attention
+constexpr int64_t kFurthest = int64_t(1) << 40;
 
 struct BoundProgram {
     Program program;
@@ -47,7 +52,7 @@ void add_layer(BoundProgram& self, float epsilon, const ConstArray& mixer_norm, 
                const std::optional<ConstArray>& feed_forward_output_norm, const std::optional<ConstArray>& query_norm,
                const std::optional<ConstArray>& key_norm, const nb::object& query_key_value, const nb::object& output,
                const nb::object& gate, const nb::object& up, int activation, const nb::object& down, int64_t num_heads,
-               int64_t num_kv_heads, int64_t head_dim, float scale, float softcap) {
+               int64_t num_kv_heads, int64_t head_dim, float scale, float softcap, const std::optional<ConstArray>& slopes) {
     const int64_t width = self.program.width;
     if (head_dim < 1 || head_dim > kMostHeadDim || num_kv_heads < 1 || num_heads < 1 || num_heads % num_kv_heads != 0)
         refuse("A layer needs heads of 1 to 1024 channels, and query heads in a multiple of the key/value heads.");
@@ -67,6 +72,7 @@ void add_layer(BoundProgram& self, float epsilon, const ConstArray& mixer_norm, 
     layer.gate.activation = Activation(activation);
     layer.down = keep(self, down);
     layer.heads = {num_heads, num_kv_heads, head_dim, head_dim, scale, softcap};
+    layer.slopes = vector_of(slopes, "slopes", num_heads);
     const int64_t inner = layer.gate.up.num_outputs;
     const bool has_shapes = layer.query_key_value.columns == width &&
                             layer.query_key_value.num_outputs == (num_heads + 2 * num_kv_heads) * head_dim &&
@@ -125,7 +131,7 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
          const std::vector<std::tuple<ConstArray, ConstArray>>& tables, const ConstArray& targets,
          const ConstArray& visits, const ConstArray& choices, const ConstArray& observed, const std::vector<Tree>& trees,
          const ConstArray& logit_rows, const std::optional<Array>& hidden, const std::optional<Array>& logits,
-         const nb::list& adapters) {
+         const nb::list& adapters, const std::optional<ConstArray>& growth) {
     Program& program = self.program;
     const int64_t num_layers = int64_t(program.layers.size());
     check_fp32(x, "x");
@@ -220,12 +226,42 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
         expect(of_layer.empty() || of_layer.back().segment <= segment, "visits that are not in the order of segments");
     };
 
-    const Table visit_table = table_of(visits, "visits", 6 + kStrandColumns);
+    // What is taken off scores by distances from -reach to reach.
+    int64_t reach = -1;
+    if (growth) {
+        check_fp32(*growth, "growth");
+        check_shape(*growth, "growth", {-1});
+        expect(growth->shape(0) % 2 == 1, "growth that is not of as many distances to both sides");
+        reach = int64_t(growth->shape(0)) / 2;
+        a.growth = floats(*growth) + reach;
+    }
+    const auto expect_reach = [&](int64_t layer, int64_t least, int64_t most) {
+        expect(program.layers[size_t(layer)].slopes.empty() || (-reach <= least && most <= reach),
+               "distances for which it has no growth");
+    };
+
+    // ... first and last visitor, what is added to the log-sum-exp, group, temper and share, numbers as bits of fp64, how
+    // the queries stand and where
+    constexpr int64_t kStrandAt = 14;
+    const auto number_at = [](const int64_t& bits) {
+        double number;
+        std::memcpy(&number, &bits, sizeof number);
+        return float(number);
+    };
+    const Table visit_table = table_of(visits, "visits", kStrandAt + kStrandColumns);
     a.visits.resize(size_t(num_layers));
     for (int64_t i = 0; i < visit_table.rows; ++i) {
         const Mask mask = shown_of(visit_table, i);
         const int64_t layer = visit_table(i, 0), segment = visit_table(i, 1);
-        const int64_t* row = visit_table.data + i * visit_table.columns + 6;
+        const int64_t* row = visit_table.data + i * visit_table.columns;
+        const Run visitors{row[6], row[7]};
+        const Weight weight{number_at(row[8]), row[9], number_at(row[10]), number_at(row[11])};
+        const int64_t standing = row[12], stands_at = row[13];
+        row += kStrandAt;
+        expect(visitors.first >= 0 && visitors.last >= visitors.first, "a wrong run of visiting queries");
+        expect(std::isfinite(weight.added) && weight.group >= 0 && std::isfinite(weight.temper) && weight.temper > 0 &&
+                   std::isfinite(weight.share) && weight.share > 0,
+               "a visit with a wrong weight");
         const int64_t number = row[7], length = row[8] + row[10];
         expect(row[8] >= 0 && row[10] >= 0 && number >= 0 && number <= kCodedFormat, "a strand with a wrong length or format");
         if (number == kCodedFormat) {
@@ -237,24 +273,39 @@ int64_t run(BoundProgram& self, const Array& x, const ConstArray& segments,
                        length <= v.stored.tokens,
                    "codes that do not fit their layer");
         }
+        expect(standing >= 0 && standing <= 2 && std::abs(stands_at) < kFurthest && std::abs(row[9]) < kFurthest &&
+                   length < kFurthest,
+               "a place or distance that cannot be");
+        const int64_t first_query = standing == 0 ? mask.first_query : stands_at;
+        // A node of a draft stands no further on than it is stored, and no further back than the first one.
+        const int64_t first_key = mask.kind == MaskKind::tree ? std::min(row[9], mask.first_query) : row[9];
+        const int64_t last_query = standing == 0 ? first_query + a.segments[size_t(segment)].num_rows - 1 : stands_at;
+        if (standing == 2) expect_reach(layer, stands_at, stands_at);
+        else if (row[10] > 0) expect_reach(layer, first_query - (row[9] + row[10] - 1), last_query - first_key);
         auto& of_layer = a.visits[size_t(layer)];
         expect_order(of_layer, segment);
         of_layer.push_back({segment, visit_of(row, mask), visit_table(i, 2)});
+        StrandVisit& visit = of_layer.back().visit;
+        visit.standing = Standing(standing);
+        visit.stands_at = stands_at;
+        visit.visitors = visitors;
+        visit.weight = weight;
     }
 
-    // ... place, address of the index, candidates, address of their strands, most, address of the numbers found
-    const Table choice_table = table_of(choices, "choices", 12);
+    // ... place, address of the index, candidates, address of their strands, most, address of the numbers found, distance
+    const Table choice_table = table_of(choices, "choices", 13);
     a.choices.resize(size_t(num_layers));
     for (int64_t i = 0; i < choice_table.rows; ++i) {
         const Mask mask = shown_of(choice_table, i);
         const int64_t segment = choice_table(i, 1);
         expect(choice_table(i, 6) >= 0 && choice_table(i, 8) >= 0 && choice_table(i, 10) >= 0, "a wrong choice");
         expect(mask.kind != MaskKind::tree, "a choice under a tree mask");
+        expect_reach(choice_table(i, 0), choice_table(i, 12), choice_table(i, 12));
         auto& of_layer = a.choices[size_t(choice_table(i, 0))];
         expect_order(of_layer, segment);
         of_layer.push_back({segment, choice_table(i, 6), reinterpret_cast<const float*>(choice_table(i, 7)), choice_table(i, 8),
                             reinterpret_cast<const int64_t*>(choice_table(i, 9)), choice_table(i, 10),
-                            reinterpret_cast<int64_t*>(choice_table(i, 11)), mask, choice_table(i, 2)});
+                            reinterpret_cast<int64_t*>(choice_table(i, 11)), mask, choice_table(i, 2), choice_table(i, 12)});
     }
 
     // layer, segment, table of the queries, addresses of the queries and of their log-sum-exp
@@ -324,9 +375,10 @@ void bind_program(nb::module_& m) {
         .def("add_layer", &add_layer, nb::kw_only(), "epsilon"_a, "mixer_norm"_a, "feed_forward_norm"_a,
              "mixer_output_norm"_a.none(), "feed_forward_output_norm"_a.none(), "query_norm"_a.none(),
              "key_norm"_a.none(), "query_key_value"_a, "output"_a, "gate"_a.none(), "up"_a, "activation"_a, "down"_a,
-             "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a, "softcap"_a)
+             "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "scale"_a, "softcap"_a, "slopes"_a.none() = nb::none())
         .def("run", &run, "x"_a, "segments"_a, "tables"_a, "targets"_a, "visits"_a, "choices"_a, "observed"_a,
-             "trees"_a, "logit_rows"_a, "hidden"_a.none(), "logits"_a.none(), "adapters"_a = nb::list());
+             "trees"_a, "logit_rows"_a, "hidden"_a.none(), "logits"_a.none(), "adapters"_a = nb::list(),
+             "growth"_a.none() = nb::none());
 }
 
 }  // namespace plait

@@ -313,6 +313,7 @@ int main(int argc, char** argv) {
         fuzz_rows();
         fuzz_attention();
         fuzz_coded();
+        fuzz_visits();
         fuzz_grid();
         fuzz_stack();
         fuzz_additive();

@@ -74,5 +74,6 @@ inline std::vector<uint16_t> halves(int64_t count) {
 
 void fuzz_attention();
 void fuzz_coded();
+void fuzz_visits();
 
 }  // namespace plait

@@ -8,6 +8,8 @@
 namespace plait {
 namespace {
 
+constexpr int64_t kReach = 2000;  // larger than any distance here
+
 // Coded keys or values with storage of their own, each array of exactly its size.
 struct CodedCase {
     CodedNumbers numbers;
@@ -104,10 +106,13 @@ void fuzz_attention() {
         mask.ancestors = ancestors.data();
     }
     const float softcap = pick(0, 1) ? 10.0f : 0.0f;
+    const bool is_biased = pick(0, 1) != 0;
+    const std::vector<float> slopes = numbers(heads), growth = numbers(2 * kReach + 1);
     compare("attention", queries * heads * (value_dim + 1), [&](float* out) {
         AttentionPlan plan;
         AttentionScratch room;
-        plan.reset({heads, kv_heads, dim, value_dim, 0.3f, softcap}, Pool::get().size());
+        plan.reset({heads, kv_heads, dim, value_dim, 0.3f, softcap, is_biased ? slopes.data() : nullptr, growth.data() + kReach},
+                   Pool::get().size());
         if (length > 0)
             plan.add_visit({q.data(), heads * dim, keys.data(), values.data(), capacity * dim, dim, capacity * value_dim,
                             value_dim, length, kind, mask});
@@ -136,12 +141,94 @@ void fuzz_coded() {
     visit.mask.first_shown = pick(0, visit.length);
     visit.coded_keys = &keys.numbers;
     visit.coded_values = &values.numbers;
+    const bool is_biased = pick(0, 1) != 0;
+    const std::vector<float> slopes = numbers(heads), growth = numbers(2 * kReach + 1);
     compare("coded attention", queries * heads * (value_dim + 1), [&](float* out) {
         AttentionPlan plan;
         AttentionScratch room;
-        plan.reset({heads, kv_heads, dim, value_dim, 0.05f, 0.0f}, Pool::get().size());
+        plan.reset({heads, kv_heads, dim, value_dim, 0.05f, 0.0f, is_biased ? slopes.data() : nullptr, growth.data() + kReach},
+                   Pool::get().size());
         plan.add_visit(visit);
         plan.add_segment({queries, 0, 1, out, heads * value_dim, out + queries * heads * value_dim});
+        plan.finish(room);
+        Pool::get().run([&](Team& team) { plan.run(team); });
+    });
+}
+
+// Several segments over strands that some of them share, cut at other places; visits of some of the queries, with weights,
+// in groups and with a bias.
+void fuzz_visits() {
+    const int64_t group = pick(1, 4), kv_heads = pick(1, 2), heads = group * kv_heads, dim = pick(1, 70);
+    const int64_t num_strands = pick(1, 4), num_segments = pick(1, 4);
+    const float softcap = pick(0, 1) ? 10.0f : 0.0f;
+    const bool is_biased = pick(0, 1) != 0;
+    const std::vector<float> slopes = numbers(heads), growth = numbers(2 * kReach + 1);
+    std::vector<std::vector<float>> keys, values, queries;
+    std::vector<int64_t> lengths, firsts;
+    for (int64_t i = 0; i < num_strands; ++i) {
+        lengths.push_back(pick(0, 300));
+        firsts.push_back(pick(0, 300));
+        keys.push_back(numbers(kv_heads * lengths.back() * dim));
+        values.push_back(numbers(kv_heads * lengths.back() * dim));
+    }
+    struct Asking {
+        int64_t queries;
+        std::vector<StrandVisit> visits;
+    };
+    std::vector<Asking> segments;
+    int64_t total = 0;
+    for (int64_t s = 0; s < num_segments; ++s) {
+        Asking asking{pick(0, 40), {}};
+        queries.push_back(numbers(2 * asking.queries * heads * dim));
+        total += asking.queries;
+        Weight weight;
+        const int64_t first_query = pick(0, 600);
+        for (int64_t v = pick(0, 8); v > 0; --v) {
+            const size_t strand = size_t(pick(0, num_strands - 1));
+            if (pick(0, 2) == 0) {
+                weight = {};
+                if (pick(0, 1)) weight = {0, 1000 * s + v, float(pick(1, 8)) / 4, float(pick(1, 8)) / 4};
+            }
+            weight.added = pick(0, 1) ? float(pick(-8, 8)) / 4 : 0.0f;
+            StrandVisit visit{};
+            visit.q = queries.back().data() + pick(0, 1) * asking.queries * heads * dim;
+            visit.q_stride = heads * dim;
+            visit.keys = keys[strand].data();
+            visit.values = values[strand].data();
+            visit.key_head_stride = visit.value_head_stride = lengths[strand] * dim;
+            visit.key_stride = visit.value_stride = dim;
+            visit.length = pick(0, lengths[strand]);
+            visit.number = Number::fp32;
+            visit.mask.kind = MaskKind(pick(0, 1));
+            visit.mask.first_query = first_query;
+            visit.mask.first_key = firsts[strand];
+            visit.mask.window = pick(0, 2) ? 0 : pick(1, 300);
+            visit.mask.nearest = pick(0, 2) ? 0 : pick(1, 300);
+            visit.mask.first_shown = pick(0, visit.length);
+            if (pick(0, 1)) {
+                visit.visitors.first = pick(0, asking.queries + 3);
+                visit.visitors.last = visit.visitors.first + pick(0, 30);
+            }
+            visit.weight = weight;
+            visit.standing = Standing(pick(0, 2));
+            visit.stands_at = pick(0, 900);
+            if (visit.length > 0) asking.visits.push_back(visit);
+        }
+        segments.push_back(asking);
+    }
+    compare("visits", total * heads * (dim + 1), [&](float* out) {
+        AttentionPlan plan;
+        AttentionScratch room;
+        plan.reset({heads, kv_heads, dim, dim, 0.2f, softcap, is_biased ? slopes.data() : nullptr, growth.data() + kReach},
+                   Pool::get().size());
+        float* lse = out + total * heads * dim;
+        for (const Asking& asking : segments) {
+            const int64_t first = plan.num_visits();
+            for (const StrandVisit& visit : asking.visits) plan.add_visit(visit);
+            plan.add_segment({asking.queries, first, plan.num_visits(), out, heads * dim, lse});
+            out += asking.queries * heads * dim;
+            lse += asking.queries * heads;
+        }
         plan.finish(room);
         Pool::get().run([&](Team& team) { plan.run(team); });
     });

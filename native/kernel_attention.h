@@ -173,12 +173,14 @@ struct Attention {
     }
 
     // The scores of the nodes that a query sees, in their slots.
-    PLAIT_APART static void score_nodes(const Visit& v, const Piece& piece, int64_t query, const float* q, float* row) {
+    PLAIT_APART static void score_nodes(const Visit& v, const Piece& piece, int64_t r, const float* q, float* row) {
+        const int64_t query = r / v.group;
         int64_t keys[64], slots[64], count = 0;
         alignas(64) float found[64 + kLanes];
         const auto write = [&] {
             scores_of<1>(q, v.padded_dim, keys_of(v, piece), keys, count, nullptr, found);
             if (v.softcap != 0.0f) cap(v.softcap, found, count);
+            if (v.slopes != nullptr) take_bias(v, piece, r, slots, count, found);
             for (int64_t i = 0; i < count; ++i) row[slots[i]] = found[i];
             count = 0;
         };
@@ -190,6 +192,27 @@ struct Attention {
         if (count > 0) write();
     }
 
+    // Take the bias of row r off its scores of keys in slots from `slot` on.
+    PLAIT_APART static void take_bias(const Visit& v, const Piece& piece, int64_t r, int64_t slot, int64_t count, float* x) {
+        const F slope = S::set1(-v.slopes[r % v.group] * v.slope_factor);
+        const int64_t distance = piece.distance[r / v.group];
+        if (piece.step == 0) {
+            const F growth = S::set1(v.growth[distance]);
+            return M::map(count, x, [&](int64_t at, int64_t n) { return S::fma(slope, growth, M::at(x, at, n)); });
+        }
+        // Growth is the same in both directions, so that it is read forwards.
+        const float* growth = v.growth + slot - distance;
+        M::map(count, x, [&](int64_t at, int64_t n) { return S::fma(slope, M::at(growth, at, n), M::at(x, at, n)); });
+    }
+    // The same for up to a chunk of keys in any slots.
+    PLAIT_APART static void take_bias(const Visit& v, const Piece& piece, int64_t r, const int64_t* slots, int64_t count, float* x) {
+        alignas(64) float growth[kKeyChunk + kLanes];
+        const int64_t distance = piece.distance[r / v.group];
+        for (int64_t i = 0; i < count; ++i) growth[i] = v.growth[piece.step * slots[i] - distance];
+        const F slope = S::set1(-v.slopes[r % v.group] * v.slope_factor);
+        M::map(count, x, [&](int64_t at, int64_t n) { return S::fma(slope, M::at(growth, at, n), M::at(x, at, n)); });
+    }
+
     PLAIT_APART static void cap(float softcap, float* x, int64_t count) {
         const F most = S::set1(softcap);
         M::map(count, x, [&](int64_t at, int64_t n) {
@@ -197,10 +220,11 @@ struct Attention {
         });
     }
 
-    // Scores of a row to weights, in place, over slots [begin, end), multiples of 16; returns (top, total).
-    PLAIT_APART static void soften(const Visit& v, int64_t query, const float* q, int64_t begin, int64_t end, float* row, float* top,
+    // Scores of row r to weights, in place, over slots [begin, end), multiples of 16; returns (top, total).
+    PLAIT_APART static void soften(const Visit& v, int64_t r, const float* q, int64_t begin, int64_t end, float* row, float* top,
                        float* total) {
         const float hidden = -__builtin_inff();
+        const int64_t query = r / v.group;
         int64_t at = begin;
         for (int64_t i = 0; i < v.num_pieces; ++i) {
             const Piece& piece = v.pieces[i];
@@ -209,11 +233,12 @@ struct Attention {
             if (low >= high) continue;
             for (; at < low; ++at) row[at] = hidden;
             if (v.softcap != 0.0f) cap(v.softcap, row + low, high - low);
+            if (v.slopes != nullptr) take_bias(v, piece, r, low, high - low, row + low);
             at = high;
         }
         for (; at < end; ++at) row[at] = hidden;
         for (int64_t i = 0; i < v.num_pieces; ++i)
-            if (v.pieces[i].nodes != nullptr) score_nodes(v, v.pieces[i], query, q, row);
+            if (v.pieces[i].nodes != nullptr) score_nodes(v, v.pieces[i], r, q, row);
         // A NaN score passes max (which returns its second operand) and so poisons its own row only.
         F most = S::set1(hidden);
         F poison = S::zero();
@@ -287,7 +312,7 @@ struct Attention {
         }
         const int64_t begin = slots.low / kLanes * kLanes, end = (slots.high + kLanes - 1) / kLanes * kLanes;
         for (int64_t r = row; r < row + rows; ++r)
-            soften(v, r / v.group, v.q + r * v.padded_dim, begin, end, weights + r * kScoreStride, fold.top + r, fold.total + r);
+            soften(v, r, v.q + r * v.padded_dim, begin, end, weights + r * kScoreStride, fold.top + r, fold.total + r);
     }
 
     template <int Rows>

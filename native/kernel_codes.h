@@ -307,13 +307,24 @@ struct Coded {
         }
     }
 
-    // Scores of a row to weights, in place, over slots [begin, end), multiples of 16. Keys that are nodes of a draft
+    // Scores of row r to weights, in place, over slots [begin, end), multiples of 16. Keys that are nodes of a draft
     // stand where they are stored.
-    static void soften(const Visit& v, int64_t query, int64_t begin, int64_t end, float* row, float* top, float* total) {
+    static void soften(const Visit& v, int64_t r, int64_t begin, int64_t end, float* row, float* top, float* total) {
         const Piece& piece = v.pieces[0];
-        if (piece.nodes == nullptr) return A::soften(v, query, nullptr, begin, end, row, top, total);
+        if (piece.nodes == nullptr) return A::soften(v, r, nullptr, begin, end, row, top, total);
+        const int64_t query = r / v.group;
         if (v.softcap != 0.0f && piece.low[query] < piece.high[query])
             A::cap(v.softcap, row + piece.low[query], piece.high[query] - piece.low[query]);
+        if (v.slopes != nullptr && piece.low[query] < piece.high[query]) {
+            // Where a node stands, its depth says.
+            int64_t slots[kKeyChunk], count = 0;
+            for (int64_t key = piece.low[query]; key < piece.high[query]; ++key) {
+                const DraftNodes& of = *piece.nodes;
+                const int64_t node = of.first_node + key;
+                slots[count++] = node < 0 || node >= of.num_nodes ? key : of.first_slot + of.node_depths[node];
+            }
+            A::take_bias(v, piece, r, slots, count, row + piece.low[query]);
+        }
         for (int64_t key = larger(piece.low[query], -piece.nodes->first_node); key < piece.high[query]; ++key)
             if (!A::is_shown(*piece.nodes, query, piece.nodes->first_node + key)) row[key] = -__builtin_inff();
         Piece run = piece;
@@ -321,7 +332,8 @@ struct Coded {
         Visit capped = v;
         capped.pieces = &run;
         capped.softcap = 0.0f;
-        A::soften(capped, query, nullptr, begin, end, row, top, total);
+        capped.slopes = nullptr;
+        A::soften(capped, r, nullptr, begin, end, row, top, total);
     }
 
     // Keys of some channels and whole values, both plain, are read where they lie: only the queries are made anew.
@@ -380,7 +392,7 @@ struct Coded {
             for (; r < v.rows; ++r) dots<1>(queries + r * wide_k, wide_k, block, last - first, weights + r * kKeyChunk + at);
         }
         for (int64_t r = 0; r < v.rows; ++r)
-            soften(v, r / v.group, start, padded(highest), weights + r * kKeyChunk, fold.top + r, fold.total + r);
+            soften(v, r, start, padded(highest), weights + r * kKeyChunk, fold.top + r, fold.total + r);
 
         float* sums = values.rank() > 0 ? aside : fold.sum;
         std::memset(sums, 0, size_t(v.rows * wide_v) * sizeof(float));

@@ -146,6 +146,8 @@ struct Piece {
     Number number;
     const int64_t* low;   // per query: keys outside [low, high) are hidden
     const int64_t* high;
+    const int64_t* distance;  // per query: from slot 0 of the chunk up to it, where there is a bias
+    int64_t step;             // by how much a key is nearer than the one a slot before; 0 where all are as far
     const DraftNodes* nodes;  // where the keys are nodes of a draft, each in the slot of its depth; null for a run
 };
 
@@ -155,6 +157,9 @@ struct Visit {
     int64_t rows, group;
     int64_t head_dim, value_dim, padded_dim, padded_value;  // the padded ones are multiples of 16
     float softcap;          // 0 for none
+    const float* slopes;    // of the heads of the group: slope * growth[distance] is taken off a score; null for no bias
+    float slope_factor;
+    const float* growth;    // at distance 0; as far to either side as distances reach
     const Piece* pieces;    // in the order of their slots; those of drafts come last
     int64_t num_pieces;
 };

@@ -101,7 +101,11 @@ void Program::find_tables(const RunArguments& a) {
 
 // What the segments visit in a layer, their choices made.
 void Program::plan(const RunArguments& a, size_t index) {
-    const Heads& heads = layers[index].heads;
+    Heads heads = layers[index].heads;
+    if (!layers[index].slopes.empty()) {
+        heads.slopes = layers[index].slopes.data();
+        heads.growth = a.growth;
+    }
     const int64_t q_width = heads.num_heads * heads.head_dim, out_width = heads.num_heads * heads.value_dim;
     AttentionPlan& plan = plans_[index];
     plan.reset(heads, threads_);
@@ -121,8 +125,12 @@ void Program::plan(const RunArguments& a, size_t index) {
                    choices[next_choice].place == place;
                  ++next_choice) {
                 const ChoiceArgument& choice = choices[next_choice];
-                for (int64_t i = 0; i < choice.most && choice.found[i] >= 0; ++i)
-                    add(visit_of(choice.strands + choice.found[i] * kStrandColumns, choice.mask), choice.table);
+                for (int64_t i = 0; i < choice.most && choice.found[i] >= 0; ++i) {
+                    StrandVisit visit = visit_of(choice.strands + choice.found[i] * kStrandColumns, choice.mask);
+                    visit.standing = Standing::distance;
+                    visit.stands_at = choice.distance;
+                    add(visit, choice.table);
+                }
             }
             if (next == visits.size() || visits[next].segment != int64_t(s)) break;
             add(visits[next].visit, visits[next].table);

@@ -26,6 +26,7 @@ struct Layer {
     Gate gate;
     Projection down;
     Heads heads{};
+    std::vector<float> slopes;  // of a bias by distance; empty for none
 };
 
 // Cosine and sine of every row in one frame, (rows, half) each.
@@ -70,6 +71,7 @@ struct ChoiceArgument {
     int64_t* found;        // (most), receives the numbers of those, in rising order; -1 behind the last one
     Mask mask;             // but for the place of the keys
     int64_t table;
+    int64_t distance;      // at which all of them are seen, for a bias
 };
 
 // What of a segment's queries in one layer is told to whoever observes.
@@ -94,6 +96,7 @@ struct RunArguments {
     std::vector<std::vector<ChoiceArgument>> choices;  // [layer], grouped by segment, in the order of their places
     std::vector<std::vector<Observed>> observed;       // [layer], by segment
     std::vector<const Adapter*> adapters;             // of each segment, null for none; empty where none has one
+    const float* growth = nullptr;                    // of biases by distance, at distance 0; see Heads
     std::vector<int64_t> logit_rows;
     float* hidden = nullptr;  // (logit rows, width), normalised; may be null
     float* logits = nullptr;  // (logit rows, outputs of the head); may be null

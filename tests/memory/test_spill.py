@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plait.memory import FrozenStrand, Heads, MemoryPlan, Strand
+from plait.memory import FrozenStrand, Heads, MemoryPlan, Strand, spill
 from plait.memory.spill import SpillFile
 from plait.ops import Causal, Rope
 
@@ -53,8 +53,50 @@ def test_strands_come_back_bit_for_bit_and_share_one_outline(spec: str) -> None:
         assert torch.allclose(torch.logaddexp(first.lse, second.lse), before.lse, atol=1e-5)
     assert stored[1].outline is stored[0].outline is stored[2].outline
     assert stored[3].outline is not stored[0].outline
-    # Tensors begin at multiples of 64 bytes.
-    assert all(size <= one.nbytes <= size + 64 * 20 for size, one in zip(sizes, stored, strict=True))
+    # Tensors begin at multiples of 64 bytes, and codes are described behind them.
+    assert all(size <= one.nbytes <= size + 64 * 20 + 1024 for size, one in zip(sizes, stored, strict=True))
+
+
+@pytest.mark.parametrize("spec", CODECS)
+def test_native_code_reads_a_strand_where_the_file_is_mapped(spec: str) -> None:
+    store = SpillFile()
+    layouts = []
+    for start in (5, 37):
+        strand = strand_of(spec, 32, start, torch.randn(2, 2, 48, 16))
+        stored = store.put(strand)
+        place, wanted = stored.place, strand.place
+        if place is None or wanted is None:
+            # Kept channels and their means are of the layer, and stand in no file.
+            assert place is None
+            assert wanted is None or "think" in spec
+            return
+        assert place[-2:] == wanted[-2:] == (3 + start, 32)
+        assert place[2:9] == wanted[2:9]
+        first = stored.file.address(stored.where)
+        assert all(first <= address < first + stored.nbytes for address in place[:2])
+        layouts.append(tuple(address - first for address in place[:2]))
+        mapped = stored.mapped()
+        assert mapped.data_ptr() == first
+        assert torch.equal(
+            mapped[: strand.tensors()[0].nbytes].view(strand.tensors()[0].dtype),
+            strand.tensors()[0].flatten(),
+        )
+        # What has left memory is read again.
+        stored.rest()
+        assert torch.equal(mapped, store.read(stored.where, stored.nbytes))
+    assert layouts[0] == layouts[1]
+
+
+def test_strands_that_do_not_fit_together_are_mapped_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "_FIRST_MAPPED", 1 << 14)
+    monkeypatch.setattr(spill, "_MOST_MAPPED", 1 << 15)
+    store = SpillFile()
+    numbers = [torch.randn(2, 2, length, 16) for length in (8, 60, 200, 8, 100, 8)]
+    stored = [store.put(FrozenStrand(HEADS, *each)) for each in numbers]
+    assert len(store._mapped) > 2
+    for one, (keys, values) in zip(stored, numbers, strict=True):
+        assert torch.equal(one.mapped()[: keys.nbytes].view(torch.float32).view(keys.shape), keys)
+        assert torch.equal(one.load().tensors()[1], values)
 
 
 def test_strands_of_another_geometry_are_another_form() -> None:

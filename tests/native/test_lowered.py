@@ -14,6 +14,7 @@ from plait.engine.context_store import fingerprint
 from plait.errors import ConfigError, IncompatibleError
 from plait.memory import Memory, MemoryPlan, Past, Policy, Rows, Segment, Visit
 from plait.nn.config import BlockConfig, FeedForwardConfig, NormConfig, TransformerConfig
+from plait.nn.distance_bias import DistanceBiasConfig
 from plait.nn.lowered import Lowered, lower, obstacle
 from plait.nn.mixers.attention import AttentionConfig
 from plait.nn.parameters import RandomParameters
@@ -30,12 +31,17 @@ pytestmark = switched_off
 TOLERANCE = 0.03
 
 
-def model(kind: str = "plain", format: WeightFormat | None = None, **changes: Any) -> Transformer:
+def model(
+    kind: str = "plain",
+    format: WeightFormat | None = None,
+    bias: DistanceBiasConfig | None = None,
+    **changes: Any,
+) -> Transformer:
     is_rich = kind == "rich"
     mixers = [
         AttentionConfig(
             num_heads=4, num_kv_heads=2, head_dim=32, rope=RopeConfig(dim=32 if not is_rich else 16),
-            qkv_bias=is_rich, output_bias=is_rich, qk_norm=is_rich, softcap=20.0 if is_rich else None, window=window,
+            distance_bias=bias, qkv_bias=is_rich, output_bias=is_rich, qk_norm=is_rich, softcap=20.0 if is_rich else None, window=window,
         )
         for window in ((None, 6) if is_rich else (None, None))
     ]  # fmt: skip
@@ -374,7 +380,13 @@ LOOKING_BACK = "infllm:local=16,initial=3,block=5,topk=2,representatives=2,execu
 SAME_MATRICES = 1e-3
 
 
-@pytest.mark.parametrize("memory", [LOOKING_BACK, f"{LOOKING_BACK},gear:bits=8,group=16"])
+IN_A_FILE = f"{LOOKING_BACK},cached=3,cold=file"
+CODED = "gear:bits=8,group=16"
+
+
+@pytest.mark.parametrize(
+    "memory", [LOOKING_BACK, f"{LOOKING_BACK},{CODED}", IN_A_FILE, f"{IN_A_FILE},{CODED}"]
+)
 @pytest.mark.parametrize("kind", ["plain", "rich"])
 @torch.inference_mode()
 def test_blocks_are_looked_up_inside_the_program_as_by_the_modules(kind: str, memory: str) -> None:
@@ -412,17 +424,31 @@ def test_a_codec_that_learns_from_a_prompt_is_told_by_the_program() -> None:
         assert torch.equal(ours.codec_notes.key_channels, other.codec_notes.key_channels)
 
 
+@pytest.mark.parametrize("coded", ["", f",{CODED}", ",saq:group=4,steps=rest@4"])
 @torch.inference_mode()
-def test_blocks_in_a_file_are_left_to_the_modules() -> None:
+def test_blocks_in_a_file_change_no_bit_and_stay_counted(coded: str) -> None:
     fast = model()
     assert lower(fast)
-    past = new_past(fast, f"{LOOKING_BACK},cold=file")
-    for at in range(0, 48, 8):
-        fast(torch.arange(8), Rows([(8, at)]), [past])
-        past.commit()
-    assert fast.program is not None
-    assert fast.program(torch.tensor([1]), Rows([(1, 48)]), [past]) is None
-    assert len(past) == 48
+    program = fast.program
+    assert isinstance(program, Lowered)
+    tokens = torch.randint(0, 101, (120,))
+    inside, outside = (new_past(fast, memory + coded) for memory in (LOOKING_BACK, IN_A_FILE))
+    for start, stop in [*((at, at + 8) for at in range(0, 80, 8)), *((at, at + 1) for at in range(80, 120))]:
+        rows = Rows([(stop - start, start)])
+        found = [program(tokens[start:stop], rows, [past]) for past in (inside, outside)]
+        assert found[0] is not None
+        assert found[1] is not None
+        assert torch.equal(found[0][0], found[1][0])
+        for past in (inside, outside):
+            past.commit()
+        # A fork reads the same file, and goes back to where some blocks have not been made.
+        if stop == 100:
+            outside = outside.fork()
+    for layer in outside.layers:
+        notes = layer.policy_notes
+        assert len(notes.resident) == 3
+        held = sum(tensor.nbytes for tensor in notes.resident.values())
+        assert held == sum(notes.blocks[number].nbytes for number in notes.resident)
 
 
 @torch.inference_mode()

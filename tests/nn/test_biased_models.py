@@ -141,21 +141,28 @@ def test_damaged_files_are_refused(tmp_path: Path, change: dict[str, Any] | None
         load_transformer(checkpoint, FP32())
 
 
-def test_packed_matrices_are_no_program_that_forgets_the_bias() -> None:
+def test_a_program_of_packed_matrices_keeps_to_the_bias() -> None:
     mixer = replace(PLAIN, head_dim=16, rope=RopeConfig(dim=16))
     sizes = {"vocab_size": 64, "width": 64, "inner": 96, "max_positions": 64, "format": Q8_0()}
     with torch.no_grad():
         plain = small_transformer(mixer, seed=2, **sizes)  # type: ignore[arg-type]
         biased = small_transformer(replace(mixer, distance_bias=Harmonic(weight=4.0)), seed=2, **sizes)  # type: ignore[arg-type]
         zero = small_transformer(replace(mixer, distance_bias=Harmonic(weight=0.0)), seed=2, **sizes)  # type: ignore[arg-type]
-    assert "bias" in (obstacle(biased) or "")
+    assert obstacle(biased) == obstacle(zero) == obstacle(plain) is None
     before = logits(biased)
-    assert not lower(biased)
-    assert biased.program is None
-    assert torch.equal(logits(biased), before)
-    torch.testing.assert_close(through_memory(biased, IDS, [9, 7]), before, atol=1e-4, rtol=1e-4)
-    # Without slopes there is nothing to forget.
-    assert obstacle(zero) == obstacle(plain) is None
+    assert lower(biased)
+    found = through_memory(biased, IDS, [9, 7])
+    # Rounding activations moves logits by less than the bias does.
+    assert (found - before).norm() <= 0.03 * before.norm()
+    assert (logits(zero) - before).norm() > 0.1 * before.norm()
+    with torch.no_grad():
+        mixed = small_transformer(
+            replace(mixer, distance_bias=Harmonic()),
+            replace(mixer, distance_bias=Linear()),
+            seed=2,
+            **sizes,  # type: ignore[arg-type]
+        )
+    assert "differ in the kind of their biases" in (obstacle(mixed) or "")
 
 
 def test_configurations_are_specs() -> None:

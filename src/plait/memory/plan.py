@@ -63,7 +63,8 @@ class Visit(NamedTuple):
 class Choice:
     """Strands of which the queries of a segment see those that match them best; it stands among the visits.
 
-    Queries are compared as if all of them stood at one frame position, and visit the strands from there. The score of a strand
+    Queries are compared as if all of them stood at one frame position, and visit the strands from there, whose keys are not
+    turned. The score of a strand
     is the product of its vectors with the mean query, summed over heads. To support it, derive from this class and say
     how numbers become strands.
 

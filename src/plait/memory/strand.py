@@ -20,7 +20,16 @@ from plait.ops import Angles, DistanceBias, Mask, Partial, Rope, Scoring, rotate
 from plait.ops.coded import CODED, CodedForm
 from plait.ops.native import NUMBERS
 
-__all__ = ["DenseStrand", "FrozenStrand", "Heads", "HoldsTensors", "Layout", "Strand", "allocated_bytes"]
+__all__ = [
+    "DenseStrand",
+    "FrozenStrand",
+    "Group",
+    "Heads",
+    "HoldsTensors",
+    "Layout",
+    "Strand",
+    "allocated_bytes",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +115,20 @@ class Layout(NamedTuple):
     first: int
 
 
+class Group(NamedTuple):
+    """Strands that are merged with each other before they join the rest of the past.
+
+    Attributes:
+        strands: at the positions at which they are seen.
+        temperature: what scores are divided by.
+        share: factor on the log-sum-exp of all of them.
+    """
+
+    strands: Sequence[Strand]
+    temperature: float
+    share: float
+
+
 class Strand:
     """A run of consecutive tokens of one layer.
 
@@ -166,6 +189,11 @@ class Strand:
         """Its layout, its position and its length, as the native program's tables have a strand; None without a layout."""
         at = self.layout
         return None if at is None else (*at, self.position, len(self))
+
+    @property
+    def group(self) -> Group | None:
+        """What this strand is made of, for native code, where it is several that are weighed together."""
+        return None
 
     def split(self, at: int) -> tuple[Self, Self]:
         """Two strands that hold tokens [0, at) and [at, T). They share storage with this one."""

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import Memory, Past, Rows, Seen, check_pasts
+from plait.memory import Heads, Memory, Past, Rows, Seen, Strand, check_pasts
 from plait.nn.adapters import Adapter
 from plait.nn.config import TransformerConfig
 from plait.nn.layers import FeedForward, Norm
 from plait.nn.mixers.attention import Attention, AttentionConfig
 from plait.nn.past_tables import Frame, PastTables
 from plait.nn.transformer import Block, Transformer
-from plait.ops import Causal, Everything, Mask, Rope, Tree, native
+from plait.ops import Causal, Everything, Mask, Tree, native
+from plait.ops.distance_bias import Schedule
 from plait.ops.native import ACTIVATIONS, Projection, tree_bits
 from plait.weights import Linear
 
@@ -58,19 +59,22 @@ def obstacle(model: Transformer) -> str | None:
     if config.norm.kind != "rms":
         return "its norms are not RMS norms"
     inner: set[tuple[int, int]] = set()
+    biases: set[tuple[Schedule, int | None]] = set()
     linears = [model.head]
     for block in _blocks(model):
         mixer, feed_forward = block.mixer, block.feed_forward
         if not isinstance(mixer, Attention) or block.norms == "post":
             return "it has blocks other than pre-normalised attention"
         if mixer.heads.bias is not None:
-            return "its attention has a bias by distance"
+            biases.add((mixer.heads.bias.schedule, mixer.heads.bias.limit))
         if feed_forward.config.size % 32 or config.width % 32 or mixer.config.head_dim > 1024:
             return "its widths are not multiples of 32, or its heads are too wide"
         inner.add((feed_forward.config.size, mixer.config.num_heads * mixer.config.head_dim))
         linears += [mixer.qkv, mixer.output, feed_forward.up, feed_forward.down]
     if len(inner) != 1:
         return "its layers differ in their widths"
+    if len(biases) > 1:
+        return "its layers differ in the kind of their biases by distance"
     for matrix in (model.embedding.weight, *(linear.weight for linear in linears)):
         if not all(part.has_native_form for part in matrix.pieces()):
             return f"a matrix in {matrix.format} has no native form"
@@ -104,7 +108,9 @@ class Lowered:
         )
         # Of the last call: visits to chunks of strands that were not made, because another sequence's was theirs.
         self.saved_visits = 0
-        self._ropes: list[Rope | None] = []
+        self._heads: list[Heads] = []
+        # What biases by distance take off scores, of distances in both directions.
+        self._growth: Tensor | None = None
         self._past_tables: WeakKeyDictionary[Past, PastTables] = WeakKeyDictionary()
         for block in _blocks(model):
             self._add(block)
@@ -121,10 +127,10 @@ class Lowered:
     ) -> tuple[Tensor, Tensor | None] | None:
         """Hidden rows, normalised for the head, and their logits; None where the program does not apply.
 
-        It applies to causal, full and tree masks, and to memories of dense and coded strands on the CPU in
-        which every query of a segment sees what the segment's mask, a window or a least distance show. Policies
-        choose from strands inside the program, and are told what they observe behind it. Nothing is written where it
-        does not apply.
+        It applies to causal, full and tree masks, and to memories of dense and coded strands on the CPU, or groups of
+        them, in which a run of queries sees what the segment's mask, a window or a least distance show. Policies
+        choose from strands inside the program, and are told what they observe behind it. Nothing is written where it does
+        not apply.
 
         Args:
             tokens: (N,) int64 ids; None when `embeddings` (N, W) is given.
@@ -190,6 +196,7 @@ class Lowered:
             hidden,
             logits,
             adapters,
+            self._growth_to(parts, rows),
         )
         told.tell(observed, rows, pasts)
         return hidden, None if logits is None else self.finish(logits)
@@ -201,7 +208,7 @@ class Lowered:
         for index, (segment, past) in enumerate(zip(rows.segments, pasts, strict=True)):
             part = self._past_tables.get(past)
             if part is None or not part.extended(segment):
-                part = PastTables.made(past, segment, self._ropes)
+                part = PastTables.made(past, segment, self._heads)
                 if part is None:
                     return None
                 if part.is_lasting:
@@ -211,6 +218,17 @@ class Lowered:
             part.number(index, [tables.index(frame) for frame in part.frames])
             parts.append(part)
         return tables, parts
+
+    def _growth_to(self, parts: Sequence[PastTables], rows: Rows) -> Tensor | None:
+        """What biases take off scores at all distances that these rows may look at; None without a bias."""
+        bias = next((heads.bias for heads in self._heads if heads.bias is not None), None)
+        if bias is None:
+            return None
+        reach = PastTables.reach(parts, rows.segments)
+        if self._growth is None or len(self._growth) < 2 * reach + 1:
+            growth = bias.growth(torch.arange(1 << reach.bit_length()))
+            self._growth = torch.cat([growth[1:].flip(0), growth])
+        return self._growth
 
     def _add(self, block: Block) -> None:
         mixer, feed_forward = block.mixer, block.feed_forward
@@ -236,8 +254,9 @@ class Lowered:
             head_dim=config.head_dim,
             scale=mixer.heads.scale,
             softcap=mixer.heads.softcap or 0.0,
+            slopes=None if mixer.heads.bias is None else mixer.heads.bias.slopes.contiguous(),
         )
-        self._ropes.append(mixer.heads.rope)
+        self._heads.append(mixer.heads)
 
 
 class _Tables:
@@ -309,7 +328,12 @@ def _table(numbers: Sequence[int], columns: int) -> Tensor:
 
 def _is_plain(memory: object) -> bool:
     """Whether a memory has strands that the program can read."""
-    return isinstance(memory, Memory) and all(strand.layout is not None for strand in memory.held())
+    return isinstance(memory, Memory) and all(map(_has_place, memory.held()))
+
+
+def _has_place(strand: Strand) -> bool:
+    group = strand.group
+    return strand.layout is not None if group is None else all(map(_has_place, group.strands))
 
 
 def _projection(linear: Linear) -> Projection:

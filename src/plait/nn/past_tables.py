@@ -12,18 +12,20 @@ import numpy as np
 import numpy.typing as npt
 
 from plait.memory import Choice, Memory, Past, Segment, Strand, Visit
-from plait.memory.strand import DenseStrand, Layout
+from plait.memory.strand import DenseStrand, Heads, Layout
 from plait.ops import Causal, Everything, Far, Mask, Rope, Tree
 
 __all__ = ["CHOICE_COLUMNS", "OBSERVED_COLUMNS", "TARGET_COLUMNS", "VISIT_COLUMNS", "Frame", "PastTables"]
 
 _Numbers = npt.NDArray[np.int64]
 
-TARGET_COLUMNS, VISIT_COLUMNS, CHOICE_COLUMNS, OBSERVED_COLUMNS = 10, 17, 12, 5
+TARGET_COLUMNS, VISIT_COLUMNS, CHOICE_COLUMNS, OBSERVED_COLUMNS = 10, 25, 13, 5
 # Columns that change from one forward pass to the next: of targets, of all others, and of visits to tails.
 _AT, _TARGET_TABLE = 7, 9
 _SEGMENT, _TABLE = 1, 2
-_LENGTH = 16
+_STANDS_AT, _POSITION, _LENGTH = 13, 23, 24
+# Stands for the end of a run of queries that reaches as far as there are any.
+_ALL = 2**62
 
 
 class Frame(NamedTuple):
@@ -50,8 +52,8 @@ class PastTables:
 
     Attributes:
         targets: (L, 10), the strand of each layer that new rows are written to.
-        visits: (V, 17), the strands that they visit, by layer and oldest first.
-        choices: (C, 12), what the rows choose from, by layer and place among its visits.
+        visits: (V, 25), the strands that they visit, by layer and oldest first.
+        choices: (C, 13), what the rows choose from, by layer and place among its visits.
         observed: (O, 5), the layers that are told of their queries; addresses are left to the caller.
         frames: whose tables of angles they ask for; see `number`.
         is_lasting: whether they can serve the next forward pass too, if strands stay the same.
@@ -65,6 +67,8 @@ class PastTables:
         self._layers: list[_Layer] = []
         # Numbers of the layers, with their memories, that may want to be told of queries.
         self._observers: list[tuple[int, Memory]] = []
+        # What visits are made of, whose addresses the tables have.
+        self._visited: list[Strand] = []
         self._capacity = 0
         # Of each row of a table, its frame; and the visits to tails.
         self._target_frames: _Numbers = np.zeros(0, np.int64)
@@ -73,7 +77,7 @@ class PastTables:
         self._tails: _Numbers = np.zeros(0, np.int64)
 
     @classmethod
-    def made(cls, past: Past, segment: Segment, ropes: Sequence[Rope | None]) -> Self | None:
+    def made(cls, past: Past, segment: Segment, heads: Sequence[Heads]) -> Self | None:
         """Make room for a segment's rows in every layer, and note what they visit.
 
         Returns:
@@ -89,8 +93,9 @@ class PastTables:
         visit_frames: list[int] = []
         choice_frames: list[int] = []
         tails: list[int] = []
-        for layer, (memory, rope) in enumerate(zip(past.layers, ropes, strict=True)):
+        for layer, (memory, own) in enumerate(zip(past.layers, heads, strict=True)):
             assert isinstance(memory, Memory)
+            rope = own.rope
             first = memory.extend(segment.length, draft)
             at = memory.tail.layout
             if at is None:
@@ -110,17 +115,22 @@ class PastTables:
                     choice_frames.append(self._frame(rope, look.turned_at, True))
                     choices += (layer, 0, -1, look.window or 0, *kind, number - num_choices)
                     choices += (look.index.data_ptr(), len(look.index), places.data_ptr(), len(look.found))
-                    choices.append(look.found.ctypes.data)
+                    choices += (look.found.ctypes.data, look.turned_at)
                     num_choices += 1
                     continue
-                place = look.strand.place
-                if place is None or look.queries is not None or look.log_weight:
-                    return None
-                if look.strand is memory.tail:
-                    tails.append(len(visit_frames))
-                offset = look.strand.offset if look.turned_at is None else look.turned_at
-                visit_frames.append(self._frame(rope, offset, look.turned_at is not None))
-                visits += (layer, 0, -1, look.window or 0, *kind, *place)
+                strands, weight = _weighed(look, len(visit_frames) + 1)
+                queries = range(_ALL) if look.queries is None else look.queries
+                for strand in strands:
+                    place = strand.place
+                    if place is None:
+                        return None
+                    if strand is memory.tail:
+                        tails.append(len(visit_frames))
+                    offset = strand.offset if look.turned_at is None else look.turned_at
+                    visit_frames.append(self._frame(rope, offset, look.turned_at is not None))
+                    visits += (layer, 0, -1, look.window or 0, *kind, queries.start, queries.stop, *weight)
+                    visits += (*_standing(look, strand, own), *place)
+                self._visited += strands
             if memory.plan.may_observe:
                 self._observers.append((layer, memory))
             key = memory.plan.policy.visits_key(memory, segment)
@@ -183,6 +193,16 @@ class PastTables:
         )
         return targets, visits, choices, observed
 
+    @staticmethod
+    def reach(parts: Sequence[PastTables], segments: Sequence[Segment]) -> int:
+        """A distance that none of the visits goes beyond, in either direction."""
+        most = max((segment.position + segment.length for segment in segments), default=0)
+        for part in parts:
+            for table, columns in ((part.visits, (_STANDS_AT, _POSITION, _LENGTH)), (part.choices, (-1,))):
+                for column in columns:
+                    most += int(np.abs(table[:, column]).max(initial=0))
+        return most
+
     def _frame(self, rope: Rope | None, offset: int, is_pinned: bool) -> int:
         if rope is None:
             return -1
@@ -206,6 +226,34 @@ def _kind_of(look: Visit | Choice, segment: Segment) -> tuple[int, int] | None:
         is_past = isinstance(look, Choice) or look.strand.position + len(look.strand) <= segment.position
         return (-1, mask.distance) if is_past else None
     return None
+
+
+def _weighed(look: Visit, number: int) -> tuple[list[Strand], tuple[int, int, int, int]]:
+    """The strands of a visit, and how it counts: what is added, its group, and the group's factors."""
+    group = look.strand.group
+    if group is None:
+        return [look.strand], (_bits(look.log_weight), 0, *_ONES)
+    return list(group.strands), (
+        _bits(look.log_weight / group.share),
+        number,
+        _bits(1 / group.temperature),
+        _bits(group.share),
+    )
+
+
+def _standing(look: Visit, strand: Strand, heads: Heads) -> tuple[int, int]:
+    """How queries stand for a bias by distance: each at its place (0), all at one (1), or at one distance of all keys (2)."""
+    if heads.bias is None or look.turned_at is None:
+        return 0, 0
+    return (2, look.turned_at) if strand.heads.bias is None else (1, strand.offset + look.turned_at)
+
+
+def _bits(number: float) -> int:
+    """The bits of a number in fp64."""
+    return int(np.float64(number).view(np.int64))
+
+
+_ONES = (_bits(1.0), _bits(1.0))
 
 
 def _rows(numbers: Sequence[int], columns: int) -> _Numbers:

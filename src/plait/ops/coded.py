@@ -103,6 +103,14 @@ class CodedNumbers:
         """The same numbers as channels `kept` (G, K) int16 of D; the others are 0, or their means (G, D) fp32."""
         return CodedNumbers(self.handle.thinned(kept.contiguous(), dim, means))
 
+    def description_at(self, numbers: Tensor, to: int) -> bytes | None:
+        """What would describe them if the bytes (n,) in which all of them lie stood at another address.
+
+        None where some lie elsewhere.
+        """
+        found: bytes | None = self.handle.description_at(numbers.data_ptr(), numbers.nbytes, to)
+        return found
+
     def address(self) -> int:
         """Where the description lies, for a program; valid while this object lives."""
         return int(self.handle.address())

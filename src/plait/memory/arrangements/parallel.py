@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from plait.errors import ConfigError
-from plait.memory.strand import Heads, Strand
+from plait.memory.strand import Group, Heads, Strand
 from plait.ops import Mask, Partial, Rope, merge_all, rotate
 
 __all__ = ["ParallelGroup"]
@@ -73,6 +73,11 @@ class ParallelGroup(Strand):
             for strand in self._strands
         )
         return Partial(together.out, together.lse * (self.scale * self.temperature))
+
+    @property
+    def group(self) -> Group:
+        strands = [strand.moved(self.offset) for context in self.contexts for strand in context]
+        return Group(strands, self.temperature, self.scale * self.temperature)
 
     def weighted(self, *, temperature: float, scale: float) -> ParallelGroup:
         """The same contexts with another temperature and scale; shares storage."""

@@ -149,6 +149,7 @@ class InfLLM(FirstAndLast, name="infllm"):
             notes = _notes(memory)
             notes.pending.append(Asked(seen.queries, seen.lse, seen.positions))
             notes.num_asked += len(seen.positions)
+            notes.keep_chosen()
 
     def rows_at_once(self, memory: Memory, least: int, most: int) -> int:
         if not self._looks_back(memory):
@@ -316,7 +317,8 @@ class _Blocks(Notes):
     choice: _Best | None = None
     # Counted up whenever `first`, `blocks` or `ahead` are changed.
     changes: int = 0
-    resident: OrderedDict[int, Strand] = field(default_factory=OrderedDict)
+    # What was read of a file last: whole strands, or their bytes where native code reads them.
+    resident: OrderedDict[int, Strand | Tensor] = field(default_factory=OrderedDict)
     together: tuple[tuple[int, ...], list[Strand]] = ((), [])
 
     @property
@@ -339,9 +341,10 @@ class _Blocks(Notes):
     def add(self, block: Strand, representative: Tensor) -> None:
         """Put a block behind the others."""
         # A full disk is found here, before anything has changed.
-        self.blocks.append(block if self.file is None else self.file.put(block))
+        stored = block if self.file is None else self.file.put(block)
+        self.blocks.append(stored)
         self.index.append(representative)
-        place = block.place if self.file is None else None
+        place = stored.place
         if place is not None:
             self.places.append(torch.tensor(place))
         self.changes += 1
@@ -359,16 +362,36 @@ class _Blocks(Notes):
             self.together = (key, [*([FrozenStrand.gathered(plain)] if plain else []), *coded])
         return self.together[1]
 
+    def keep_chosen(self) -> None:
+        """Count what native code has read of a file as resident, and let the rest go."""
+        if self.file is None:
+            return
+        for number in self.chosen:
+            block = self.blocks[number]
+            if isinstance(block, Spilled):
+                if number not in self.resident:
+                    self.resident[number] = block.mapped()
+                self._touch(number)
+
     def _load(self, number: int) -> Strand:
         block = self.blocks[number]
         if isinstance(block, Strand):
             return block
-        if number not in self.resident:
-            self.resident[number] = block.load()
+        found = self.resident.get(number)
+        if not isinstance(found, Strand):
+            self.resident[number] = found = block.load()
+        self._touch(number)
+        return found
+
+    def _touch(self, number: int) -> None:
         self.resident.move_to_end(number)
         while len(self.resident) > self.policy.cached:
-            self.resident.popitem(last=False)
-        return self.resident[number]
+            self._leave(*self.resident.popitem(last=False))
+
+    def _leave(self, number: int, held: Strand | Tensor) -> None:
+        block = self.blocks[number]
+        if isinstance(block, Spilled) and not isinstance(held, Strand):
+            block.rest()
 
     def fork(self) -> _Blocks:
         return _Blocks(
@@ -392,14 +415,14 @@ class _Blocks(Notes):
             self.first = self.first.split(num_first)[0] if num_first else None
         if self.ahead is not None and self.ahead.start + len(self.ahead) > length:
             self.ahead = None
+        for number in [number for number in self.resident if number >= num_blocks]:
+            self._leave(number, self.resident.pop(number))
         del self.blocks[num_blocks:]
         for grown in (self.index, self.places):
             grown.length = min(grown.length, num_blocks)
         self.mass.truncate(length)
         self.choice, self.together = None, ((), [])
         self.changes += 1
-        for number in [number for number in self.resident if number >= num_blocks]:
-            del self.resident[number]
         self.learned = min(self.learned, max(length - self.learned_from, 0))
         self.asked, self.pending = Asked.before(self.asked, length), Asked.before(self.pending, length)
         self.num_asked = Asked.count([*self.asked, *self.pending])
@@ -416,13 +439,16 @@ class _Blocks(Notes):
     def tensors(self) -> list[Tensor]:
         strands = [strand for strand in (self.first, self.ahead) if strand is not None]
         inside = [block for block in self.blocks if isinstance(block, Strand)]
-        held: list[HoldsTensors] = [*strands, *inside, *self.resident.values(), *self.together[1]]
+        read = self.resident.values()
+        loaded = [block for block in read if isinstance(block, Strand)]
+        held: list[HoldsTensors] = [*strands, *inside, *loaded, *self.together[1]]
         asked = [tensor for one in (*self.asked, *self.pending) for tensor in one]
         return [
             self.index.storage,
             self.places.storage,
             self.mass.storage,
             *asked,
+            *(block for block in read if not isinstance(block, Strand)),
             *(tensor for strand in held for tensor in strand.tensors()),
         ]
 

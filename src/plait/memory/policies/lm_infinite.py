@@ -19,7 +19,7 @@ from plait.memory.plan import Notes, Visit
 from plait.memory.policies.window import FirstAndLast
 from plait.memory.rows import Segment
 from plait.memory.strand import FrozenStrand, Strand
-from plait.ops import Far
+from plait.ops import Causal, Far
 
 __all__ = ["LMInfinite"]
 
@@ -75,6 +75,14 @@ class LMInfinite(FirstAndLast, name="lm-infinite"):
         notes = memory.policy_notes
         if isinstance(notes, _First) and notes.length < min(self.initial, len(memory)):
             notes.add(_unrotated(memory, notes.length, self.initial))
+
+    def runs(self, segment: Segment) -> list[range]:
+        # First tokens that later rows of the segment see as far away are read before those, so that they are written.
+        count, length = self.initial - segment.position, segment.length
+        if type(segment.mask) is not Causal or self.style != "lambda" or not 0 < count < length:
+            return super().runs(segment)
+        is_far = segment.position + length > self.local
+        return [range(count), range(count, length)] if is_far else super().runs(segment)
 
     def visits(self, memory: Memory, segment: Segment) -> list[Visit]:
         notes = memory.policy_notes
