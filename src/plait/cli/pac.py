@@ -36,7 +36,7 @@ def calibrate(
 
     [bold]Examples[/bold]
 
-      echo '{"prompt": "def f(a):\\n    return", "prefix": "return", "truth": "return a"}' > examples.jsonl
+      yes '{"prompt": "def f(a):\\n    return", "prefix": "return", "truth": "return a"}' | head -n 14 > examples.jsonl
 
       plait pac calibrate examples.jsonl --output sets.json --epsilon 0.2
     """
