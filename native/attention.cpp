@@ -130,8 +130,8 @@ bool AttentionPlan::is_visible(const Block& block, const PlanChunk& chunk) const
         const PlanPiece& piece = pieces_[size_t(p)];
         if (piece.is_draft) return true;
         const StrandVisit& visit = visits_[size_t(piece.visit)];
-        const int64_t last = block.first_query + block.num_queries - 1;
         const auto sees = [&](Range range) { return range.low < piece.first + piece.count && range.high > piece.first; };
+        const int64_t last = block.first_query + block.num_queries - 1;
         if (visit.mask.kind == MaskKind::tree) {
             for (int64_t i = block.first_query; i <= last; ++i)
                 if (sees(visible_range(visit.mask, i, visit.length))) return true;

@@ -64,9 +64,8 @@ class Choice:
     """Strands of which the queries of a segment see those that match them best; it stands among the visits.
 
     Queries are compared as if all of them stood at one frame position, and visit the strands from there, whose keys are not
-    turned. The score of a strand
-    is the product of its vectors with the mean query, summed over heads. To support it, derive from this class and say
-    how numbers become strands.
+    turned. The score of a strand is the product of its vectors with the mean query, summed over heads. To support it, derive
+    from this class and say how numbers become strands.
 
     Args:
         index: (B, H D) fp32, a vector of each query head for each of the strands.

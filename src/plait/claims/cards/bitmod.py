@@ -34,6 +34,8 @@ _FORMATS = {
     "bitmod3_ea": "bitmod:bits=3,group={},types=ea",
     "bitmod3": "bitmod:bits=3,group={}",
 }
+# Those that are compared on networks whose weights were never on a grid.
+_ON_FP32 = ("int4", "int4_lean", "fp4", "nf4", "bitmod4", "int3", "int3_lean", "fp3", "bitmod3")
 _GROUP = 64
 
 
@@ -85,9 +87,9 @@ def _clean(run: Run) -> Generator[str, None, dict[str, Quantity]]:
     found: dict[str, Quantity] = {}
     with tempfile.TemporaryDirectory() as root:
         model, corpus = yield from small_model(run, Path(root) / "clean", blocks=6)
-        names = ["int4", "int4_lean", "fp4", "nf4", "bitmod4", "int3", "int3_lean", "fp3", "bitmod3"]
         specs = {
-            name: _FORMATS[name].format(_GROUP) for name in run.pick(names, ["int4", "int4_lean", "bitmod4"])
+            name: _FORMATS[name].format(_GROUP)
+            for name in run.pick(_ON_FP32, ("int4", "int4_lean", "bitmod4"))
         }
         made = yield from packed(str(model), list(specs.values()), Path(root) / "packed", samples=1)
         lm = load(model, weights="fp32")
@@ -144,8 +146,7 @@ def _sentences(run: Run) -> Generator[str, None, dict[str, Quantity]]:
 
     found: dict[str, Quantity] = {}
     judged = sentences(run.pick(400, 3))
-    names = ["int4", "int4_lean", "fp4", "nf4", "bitmod4", "int3", "int3_lean", "fp3", "bitmod3"]
-    for name in names:
+    for name in _ON_FP32:
         format = FORMATS.parse(_FORMATS[name].format(_GROUP))
         yield f"sentences with {format}"
         packed = likeness(format, judged)
