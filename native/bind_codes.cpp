@@ -101,12 +101,14 @@ void set_outliers(BoundNumbers& self, const ConstArray& starts, const ConstArray
     check_half(numbers, "outliers");
     check_shape(numbers, "outliers", {count});
     const int32_t* from = data_of<int32_t>(starts);
+    const uint8_t* of = data_of<uint8_t>(tokens);
     const int16_t* places = data_of<int16_t>(channels);
     bool is_right = from[0] == 0 && from[num_runs] == count;
     for (int64_t run = 0; run < num_runs; ++run) is_right = is_right && from[run] <= from[run + 1];
     for (int64_t i = 0; i < count; ++i) is_right = is_right && places[i] >= 0 && places[i] < stored.width;
-    if (!is_right) refuse("Outliers need runs in order, and channels of the head.");
-    self.numbers.outliers = {from, data_of<uint8_t>(tokens), places, data_of<uint16_t>(numbers), count};
+    for (int64_t run = 0; is_right && run < num_runs; ++run) is_right = std::is_sorted(of + from[run], of + from[run + 1]);
+    if (!is_right) refuse("Outliers need runs in order, the tokens of each in order, and channels of the head.");
+    self.numbers.outliers = {from, of, places, data_of<uint16_t>(numbers), count};
     for (const auto* array : {&starts, &tokens, &channels, &numbers}) keep(self, *array);
 }
 

@@ -82,7 +82,7 @@ inline int64_t coded_scratch(int64_t rows, const CodedNumbers& keys, const Coded
     const int64_t widest = wide_k > wide_v ? wide_k : wide_v;
     const int64_t key_factor = keys.stored.width * keys.padded(keys.rank());
     const int64_t value_factor = values.padded(values.rank()) * values.padded(values.dim);
-    const int64_t coded = rows * (kKeyChunk + wide_k + wide_v) + kCodedTokens * widest +
+    const int64_t coded = rows * (kScoreStride + wide_k + wide_v) + kCodedTokens * widest +
                           (key_factor > value_factor ? key_factor : value_factor);
     const int64_t plain = attend_scratch(rows, wide_k, wide_v) + rows * wide_k;
     return coded > plain ? coded : plain;

@@ -62,6 +62,7 @@ void fill_coded(CodedCase& c, int64_t heads, int64_t tokens, int64_t dim, bool i
                 c.outlier_tokens.push_back(uint8_t(pick(0, left - 1)));
                 c.outlier_channels.push_back(int16_t(pick(0, width - 1)));
             }
+            std::sort(c.outlier_tokens.begin() + c.starts.back(), c.outlier_tokens.end());
             c.starts.push_back(int32_t(c.outlier_tokens.size()));
         }
         c.outlier_numbers = halves(int64_t(c.outlier_tokens.size()));

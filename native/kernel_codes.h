@@ -6,6 +6,8 @@
 // tokens at a time lie in the first-level cache.
 #pragma once
 
+#include <algorithm>
+
 #include "codes.h"
 #include "kernel_many_rows.h"
 
@@ -44,24 +46,21 @@ struct Coded {
         return uint32_t(bits >> (bit & 7));
     }
 
-    // Sixteen codes from a channel on. Fast, where that begins with a byte and the storage goes on for 8 bytes behind
-    // them; else from any bit on, and zeros where the storage ends.
-    template <int Bits, bool IsFast>
-    static F codes(const uint8_t* row, int64_t channel, const uint8_t* end) {
+    // Call body(bytes) with sixteen codes from a channel on. Fast, where they begin with a byte and the storage goes on for
+    // 8 bytes behind them; else from any bit on, and zeros where the storage ends.
+    template <int Bits, bool IsFast, class Body>
+    static F with_codes(const uint8_t* row, int64_t channel, const uint8_t* end, Body body) {
         const uint8_t* p = row + (channel * Bits >> 3);
+        if constexpr (IsFast) return body(p);
+        uint8_t some[kLanes + 4] = {};
         if constexpr (Bits == 8) {
-            if (IsFast || end - p >= kLanes) return S::bytes(p);
-            uint8_t some[kLanes] = {};
-            if (p < end) std::memcpy(some, p, size_t(end - p));
-            return S::bytes(some);
-        } else if constexpr (IsFast) {
-            uint32_t first, second;
-            std::memcpy(&first, p, 4);
-            std::memcpy(&second, p + Bits, 4);
-            return S::template codes<Bits>(first, second);
+            if (p < end) std::memcpy(some, p, size_t(smaller(kLanes, end - p)));
         } else {
-            return S::template codes<Bits>(word(row, channel * Bits, end), word(row, (channel + 8) * Bits, end));
+            const uint32_t first = word(row, channel * Bits, end), second = word(row, (channel + 8) * Bits, end);
+            std::memcpy(some, &first, 4);
+            std::memcpy(some + Bits, &second, 4);
         }
+        return body(some);
     }
 
     // Tokens [begin, end), whose scales and minima are those of their group of tokens.
@@ -83,7 +82,7 @@ struct Coded {
                 const uint8_t* row = a.codes + t * a.row_bytes;
                 float* to = out + (t - begin) * stride;
                 for (int64_t c = 0; c < s.width; c += kLanes) {
-                    const F code = codes<Bits, IsFast>(row, first + c, stop);
+                    const F code = with_codes<Bits, IsFast>(row, first + c, stop, S::template codes<Bits>);
                     S::store(to + c, S::fma(code, S::load(scale + c), S::load(minimum + c)));
                 }
             }
@@ -99,33 +98,44 @@ struct Coded {
         const uint8_t* stop = a.codes + a.num_bytes;
         alignas(64) float scale[kMostWidth + kLanes], minimum[kMostWidth + kLanes];
         const int64_t first_group = first / a.group, num_groups = (first + s.width - 1) / a.group - first_group + 1;
-        int64_t group_of[kMostWidth / kLanes];
+        // Vectors of channels [begin, end) that lie in one group; or one vector that lies in several.
+        struct Vectors {
+            int64_t begin, end, group;
+        };
+        Vectors runs[kMostWidth / kLanes];
+        int64_t num_runs = 0;
         for (int64_t c = 0; c < s.width; c += kLanes) {
             const int64_t of_first = (first + c) / a.group, of_last = (first + smaller(c + kLanes, s.width) - 1) / a.group;
-            group_of[c / kLanes] = of_first == of_last ? of_first - first_group : -1;
+            const int64_t group = of_first == of_last ? of_first - first_group : -1;
+            if (num_runs > 0 && group >= 0 && runs[num_runs - 1].group == group) runs[num_runs - 1].end = c + kLanes;
+            else runs[num_runs++] = {c, c + kLanes, group};
         }
+        const int64_t last_vector = padded(s.width) - kLanes;
         for (int64_t t = begin; t < end; ++t) {
             const uint8_t* row = a.codes + t * a.row_bytes;
             float* to = out + (t - begin) * stride;
             const int64_t at = t * a.scale_columns + first_group;
             widen_halves(a.scale + at, num_groups, num_scales - at, scale);
             widen_halves(a.minimum + at, num_groups, num_scales - at, minimum);
-            for (int64_t c = 0; c < s.width; c += kLanes) {
-                const F code = codes<Bits, IsFast>(row, first + c, stop);
-                const int64_t group = group_of[c / kLanes];
-                F number;
+            for (int64_t run = 0; run < num_runs; ++run) {
+                const auto [from, behind, group] = runs[run];
                 if (group >= 0) {
-                    number = S::fma(code, S::set1(scale[group]), S::set1(minimum[group]));
-                } else {
-                    float scales[kLanes] = {}, minima[kLanes] = {};
-                    for (int64_t i = 0; i < smaller(kLanes, s.width - c); ++i) {
-                        scales[i] = scale[(first + c + i) / a.group - first_group];
-                        minima[i] = minimum[(first + c + i) / a.group - first_group];
-                    }
-                    number = S::fma(code, S::load(scales), S::load(minima));
+                    const auto levels = S::template levels<Bits>(scale[group], minimum[group]);
+                    for (int64_t c = from; c < behind; c += kLanes)
+                        S::store(to + c, with_codes<Bits, IsFast>(row, first + c, stop, [&](const uint8_t* p) {
+                            return S::template numbers<Bits>(p, levels);
+                        }));
+                    continue;
                 }
-                S::store(to + c, first_lanes(number, s.width - c));
+                float scales[kLanes] = {}, minima[kLanes] = {};
+                for (int64_t i = 0; i < smaller(kLanes, s.width - from); ++i) {
+                    scales[i] = scale[(first + from + i) / a.group - first_group];
+                    minima[i] = minimum[(first + from + i) / a.group - first_group];
+                }
+                const F code = with_codes<Bits, IsFast>(row, first + from, stop, S::template codes<Bits>);
+                S::store(to + from, S::fma(code, S::load(scales), S::load(minima)));
             }
+            if (s.width % kLanes != 0) S::store(to + last_vector, first_lanes(S::load(to + last_vector), s.width - last_vector));
         }
     }
 
@@ -154,11 +164,12 @@ struct Coded {
         for (int64_t t = begin; t < end; ++t) {
             float* to = out + (t - begin) * stride;
             for (int64_t c = 0; c < s.width; c += kLanes) {
-                const int64_t at = t * s.plain.stride + c;
-                // The lanes behind a head are read too, where they cannot lie behind the last token of it.
-                const bool is_inside = at + kLanes <= (s.tokens - 1) * s.plain.stride + s.width;
-                S::store(to + c, is_inside ? first_lanes(R::load(base, at), s.width - c)
-                                           : R::load_some(base, at, smaller(kLanes, s.width - c)));
+                const int64_t at = t * s.plain.stride + c, left = s.width - c;
+                // Where part of a vector takes more than one load: the lanes behind a head are read too, unless they may lie
+                // behind the last token of it.
+                const bool is_inside = !S::kLoadsSome && at + kLanes <= (s.tokens - 1) * s.plain.stride + s.width;
+                if (left >= kLanes) S::store(to + c, R::load(base, at));
+                else S::store(to + c, is_inside ? first_lanes(R::load(base, at), left) : R::load_some(base, at, left));
             }
         }
     }
@@ -181,24 +192,34 @@ struct Coded {
         }
     }
 
-    // Outliers of tokens [begin, end) of one block; `next` is the first of them, and then the first behind them.
+    // Outliers of tokens [begin, end) of one block; `next` is the first of them, or 0, and then the first behind them.
     static void add_outliers(const CodedNumbers& n, int64_t head, int64_t begin, int64_t end, int64_t* next, float* out,
                              int64_t stride) {
         const Outliers& o = n.outliers;
         if (o.starts == nullptr) return;
-        const int64_t run = begin / kKeyChunk * n.stored.num_heads + head, stop = o.starts[run + 1];
-        const int64_t first = begin % kKeyChunk, last = first + end - begin;
+        const int64_t run = begin / kKeyChunk * n.stored.num_heads + head;
+        const uint8_t* stop = o.tokens + o.starts[run + 1];
+        const int64_t first = begin % kKeyChunk;
+        // They are sorted by token.
+        const auto from_token = [&](const uint8_t* from, int64_t token) {
+            return std::partition_point(from, stop, [&](uint8_t own) { return own < token; }) - o.tokens;
+        };
+        int64_t i = *next > 0 ? *next : from_token(o.tokens + o.starts[run], first);
+        const int64_t last = from_token(o.tokens + i, first + end - begin);
+        float* to = out - first * stride;
         float some[kLanes];
-        int64_t i = larger(*next, o.starts[run]);
-        while (i < stop && o.tokens[i] < last) {
-            const int64_t count = smaller(kLanes, stop - i);
-            S::store(some, o.count - i >= kLanes ? Half::load(o.numbers, i) : Half::load_some(o.numbers, i, o.count - i));
-            int64_t j = 0;
-            for (; j < count && o.tokens[i + j] < last; ++j)
-                if (o.tokens[i + j] >= first) out[(o.tokens[i + j] - first) * stride + o.channels[i + j]] += some[j];
-            i += j;
+        const auto add = [&](int64_t count) {
+            for (int64_t j = 0; j < count; ++j) to[o.tokens[i + j] * stride + o.channels[i + j]] += some[j];
+        };
+        for (; i + kLanes <= last; i += kLanes) {
+            S::store(some, Half::load(o.numbers, i));
+            add(kLanes);
         }
-        *next = i;
+        if (i < last) {
+            S::store(some, Half::load_some(o.numbers, i, last - i));
+            add(last - i);
+        }
+        *next = last;
     }
 
     // Stored channels to their places among all of a head; the others become their means.
@@ -279,31 +300,7 @@ struct Coded {
                     const F v = S::load(q + r * wide + c);
                     for (int k = 0; k < 4; ++k) sum[r][k] = S::fma(S::load(key[k] + c), v, sum[r][k]);
                 }
-            S::template store_sums<Rows>(sum, out + j, kKeyChunk);
-        }
-    }
-
-    // sum += weight[j] * value[j] for j in [first, last), in vectors of 16 channels.
-    template <int Vectors>
-    static void add_values(const float* weights, const float* block, int64_t wide, int64_t first, int64_t last, float* sum) {
-        F total[Vectors];
-        for (int k = 0; k < Vectors; ++k) total[k] = S::load(sum + k * kLanes);
-        for (int64_t j = first; j < last; ++j) {
-            const F w = S::set1(weights[j]);
-            for (int k = 0; k < Vectors; ++k) total[k] = S::fma(w, S::load(block + j * wide + k * kLanes), total[k]);
-        }
-        for (int k = 0; k < Vectors; ++k) S::store(sum + k * kLanes, total[k]);
-    }
-    [[gnu::noinline]] static void mix(const float* weights, const float* block, int64_t wide, int64_t first, int64_t last,
-                                      float* sum) {
-        int64_t c = 0;
-        for (; wide - c > 5 * kLanes; c += 4 * kLanes) add_values<4>(weights, block + c, wide, first, last, sum + c);
-        switch ((wide - c) / kLanes) {
-            case 5: return add_values<5>(weights, block + c, wide, first, last, sum + c);
-            case 4: return add_values<4>(weights, block + c, wide, first, last, sum + c);
-            case 3: return add_values<3>(weights, block + c, wide, first, last, sum + c);
-            case 2: return add_values<2>(weights, block + c, wide, first, last, sum + c);
-            default: return add_values<1>(weights, block + c, wide, first, last, sum + c);
+            S::template store_sums<Rows>(sum, out + j, kScoreStride);
         }
     }
 
@@ -364,7 +361,7 @@ struct Coded {
         const int64_t end = begin + piece.count;
         const int64_t wide_k = wide_keys(keys), wide_v = wide_values(values);
         float* weights = scratch;
-        float* block = weights + v.rows * kKeyChunk;
+        float* block = weights + v.rows * kScoreStride;
         float* queries = block + kCodedTokens * larger(wide_k, wide_v);
         float* aside = queries + v.rows * wide_k;
         float* room = aside + v.rows * wide_v;
@@ -386,13 +383,12 @@ struct Coded {
             numbers(keys.stored, head, first, last, block, wide_k);
             add_outliers(keys, head, first, last, &next, block, wide_k);
             if (keys.rank() > 0) numbers(keys.factor, head, first, last, block + padded(keys.stored.width), wide_k);
-            int64_t r = 0;
-            for (; r + S::kQueryRows <= v.rows; r += S::kQueryRows)
-                dots<S::kQueryRows>(queries + r * wide_k, wide_k, block, last - first, weights + r * kKeyChunk + at);
-            for (; r < v.rows; ++r) dots<1>(queries + r * wide_k, wide_k, block, last - first, weights + r * kKeyChunk + at);
+            A::each_rows(v, [&](int64_t row, auto rows) {
+                dots<rows>(queries + row * wide_k, wide_k, block, last - first, weights + row * kScoreStride + at);
+            });
         }
         for (int64_t r = 0; r < v.rows; ++r)
-            soften(v, r, start, padded(highest), weights + r * kKeyChunk, fold.top + r, fold.total + r);
+            soften(v, r, start, padded(highest), weights + r * kScoreStride, fold.top + r, fold.total + r);
 
         float* sums = values.rank() > 0 ? aside : fold.sum;
         std::memset(sums, 0, size_t(v.rows * wide_v) * sizeof(float));
@@ -403,11 +399,22 @@ struct Coded {
             add_outliers(values, head, first, last, &next, block, wide_v);
             spread(values, head, last - first, block, wide_v);
             if (values.rank() > 0) numbers(values.factor, head, first, last, block + padded(values.dim), wide_v);
-            for (int64_t r = 0; r < v.rows; ++r)
-                if (fold.top[r] != -__builtin_inff())
-                    // A key that is hidden from a row is left out, so that it need not be finite.
-                    mix(weights + r * kKeyChunk + at, block, wide_v, larger(low(r) - at, 0),
-                        smaller(high(r) - at, last - first), sums + r * wide_v);
+            const typename A::Source from{block, wide_v, wide_v, Number::fp32};
+            const auto add = [&](int64_t row, auto rows) {
+                A::template values<Number::fp32, rows>(weights + row * kScoreStride + at, from, wide_v, larger(low(row) - at, 0),
+                                                       smaller(high(row) - at, last - first), nullptr, sums + row * wide_v);
+            };
+            A::each_rows(v, [&](int64_t row, auto rows) {
+                // A key that is hidden from a row is left out, so that it need not be finite.
+                const auto is_like_first = [&](int64_t r) {
+                    return low(r) == low(row) && high(r) == high(row) && fold.top[r] != -__builtin_inff();
+                };
+                bool is_alike = true;
+                for (int64_t r = row; r < row + rows; ++r) is_alike &= is_like_first(r);
+                if (is_alike) return add(row, rows);
+                for (int64_t r = row; r < row + rows; ++r)
+                    if (fold.top[r] != -__builtin_inff()) add(r, Count<1>());
+            });
         }
         if (values.rank() > 0) narrow_sums(values, head, v.rows, room, aside, v.padded_value, fold.sum);
     }

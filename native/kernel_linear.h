@@ -352,7 +352,7 @@ struct Linear {
             F w[4];
             for (int k = 0; k < 4; ++k) w[k] = R::load_some(weight, at[k] + c, columns - c);
             for (int m = 0; m < Rows; ++m) {
-                const F v = Math<S>::load_some(x + m * ldx + c, columns - c);
+                const F v = S::load_some(x + m * ldx + c, columns - c);
                 for (int k = 0; k < 4; ++k) sum[m][k] = S::fma(w[k], v, sum[m][k]);
             }
         }

@@ -65,18 +65,11 @@ struct Math {
         return x;
     }
 
-    // Fewer than 16 numbers, zeros behind them.
-    static F load_some(const float* p, int64_t n) {
-        float lanes[kLanes] = {};
-        std::memcpy(lanes, p, size_t(n) * sizeof(float));
-        return S::load(lanes);
-    }
     static void store_some(float* p, F x, int64_t n) {
         float lanes[kLanes];
         S::store(lanes, x);
         std::memcpy(p, lanes, size_t(n) * sizeof(float));
     }
-    static F load(const float* p) { return S::load(p); }
 
     // y[i] = function(index of the lanes' first number, how many of them count).
     template <class Function>
@@ -86,7 +79,7 @@ struct Math {
         if (i < n) store_some(y + i, function(i, n - i), n - i);
     }
     static F at(const float* x, int64_t i, int64_t n) {
-        return n == kLanes ? S::load(x + i) : load_some(x + i, n);
+        return n == kLanes ? S::load(x + i) : S::load_some(x + i, n);
     }
 };
 
@@ -98,13 +91,8 @@ struct Reader {
         else return S::load(static_cast<const uint16_t*>(base) + index, N == Number::bf16);
     }
     static typename S::F load_some(const void* base, int64_t index, int64_t n) {
-        if constexpr (N == Number::fp32) {
-            return Math<S>::load_some(static_cast<const float*>(base) + index, n);
-        } else {
-            uint16_t lanes[kLanes] = {};
-            std::memcpy(lanes, static_cast<const uint16_t*>(base) + index, size_t(n) * sizeof(uint16_t));
-            return S::load(lanes, N == Number::bf16);
-        }
+        if constexpr (N == Number::fp32) return S::load_some(static_cast<const float*>(base) + index, n);
+        else return S::load_some(static_cast<const uint16_t*>(base) + index, n, N == Number::bf16);
     }
 };
 

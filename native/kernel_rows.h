@@ -19,7 +19,7 @@ struct RowOps {
             squares = S::fma(v, v, squares);
         }
         if (i < n) {
-            const F v = M::load_some(x + i, n - i);
+            const F v = S::load_some(x + i, n - i);
             squares = S::fma(v, v, squares);
         }
         const F inverse = S::set1(1.0f / std::sqrt(S::sum(squares) / float(n) + epsilon));
@@ -85,7 +85,7 @@ struct RowOps {
         for (; i + kLanes <= n; i += kLanes) S::store(out + i, S::load(x + i), number == Number::bf16);
         if (i < n) {
             uint16_t lanes[kLanes];
-            S::store(lanes, M::load_some(x + i, n - i), number == Number::bf16);
+            S::store(lanes, S::load_some(x + i, n - i), number == Number::bf16);
             std::memcpy(out + i, lanes, size_t(n - i) * sizeof(uint16_t));
         }
     }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace plait {
 
@@ -15,6 +16,13 @@ constexpr int kRowChunk = 8; // most rows of activations that meet a decoded til
 constexpr int kKeyChunk = 256;  // positions that one chunk of attention covers, from position 0 of the sequence
 constexpr int kKeyBlock = 64;   // of them, those that many rows visit at a time
 constexpr int kScoreStride = kKeyChunk + kLanes;  // numbers between the scores of two rows
+
+// Fewer than 16 numbers, zeros behind them.
+template <class T>
+struct SomeLanes {
+    T at[kLanes] = {};
+    SomeLanes(const T* p, int64_t n) { std::memcpy(at, p, size_t(n) * sizeof(T)); }
+};
 
 enum class Number : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 

@@ -66,6 +66,14 @@ struct Avx2 : CountBits<Words256> {
         return _mm256_cvtph_ps(bits);
     }
     static F load(const uint16_t* p, bool is_bf16) { return {load8(p, is_bf16), load8(p + 8, is_bf16)}; }
+    // Fewer than 16, zeros behind them; by one load or not.
+    static constexpr bool kLoadsSome = false;
+    static F load_some(const float* p, int64_t n) {
+        alignas(64) static constexpr int32_t kFirst[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+        const __m256i* first = reinterpret_cast<const __m256i*>(kFirst + 16 - n);
+        return {_mm256_maskload_ps(p, _mm256_loadu_si256(first)), _mm256_maskload_ps(p + 8, _mm256_loadu_si256(first + 1))};
+    }
+    static F load_some(const uint16_t* p, int64_t n, bool is_bf16) { return load(SomeLanes<uint16_t>(p, n).at, is_bf16); }
     // Numbers of fp16 from two places, eight each, and from four.
     static F load_halves(const uint16_t* a, const uint16_t* b) { return {load8(a, false), load8(b, false)}; }
     static __m256 load4(const uint16_t* a, const uint16_t* b) {
@@ -189,12 +197,7 @@ struct Avx2 : CountBits<Words256> {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
     }
 
-    // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
-    static F bytes(const uint8_t* p) {
-        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bits)),
-                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bits, 8)))};
-    }
+    // Sixteen codes as whole numbers, from the lowest bit of a byte on; up to 4 bytes behind them are read.
     template <int Bits>
     static __m256 eight_codes(uint32_t bits) {
         const __m256i places = _mm256_setr_epi32(0, Bits, 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits);
@@ -202,8 +205,29 @@ struct Avx2 : CountBits<Words256> {
         return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32((1 << Bits) - 1)));
     }
     template <int Bits>
-    static F codes(uint32_t first, uint32_t second) {
+    static F codes(const uint8_t* p) {
+        if constexpr (Bits == 8) {
+            const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+            return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bits)),
+                    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bits, 8)))};
+        }
+        uint32_t first, second;
+        __builtin_memcpy(&first, p, 4);
+        __builtin_memcpy(&second, p + Bits, 4);
         return {eight_codes<Bits>(first), eight_codes<Bits>(second)};
+    }
+    // Codes as code * scale + minimum.
+    template <int Bits>
+    struct Levels {
+        F scale, minimum;
+    };
+    template <int Bits>
+    static Levels<Bits> levels(float scale, float minimum) {
+        return {set1(scale), set1(minimum)};
+    }
+    template <int Bits>
+    static F numbers(const uint8_t* p, const Levels<Bits>& levels) {
+        return fma(codes<Bits>(p), levels.scale, levels.minimum);
     }
 
     static Wide wide_zero() { return _mm256_setzero_ps(); }

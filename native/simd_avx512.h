@@ -55,10 +55,19 @@ struct Avx512 : CountBits<Words512> {
     static F zero() { return _mm512_setzero_ps(); }
     static F set1(float x) { return _mm512_set1_ps(x); }
     static F load(const float* p) { return _mm512_loadu_ps(p); }
-    static F load(const uint16_t* p, bool is_bf16) {
-        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    static F widened(__m256i bits, bool is_bf16) {
         if (is_bf16) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
         return _mm512_cvtph_ps(bits);
+    }
+    static F load(const uint16_t* p, bool is_bf16) {
+        return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), is_bf16);
+    }
+    // Fewer than 16, zeros behind them; by one load or not.
+    static constexpr bool kLoadsSome = true;
+    static __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
+    static F load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+    static F load_some(const uint16_t* p, int64_t n, bool is_bf16) {
+        return widened(_mm256_maskz_loadu_epi16(first(n), p), is_bf16);
     }
     // Numbers of fp16 from two places, eight each, and from four.
     static F load_halves(const uint16_t* a, const uint16_t* b) {
@@ -166,17 +175,45 @@ struct Avx512 : CountBits<Words512> {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
     }
 
-    // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
-    static F bytes(const uint8_t* p) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-    }
+    // Sixteen codes from the lowest bit of a byte on, as lanes whose lowest `Bits` bits are one; up to 4 bytes behind them are
+    // read. Then as whole numbers, and as code * scale + minimum, which a table has for codes of up to 4 bits.
     template <int Bits>
-    static F codes(uint32_t first, uint32_t second) {
+    static __m512i lanes_of_codes(const uint8_t* p) {
         const __m512i places = _mm512_setr_epi32(0, Bits, 2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits, 0, Bits,
                                                  2 * Bits, 3 * Bits, 4 * Bits, 5 * Bits, 6 * Bits, 7 * Bits);
+        uint32_t first, second;
+        __builtin_memcpy(&first, p, 4);
+        __builtin_memcpy(&second, p + Bits, 4);
         const __m512i words = _mm512_inserti64x4(_mm512_set1_epi32(int(first)), _mm256_set1_epi32(int(second)), 1);
-        const __m512i codes = _mm512_srlv_epi32(words, places);
-        return _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32((1 << Bits) - 1)));
+        return _mm512_srlv_epi32(words, places);
+    }
+    template <int Bits>
+    static F codes(const uint8_t* p) {
+        if constexpr (Bits == 8) {
+            return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+        } else {
+            return _mm512_permutexvar_ps(lanes_of_codes<Bits>(p), numbers_of_lanes<Bits>());
+        }
+    }
+    template <int Bits>
+    struct Levels {
+        F scale, minimum, all;
+    };
+    template <int Bits>
+    static Levels<Bits> levels(float scale, float minimum) {
+        const F s = set1(scale), m = set1(minimum);
+        return {s, m, fma(numbers_of_lanes<Bits>(), s, m)};
+    }
+    template <int Bits>
+    static F numbers(const uint8_t* p, const Levels<Bits>& levels) {
+        if constexpr (Bits == 8) return fma(codes<Bits>(p), levels.scale, levels.minimum);
+        else return _mm512_permutexvar_ps(lanes_of_codes<Bits>(p), levels.all);
+    }
+    // 0, 1, ... again and again: four bits choose a lane.
+    template <int Bits>
+    static F numbers_of_lanes() {
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_cvtepi32_ps(_mm512_and_si512(lanes, _mm512_set1_epi32((1 << Bits) - 1)));
     }
 
     static Wide wide_zero() { return zero(); }

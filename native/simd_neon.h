@@ -44,6 +44,10 @@ struct Neon {
     static F load(const uint16_t* p, bool is_bf16) {
         return {load4(p, is_bf16), load4(p + 4, is_bf16), load4(p + 8, is_bf16), load4(p + 12, is_bf16)};
     }
+    // Fewer than 16, zeros behind them; by one load or not.
+    static constexpr bool kLoadsSome = false;
+    static F load_some(const float* p, int64_t n) { return load(SomeLanes<float>(p, n).at); }
+    static F load_some(const uint16_t* p, int64_t n, bool is_bf16) { return load(SomeLanes<uint16_t>(p, n).at, is_bf16); }
     // Numbers of fp16 from two places, eight each, and from four.
     static F load_halves(const uint16_t* a, const uint16_t* b) { return load_quarters(a, a + 4, b, b + 4); }
     static F load_quarters(const uint16_t* a, const uint16_t* b, const uint16_t* c, const uint16_t* d) {
@@ -157,22 +161,38 @@ struct Neon {
         vst1q_s8(p + 16, vqtbl1q_s8(vreinterpretq_s8_s16(words(x.c, x.d)), places));
     }
 
-    // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
-    static F bytes(const uint8_t* p) {
-        const uint8x16_t all = vld1q_u8(p);
-        const uint16x8_t low = vmovl_u8(vget_low_u8(all)), high = vmovl_high_u8(all);
-        return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_high_u16(low)),
-                vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_high_u16(high))};
-    }
+    // Sixteen codes as whole numbers, from the lowest bit of a byte on; up to 4 bytes behind them are read.
     template <int Bits, int First>
     static float32x4_t four_codes(uint32x4_t bits) {
         const int32x4_t places = {-First * Bits, -(First + 1) * Bits, -(First + 2) * Bits, -(First + 3) * Bits};
         return vcvtq_f32_u32(vandq_u32(vshlq_u32(bits, places), vdupq_n_u32((1u << Bits) - 1)));
     }
     template <int Bits>
-    static F codes(uint32_t first, uint32_t second) {
+    static F codes(const uint8_t* p) {
+        if constexpr (Bits == 8) {
+            const uint8x16_t all = vld1q_u8(p);
+            const uint16x8_t low = vmovl_u8(vget_low_u8(all)), high = vmovl_high_u8(all);
+            return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_high_u16(low)),
+                    vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_high_u16(high))};
+        }
+        uint32_t first, second;
+        __builtin_memcpy(&first, p, 4);
+        __builtin_memcpy(&second, p + Bits, 4);
         const uint32x4_t low = vdupq_n_u32(first), high = vdupq_n_u32(second);
         return {four_codes<Bits, 0>(low), four_codes<Bits, 4>(low), four_codes<Bits, 0>(high), four_codes<Bits, 4>(high)};
+    }
+    // Codes as code * scale + minimum.
+    template <int Bits>
+    struct Levels {
+        F scale, minimum;
+    };
+    template <int Bits>
+    static Levels<Bits> levels(float scale, float minimum) {
+        return {set1(scale), set1(minimum)};
+    }
+    template <int Bits>
+    static F numbers(const uint8_t* p, const Levels<Bits>& levels) {
+        return fma(codes<Bits>(p), levels.scale, levels.minimum);
     }
 
     static Wide wide_zero() { return vdupq_n_f32(0.0f); }

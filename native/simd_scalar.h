@@ -48,6 +48,10 @@ struct Scalar {
     static F load(const uint16_t* p, bool is_bf16) {
         return each([&](int i) { return is_bf16 ? bf16_to_float(p[i]) : fp16_to_float(p[i]); });
     }
+    // Fewer than 16, zeros behind them; by one load or not.
+    static constexpr bool kLoadsSome = false;
+    static F load_some(const float* p, int64_t n) { return load(SomeLanes<float>(p, n).at); }
+    static F load_some(const uint16_t* p, int64_t n, bool is_bf16) { return load(SomeLanes<uint16_t>(p, n).at, is_bf16); }
     // Numbers of fp16 from two places, eight each, and from four.
     static F load_halves(const uint16_t* a, const uint16_t* b) {
         return each([&](int i) { return fp16_to_float(i < 8 ? a[i] : b[i - 8]); });
@@ -140,13 +144,27 @@ struct Scalar {
         }
     }
 
-    // Sixteen whole numbers: bytes, or codes of 2 to 4 bits, the first of eight in the lowest bits.
-    static F bytes(const uint8_t* p) {
-        return each([&](int i) { return float(p[i]); });
+    // Sixteen codes as whole numbers, from the lowest bit of a byte on; up to 4 bytes behind them are read.
+    template <int Bits>
+    static F codes(const uint8_t* p) {
+        if constexpr (Bits == 8) return each([&](int i) { return float(p[i]); });
+        uint32_t first, second;
+        __builtin_memcpy(&first, p, 4);
+        __builtin_memcpy(&second, p + Bits, 4);
+        return each([&](int i) { return float(((i < 8 ? first : second) >> (Bits * (i % 8))) & ((1u << Bits) - 1)); });
+    }
+    // Codes as code * scale + minimum.
+    template <int Bits>
+    struct Levels {
+        F scale, minimum;
+    };
+    template <int Bits>
+    static Levels<Bits> levels(float scale, float minimum) {
+        return {set1(scale), set1(minimum)};
     }
     template <int Bits>
-    static F codes(uint32_t first, uint32_t second) {
-        return each([&](int i) { return float(((i < 8 ? first : second) >> (Bits * (i % 8))) & ((1u << Bits) - 1)); });
+    static F numbers(const uint8_t* p, const Levels<Bits>& levels) {
+        return fma(codes<Bits>(p), levels.scale, levels.minimum);
     }
 
     // Vectors of packed matrices: lane r belongs to output row r of the tile.

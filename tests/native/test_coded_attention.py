@@ -221,6 +221,13 @@ def test_wrong_arrays_are_refused() -> None:
             numbers.set_outliers(
                 torch.tensor(starts, dtype=torch.int32), one.byte(), channels, torch.zeros(1).half()
             )
+    with refused("tokens of each in order"):
+        numbers.set_outliers(
+            torch.tensor([0, 2, 2], dtype=torch.int32),
+            torch.tensor([1, 0], dtype=torch.uint8),
+            torch.zeros(2, dtype=torch.int16),
+            torch.zeros(2).half(),
+        )
     with refused("low-rank"):
         numbers.set_factor(stored.plain(torch.zeros(2, 3, 1)), torch.zeros(2, 8, 1).half())
     out, lse = torch.zeros(1, 2, 8), torch.zeros(1, 2)
