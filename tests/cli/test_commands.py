@@ -222,7 +222,6 @@ def test_chat_remembers_saves_and_loads(
         "And of Germany?",
         f"/save {saved}",
         "/memory",
-        "/nonsense",
         "/clear",
         f"/load {saved}",
         "And of Italy?",
@@ -239,7 +238,6 @@ def test_chat_remembers_saves_and_loads(
     lm = load(smollm2_gguf)
     answer = lm.chat([*messages, {"role": "user", "content": "And of Italy?"}], max_new_tokens=40)
     assert result.stdout.endswith(answer.text + "\n")
-    assert "/nonsense is not a command" in result.stderr
     assert "never" not in result.stdout
 
 
@@ -251,13 +249,22 @@ def test_chat_says_when_a_file_cannot_be_saved_or_loaded(
     (tmp_path / "worse.json").write_text('{"messages": {}}')
     (tmp_path / "deep.json").write_text("[" * 100_000)
     bad = [f"/load {tmp_path}/{name}.json" for name in ("bad", "worse", "deep")]
-    lines = [f"/save {tmp_path}/no/such/folder.json", *bad, "Hello?", "/load", "/exit"]
+    lines = [f"/save {tmp_path}/no/such/folder.json", *bad, "Hello?", "/load", "/nonsense", "/exit"]
     result = plait("chat", "-m", str(smollm2_gguf), "-n", "2", input="\n".join(lines))
-    assert result.exit_code == 0
+    assert result.exit_code == 1
+    assert "/nonsense is not a command" in result.stderr
     assert "was not written" in result.stderr
     assert result.stderr.count("not a conversation") == 3
     assert result.stdout.strip()
     assert "/load needs a file name" in result.stderr
+
+
+@pytest.mark.model
+def test_chat_needs_a_chat_template(plait: Callable[..., Result], gemma3_gguf: Path) -> None:
+    result = plait("chat", "-m", str(gemma3_gguf), "Hello?")
+    assert result.exit_code == 1
+    assert "no chat template" in result.stderr
+    assert "plait run --plain" in result.stderr
 
 
 @pytest.mark.model

@@ -145,7 +145,8 @@ def chat(
 ) -> None:
     """Talk with a model. Type /help inside for what else you can do.
 
-    Ctrl-C stops an answer, Ctrl-D ends the conversation. Lines piped in are asked one by one.
+    Ctrl-C stops an answer, Ctrl-D ends the conversation. Lines piped in are asked one by one; the exit status is 1 when
+    one of them failed.
 
     [bold]Examples[/bold]
 
@@ -155,6 +156,8 @@ def chat(
     """
     chosen = read_sampling(sampling)
     lm = load_model(model, weights=weights, memory=memory, draft=draft, adapter=adapter, offline=offline)
+    if lm.chat_template is None:
+        raise ConfigError(f"{lm.name} has no chat template. Let it continue a text: plait run --plain.")
     with lm.session() as session:
         conversation = Conversation(session, chosen, max_new_tokens, _system_message(system))
         interactive = sys.stdin.isatty()
@@ -167,9 +170,11 @@ def chat(
         while (line := _next_line(interactive)) is not None:
             if line.startswith("/"):
                 if conversation.command(line) == "exit":
-                    return
+                    break
             elif line.strip():
                 conversation.ask(line)
+    if conversation.failed and not interactive:
+        raise typer.Exit(1)
 
 
 class Conversation:
@@ -183,6 +188,7 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.opening = messages
         self.messages = list(messages)
+        self.failed = False
 
     def ask(self, text: str) -> None:
         """Ask, print the answer as it comes, and remember both. Ctrl-C keeps what was said so far."""
@@ -200,7 +206,7 @@ class Conversation:
         except PlaitError as error:
             self.messages.pop()
             typer.echo()
-            say(f"error: {error}")
+            self._fail(f"error: {error}")
             return
         else:
             typer.echo()
@@ -229,16 +235,20 @@ class Conversation:
         elif name == "/memory":
             say(f"{len(self.session)} tokens, {self.session.nbytes() / 1e6:.1f} MB, {self.session.lm.plan}")
         elif name in ("/save", "/load"):
-            say(f"{name} needs a file name: {name} talk.json")
+            self._fail(f"{name} needs a file name: {name} talk.json")
         else:
-            say(f"{name} is not a command. /help lists them.")
+            self._fail(f"{name} is not a command. /help lists them.")
         return None
+
+    def _fail(self, message: str) -> None:
+        self.failed = True
+        say(message)
 
     def _save(self, path: Path) -> None:
         try:
             write_text(path, json.dumps({"messages": self.messages}, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
-            say(f"error: {path} was not written: {error.strerror}")
+            self._fail(f"error: {path} was not written: {error.strerror}")
         else:
             say(f"saved {len(self.messages)} messages: {path}")
 
@@ -251,7 +261,7 @@ class Conversation:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             ok = False
         if not ok:
-            say(f"error: {path} is not a conversation saved with /save")
+            self._fail(f"error: {path} is not a conversation saved with /save")
             return
         self.messages = messages
         say(f"loaded {len(messages)} messages")
