@@ -397,14 +397,20 @@ void AttentionPlan::run(Team& team) {
     const auto stored = [&](const Unit& unit, int64_t head) {
         return fold_at(folds + unit.fold + head * fold_numbers(unit.num_rows), unit.num_rows);
     };
-    const auto visit = [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const Unit& unit = units_[size_t(i % num_units)];
-            attend(&members_[size_t(unit.first_member)], unit.last_member - unit.first_member, i / num_units, scratch,
-                   stored(unit, i / num_units));
-        }
+    const auto attend_unit = [&](const Unit& unit, int64_t head) {
+        attend(&members_[size_t(unit.first_member)], unit.last_member - unit.first_member, head, scratch, stored(unit, head));
     };
-    if (num_units > 0 && num_blocks == 1) {
+    const auto visit = [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) attend_unit(units_[size_t(i % num_units)], i / num_units);
+    };
+    const bool is_coded = std::any_of(visits_.begin(), visits_.end(), [](const StrandVisit& v) { return v.coded_keys != nullptr; });
+    if (is_coded && num_units >= 8 * team.size) {
+        // Codes of all heads lie side by side, and time goes by work rather than by what is read.
+        team.share(num_units, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+                for (int64_t head = 0; head < num_heads; ++head) attend_unit(units_[size_t(i)], head);
+        });
+    } else if (num_units > 0 && num_blocks == 1) {
         // The chunks of few rows are read once, from memory: each thread has a run of them, asked for ahead.
         const Team::Range part = team.part(num_units * num_heads);
         visit(part.begin, part.end);
