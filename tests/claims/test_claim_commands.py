@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_claims import CLAIMS, only
+from small_claims import CLAIMS, claim_of, only
 from typer.testing import CliRunner, Result
 
 import plait.claims
-from plait.claims import Run, Store, run_claim
+from plait.claims import Measurements, Quantity, Run, Store, run_claim
 from plait.cli.main import app
 from plait.errors import MissingExtraError
 
@@ -182,6 +182,31 @@ def test_every_command_explains_itself_with_an_example(program: Program, command
     assert f"plait claims {command}" in output.stdout
 
 
+def test_an_interrupted_run_goes_on_with_the_parts_that_it_kept(tmp_path: Path) -> None:
+    found: list[list[str]] = []
+
+    def measure(run: Run) -> Measurements:
+        assert run.parts is not None
+        run.parts.mkdir(parents=True, exist_ok=True)
+        found.append(sorted(path.name for path in run.parts.iterdir()))
+        (run.parts / f"part {len(found)}").write_text("done")
+        yield "measuring"
+        if len(found) == 1:
+            raise KeyboardInterrupt
+        return {"speed": Quantity(12.0, "tokens/s")}
+
+    call = ["claims", "run", "long", "--results", str(tmp_path)]
+    with only({"long": claim_of("long", measure), "longer": claim_of("longer", measure)}):
+        assert CliRunner().invoke(app, call).exit_code == 130
+        other = Store(tmp_path).parts(claim_of("longer", measure))
+        other.mkdir(parents=True)
+        output = CliRunner().invoke(app, call)
+        assert output.exit_code == 0
+        assert "going on where an earlier run stopped" in output.stderr
+    assert found == [[], ["part 1"]]
+    assert list((tmp_path / ".parts").iterdir()) == [other]
+
+
 INTERRUPTED = """
 import sys, time
 sys.path.insert(0, {here!r})
@@ -223,7 +248,7 @@ def test_ctrl_c_leaves_the_old_result_whole_and_exits_130(tmp_path: Path) -> Non
 ON_A_TERMINAL = """
 import sys
 sys.path.insert(0, {here!r})
-from small_claims import CLAIMS, only
+from small_claims import CLAIMS, claim_of, only
 from plait.cli.main import main
 
 sys.argv = ["plait", "claims", "run", "fast", "--quick"]

@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 from plait.errors import ConfigError, PlaitError
@@ -80,10 +81,13 @@ class Run:
     Args:
         quick: measure a small part, to see that everything works. The result is marked and never stored.
         seed: of every random choice.
+        parts: folder where a measurement of an hour may keep what is done, so that the next run goes on where this one
+            was stopped; None to keep nothing.
     """
 
     quick: bool = False
     seed: int = 0
+    parts: Path | None = None
 
     def pick(self, full: T, quick: T) -> T:
         """The first for a full run, the second for a quick one."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from pathlib import Path
 
+from plait import __version__
 from plait.claims.claim import Claim
 from plait.claims.result import Result
 from plait.errors import ConfigError
@@ -27,6 +30,16 @@ class Store:
     def path(self, name: str) -> Path:
         """The file of a claim's result."""
         return self.folder / f"{name}.json"
+
+    def parts(self, claim: Claim) -> Path:
+        """The folder of what an interrupted run of a claim has done; another for another scale or version."""
+        described = f"{__version__}\n{claim.scale}".encode()
+        return self.folder / ".parts" / f"{claim.name}-{hashlib.sha256(described).hexdigest()[:12]}"
+
+    def forget_parts(self, claim: Claim) -> None:
+        """Remove what interrupted runs of a claim have left."""
+        for folder in self.parts(claim).parent.glob(f"{claim.name}-{'[0-9a-f]' * 12}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, claim: Claim) -> Result | None:
         """The last full run of a claim in this folder; None if there is none.

@@ -60,8 +60,8 @@ def run(
 ) -> None:
     """Measure claims from scratch and keep the results.
 
-    Ctrl-C keeps the earlier result of the claim that was running. The exit status is 1 when a bar is
-    missed or a claim could not be measured.
+    Ctrl-C keeps the earlier result of the claim that was running. A claim of an hour, such as bibench, goes on where an
+    interrupted run stopped. The exit status is 1 when a bar is missed or a claim could not be measured.
 
     [bold]Examples[/bold]
 
@@ -78,9 +78,12 @@ def run(
     done: list[Result] = []
     missing = 0
     for claim in claims:
+        parts = None if quick else store.parts(claim)
         try:
             with telling(claim.name) as tell:
-                result = run_claim(claim, Run(quick=quick), tell)
+                if parts is not None and parts.exists():
+                    tell(f"going on where an earlier run stopped, with {parts}")
+                result = run_claim(claim, Run(quick=quick, parts=parts), tell)
         except KeyboardInterrupt:
             say(f"{claim.name} was not measured; its earlier result, if any, is unchanged")
             raise
@@ -90,6 +93,8 @@ def run(
             continue
         if not quick:
             store.write(result)
+            if result.error is None:
+                store.forget_parts(claim)
         done.append(result)
         if not json_output:
             _print_result(result)

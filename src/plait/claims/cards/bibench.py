@@ -23,7 +23,7 @@ def _measure(run: Run) -> Measurements:
 
     scale = run.pick(FULL, TINY)
     scale = dataclasses.replace(scale, seeds=tuple(run.seed + seed for seed in scale.seeds))
-    grid = Grid(scale, run.pick((), ("bnn", "xnor", "fda")))
+    grid = Grid(scale, run.pick((), ("bnn", "xnor", "fda")), run.parts)
     report = yield from measure(grid)
     found = {one.name: Quantity(one.found, EXPECTED[one.name].unit) for one in report.findings}
     for track, scores in report.scores.items():
