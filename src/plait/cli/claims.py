@@ -60,8 +60,8 @@ def run(
 ) -> None:
     """Measure claims from scratch and keep the results.
 
-    Ctrl-C keeps the earlier result of the claim that was running. A claim of an hour, such as bibench, goes on where an
-    interrupted run stopped. The exit status is 1 when a bar is missed or a claim could not be measured.
+    Ctrl-C keeps the earlier result of the claim that was running. bibench goes on where an interrupted run
+    stopped. The exit status is 1 when a bar is missed or a claim could not be measured.
 
     [bold]Examples[/bold]
 
