@@ -403,8 +403,10 @@ void AttentionPlan::run(Team& team) {
     const auto visit = [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) attend_unit(units_[size_t(i % num_units)], i / num_units);
     };
-    const bool is_coded = std::any_of(visits_.begin(), visits_.end(), [](const StrandVisit& v) { return v.coded_keys != nullptr; });
-    if (is_coded && num_units >= 8 * team.size) {
+    const bool has_codes = std::any_of(visits_.begin(), visits_.end(), [](const StrandVisit& v) {
+        return v.coded_keys != nullptr && !is_plain(*v.coded_keys, *v.coded_values);
+    });
+    if (has_codes && num_units >= 8 * team.size) {
         // Codes of all heads lie side by side, and time goes by work rather than by what is read.
         team.share(num_units, 1, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
