@@ -208,7 +208,9 @@ def test_an_interrupted_run_goes_on_with_the_parts_that_it_kept(tmp_path: Path) 
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
+# Where the tests themselves run in the background, Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {here!r})
 from small_claims import claim_of, only
 from plait.cli.main import main

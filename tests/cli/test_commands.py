@@ -301,6 +301,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(smollm2_gguf: Path) -> None
         [
             sys.executable,
             "-c",
+            # Where the tests themselves run in the background, Ctrl-C is ignored.
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
             "from plait.cli import main; main()",
             "chat",
             "-m",
