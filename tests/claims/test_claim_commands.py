@@ -250,7 +250,7 @@ def test_ctrl_c_leaves_the_old_result_whole_and_exits_130(tmp_path: Path) -> Non
 ON_A_TERMINAL = """
 import sys
 sys.path.insert(0, {here!r})
-from small_claims import CLAIMS, claim_of, only
+from small_claims import CLAIMS, only
 from plait.cli.main import main
 
 sys.argv = ["plait", "claims", "run", "fast", "--quick"]
