@@ -120,10 +120,10 @@ struct Coded {
             for (int64_t run = 0; run < num_runs; ++run) {
                 const auto [from, behind, group] = runs[run];
                 if (group >= 0) {
-                    const auto levels = S::template levels<Bits>(scale[group], minimum[group]);
+                    const typename S::template Levels<Bits> levels(scale[group], minimum[group]);
                     for (int64_t c = from; c < behind; c += kLanes)
                         S::store(to + c, with_codes<Bits, IsFast>(row, first + c, stop, [&](const uint8_t* p) {
-                            return S::template numbers<Bits>(p, levels);
+                            return levels.numbers(p);
                         }));
                     continue;
                 }

@@ -17,6 +17,15 @@ constexpr int kKeyChunk = 256;  // positions that one chunk of attention covers,
 constexpr int kKeyBlock = 64;   // of them, those that many rows visit at a time
 constexpr int kScoreStride = kKeyChunk + kLanes;  // numbers between the scores of two rows
 
+// Sixteen codes as code * scale + minimum.
+template <class S, int Bits>
+struct PlainLevels {
+    typename S::F scale, minimum;
+
+    PlainLevels(float scale, float minimum) : scale(S::set1(scale)), minimum(S::set1(minimum)) {}
+    typename S::F numbers(const uint8_t* p) const { return S::fma(S::template codes<Bits>(p), scale, minimum); }
+};
+
 // Fewer than 16 numbers, zeros behind them.
 template <class T>
 struct SomeLanes {

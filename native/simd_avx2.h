@@ -216,19 +216,8 @@ struct Avx2 : CountBits<Words256> {
         __builtin_memcpy(&second, p + Bits, 4);
         return {eight_codes<Bits>(first), eight_codes<Bits>(second)};
     }
-    // Codes as code * scale + minimum.
     template <int Bits>
-    struct Levels {
-        F scale, minimum;
-    };
-    template <int Bits>
-    static Levels<Bits> levels(float scale, float minimum) {
-        return {set1(scale), set1(minimum)};
-    }
-    template <int Bits>
-    static F numbers(const uint8_t* p, const Levels<Bits>& levels) {
-        return fma(codes<Bits>(p), levels.scale, levels.minimum);
-    }
+    using Levels = PlainLevels<Avx2, Bits>;
 
     static Wide wide_zero() { return _mm256_setzero_ps(); }
     static Wide wide_set1(const float* p) { return _mm256_broadcast_ss(p); }

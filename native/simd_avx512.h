@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "count_bits.h"
 #include "grid_avx512.h"
@@ -196,19 +197,14 @@ struct Avx512 : CountBits<Words512> {
         }
     }
     template <int Bits>
-    struct Levels {
-        F scale, minimum, all;
+    struct TableLevels {
+        F all;
+
+        TableLevels(float scale, float minimum) : all(fma(numbers_of_lanes<Bits>(), set1(scale), set1(minimum))) {}
+        F numbers(const uint8_t* p) const { return _mm512_permutexvar_ps(lanes_of_codes<Bits>(p), all); }
     };
     template <int Bits>
-    static Levels<Bits> levels(float scale, float minimum) {
-        const F s = set1(scale), m = set1(minimum);
-        return {s, m, fma(numbers_of_lanes<Bits>(), s, m)};
-    }
-    template <int Bits>
-    static F numbers(const uint8_t* p, const Levels<Bits>& levels) {
-        if constexpr (Bits == 8) return fma(codes<Bits>(p), levels.scale, levels.minimum);
-        else return _mm512_permutexvar_ps(lanes_of_codes<Bits>(p), levels.all);
-    }
+    using Levels = std::conditional_t<Bits == 8, PlainLevels<Avx512, Bits>, TableLevels<Bits>>;
     // 0, 1, ... again and again: four bits choose a lane.
     template <int Bits>
     static F numbers_of_lanes() {

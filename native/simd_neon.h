@@ -181,19 +181,8 @@ struct Neon {
         const uint32x4_t low = vdupq_n_u32(first), high = vdupq_n_u32(second);
         return {four_codes<Bits, 0>(low), four_codes<Bits, 4>(low), four_codes<Bits, 0>(high), four_codes<Bits, 4>(high)};
     }
-    // Codes as code * scale + minimum.
     template <int Bits>
-    struct Levels {
-        F scale, minimum;
-    };
-    template <int Bits>
-    static Levels<Bits> levels(float scale, float minimum) {
-        return {set1(scale), set1(minimum)};
-    }
-    template <int Bits>
-    static F numbers(const uint8_t* p, const Levels<Bits>& levels) {
-        return fma(codes<Bits>(p), levels.scale, levels.minimum);
-    }
+    using Levels = PlainLevels<Neon, Bits>;
 
     static Wide wide_zero() { return vdupq_n_f32(0.0f); }
     static Wide wide_set1(const float* p) { return vld1q_dup_f32(p); }

@@ -153,19 +153,8 @@ struct Scalar {
         __builtin_memcpy(&second, p + Bits, 4);
         return each([&](int i) { return float(((i < 8 ? first : second) >> (Bits * (i % 8))) & ((1u << Bits) - 1)); });
     }
-    // Codes as code * scale + minimum.
     template <int Bits>
-    struct Levels {
-        F scale, minimum;
-    };
-    template <int Bits>
-    static Levels<Bits> levels(float scale, float minimum) {
-        return {set1(scale), set1(minimum)};
-    }
-    template <int Bits>
-    static F numbers(const uint8_t* p, const Levels<Bits>& levels) {
-        return fma(codes<Bits>(p), levels.scale, levels.minimum);
-    }
+    using Levels = PlainLevels<Scalar, Bits>;
 
     // Vectors of packed matrices: lane r belongs to output row r of the tile.
     static Wide wide_zero() { return zero(); }
