@@ -3,14 +3,13 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
-#include <algorithm>
 #include <limits>
 #include <optional>
 #include <vector>
 
 #include "arrays.h"
 #include "bindings.h"
-#include "dispatch.h"
+#include "bits.h"
 #include "threads.h"
 
 namespace plait {
@@ -19,11 +18,8 @@ using namespace nb::literals;
 
 namespace {
 
-constexpr int64_t kWord = 64;
 // Products of bits that cost about as much as one multiply-add.
 constexpr double kBitsOfOne = 8;
-
-int64_t words_of(int64_t columns) { return (columns + kWord - 1) / kWord; }
 
 const uint64_t* words_in(const ConstArray& array) { return static_cast<const uint64_t*>(array.data()); }
 
@@ -45,59 +41,54 @@ struct Signed {
         shift = by ? floats(*by) : nullptr;
     }
 
+    double work() const { return double(rows) * double(columns); }
+
     void take(Team& team, uint64_t* words) const {
-        const int64_t count = words_of(columns);
-        team.share(rows, 64, [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; ++row)
-                for (int64_t w = 0; w < count; ++w)
-                    words[row * count + w] =
-                        kernels().negative_bits(x + row * ldx + w * kWord, shift == nullptr ? nullptr : shift + w * kWord,
-                                                int(std::min(kWord, columns - w * kWord)));
-        });
+        team.share(rows, 64, [&](int64_t begin, int64_t end) { take_signs(x, ldx, shift, columns, begin, end, words); });
     }
 };
 
-// y[n][o] = scales[o] * (columns - 2 * differing bits of row n and output o); weight is [tile][word][16 outputs].
-struct Product {
-    const uint64_t* weight;
-    const float* scales;
-    float* y;
-    int64_t rows, outputs, words, columns, ldy;
-
-    Product(const ConstArray& matrix, int64_t num_rows, int64_t num_words, int64_t num_columns,
-            const ConstArray& factors, const Array& to)
-        : rows(num_rows), words(num_words), columns(num_columns) {
-        check_type<int64_t>(matrix, "weight", "int64");
-        check_fp32(factors, "scales");
-        check_shape(factors, "scales", {-1});
-        outputs = int64_t(factors.shape(0));
-        check_shape(matrix, "weight", {(outputs + kTile - 1) / kTile, words, kTile});
-        check_contiguous(matrix, "weight");
-        check_fp32(to, "y");
-        check_shape(to, "y", {rows, outputs});
+// The matrix, and the arrays that it reads.
+class BitMatrix {
+public:
+    BitMatrix(const ConstArray& weight, int64_t columns, const ConstArray& scales) : arrays_{weight, scales} {
+        check_fp32(scales, "scales");
+        check_shape(scales, "scales", {-1});
+        check_contiguous(scales, "scales");
+        const int64_t outputs = int64_t(scales.shape(0));
+        check_type<int64_t>(weight, "weight", "int64");
+        check_shape(weight, "weight", {(outputs + kTile - 1) / kTile, -1, kTile});
+        check_contiguous(weight, "weight");
+        // Each place of a window has whole words, so that there may be more bits than columns.
+        const int64_t words = int64_t(weight.shape(1));
         if (columns < 0 || columns > words * kWord || words > std::numeric_limits<int32_t>::max() / kWord)
             refuse("There cannot be more columns than bits, nor more bits than 32 bits count.");
-        weight = words_in(matrix);
-        scales = floats(factors);
-        y = floats_out(to);
-        ldy = stride_of(to, 0);
+        view_ = {outputs, words, columns, words_in(weight), floats(scales)};
     }
 
-    double work() const { return double(rows) * double(outputs) * double(words * kWord) / kBitsOfOne; }
+    const BitView& view() const { return view_; }
+    double work(int64_t rows) const { return double(rows) * double(view_.outputs) * double(view_.words * kWord) / kBitsOfOne; }
 
-    void compute(Team& team, const uint64_t* x) const {
-        team.share((outputs + kTile - 1) / kTile, 4, [&](int64_t begin, int64_t end) {
-            int32_t differing[kTile];
-            for (int64_t t = begin; t < end; ++t) {
-                const int64_t count = std::min<int64_t>(kTile, outputs - t * kTile);
-                for (int64_t row = 0; row < rows; ++row) {
-                    kernels().differing_bits(weight + t * words * kTile, x + row * words, words, differing);
-                    float* to = y + row * ldy + t * kTile;
-                    for (int64_t r = 0; r < count; ++r)
-                        to[r] = scales[t * kTile + r] * float(columns - 2 * int64_t(differing[r]));
-                }
-            }
-        });
+    void multiply(Team& team, const uint64_t* x, int64_t rows, float* y, int64_t ldy) const {
+        team.share((view_.outputs + kTile - 1) / kTile, 4,
+                   [&](int64_t begin, int64_t end) { multiply_bits(view_, begin, end, x, rows, y, ldy); });
+    }
+
+private:
+    BitView view_;
+    std::vector<ConstArray> arrays_;
+};
+
+// Where the product of some rows goes.
+struct Outputs {
+    float* y;
+    int64_t ldy;
+
+    Outputs(const Array& to, int64_t rows, const BitMatrix& matrix) {
+        check_fp32(to, "y");
+        check_shape(to, "y", {rows, matrix.view().outputs});
+        y = floats_out(to);
+        ldy = stride_of(to, 0);
     }
 };
 
@@ -109,39 +100,41 @@ void sign_words(const ConstArray& x, const std::optional<ConstArray>& shift, con
     check_contiguous(words, "words");
     auto* to = static_cast<uint64_t*>(words.data());
     nb::gil_scoped_release free;
-    Pool::get().run([&](Team& team) { from.take(team, to); }, double(from.rows) * double(from.columns));
+    Pool::get().run([&](Team& team) { from.take(team, to); }, from.work());
 }
 
-void binary_product(const ConstArray& weight, const ConstArray& x, int64_t columns, const ConstArray& scales,
-                    const Array& y) {
+void multiply_words(const BitMatrix& matrix, const ConstArray& x, const Array& y) {
     check_type<int64_t>(x, "x", "int64");
-    check_shape(x, "x", {-1, -1});
+    check_shape(x, "x", {-1, matrix.view().words});
     check_contiguous(x, "x");
-    const Product product(weight, int64_t(x.shape(0)), int64_t(x.shape(1)), columns, scales, y);
+    const int64_t rows = int64_t(x.shape(0));
+    const Outputs out(y, rows, matrix);
     nb::gil_scoped_release free;
-    Pool::get().run([&](Team& team) { product.compute(team, words_in(x)); }, product.work());
+    Pool::get().run([&](Team& team) { matrix.multiply(team, words_in(x), rows, out.y, out.ldy); }, matrix.work(rows));
 }
 
 // Both at once.
-void binary_linear(const ConstArray& weight, const ConstArray& x, const std::optional<ConstArray>& shift,
-                   const ConstArray& scales, const Array& y) {
+void multiply_signs(const BitMatrix& matrix, const ConstArray& x, const std::optional<ConstArray>& shift, const Array& y) {
     const Signed from(x, shift);
-    const int64_t count = words_of(from.columns);
-    const Product product(weight, from.rows, count, from.columns, scales, y);
+    if (from.columns != matrix.view().columns || words_of(from.columns) != matrix.view().words)
+        refuse("The rows must have as many numbers as the matrix has columns, in whole words.");
+    const Outputs out(y, from.rows, matrix);
     nb::gil_scoped_release free;
-    std::vector<uint64_t> words(size_t(from.rows * count));
+    std::vector<uint64_t> words(size_t(from.rows * matrix.view().words));
     Pool::get().run([&](Team& team) {
         from.take(team, words.data());
-        product.compute(team, words.data());
-    }, product.work() + double(from.rows) * double(from.columns));
+        matrix.multiply(team, words.data(), from.rows, out.y, out.ldy);
+    }, matrix.work(from.rows) + from.work());
 }
 
 }  // namespace
 
 void bind_bits(nb::module_& m) {
     m.def("sign_words", &sign_words, "x"_a, "shift"_a.none(), "words"_a);
-    m.def("binary_product", &binary_product, "weight"_a, "x"_a, "columns"_a, "scales"_a, "y"_a);
-    m.def("binary_linear", &binary_linear, "weight"_a, "x"_a, "shift"_a.none(), "scales"_a, "y"_a);
+    nb::class_<BitMatrix>(m, "BitMatrix")
+        .def(nb::init<const ConstArray&, int64_t, const ConstArray&>(), "weight"_a, "columns"_a, "scales"_a)
+        .def("product", &multiply_words, "x"_a, "y"_a)
+        .def("linear", &multiply_signs, "x"_a, "shift"_a.none(), "y"_a);
 }
 
 }  // namespace plait

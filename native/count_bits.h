@@ -27,24 +27,27 @@ struct CountBits {
         alignas(64) int64_t wide[kTile];
         for (int first = 0; first < kTile; first += V::kWords) {
             const auto bits = [&](int64_t word) { return V::differing(rows + word * kTile + first, x[word]); };
-            Vector ones = V::zero(), twos = V::zero(), fours = V::zero(), total = V::zero();
+            Vector ones = V::zero(), twos = V::zero(), fours = V::zero(), total = V::zero(), bytes = V::zero();
             int64_t w = 0;
-            while (w + 8 <= words) {
-                // A byte gets at most 8 for each eight words: 31 times that is at most 248.
-                Vector bytes = V::zero();
-                for (int i = 0; i < 31 && w + 8 <= words; ++i, w += 8) {
-                    const Vector twos_a = carry(ones, bits(w), bits(w + 1)), twos_b = carry(ones, bits(w + 2), bits(w + 3));
-                    const Vector fours_a = carry(twos, twos_a, twos_b);
-                    const Vector twos_c = carry(ones, bits(w + 4), bits(w + 5)), twos_d = carry(ones, bits(w + 6), bits(w + 7));
-                    const Vector fours_b = carry(twos, twos_c, twos_d);
-                    bytes = V::add_bytes(bytes, V::bits_of_bytes(carry(fours, fours_a, fours_b)));
-                }
+            int taken = 0;
+            const auto flush = [&] {
                 total = V::add(total, V::sum_bytes(bytes));
+                bytes = V::zero(), taken = 0;
+            };
+            for (; w + 8 <= words; w += 8) {
+                const Vector twos_a = carry(ones, bits(w), bits(w + 1)), twos_b = carry(ones, bits(w + 2), bits(w + 3));
+                const Vector fours_a = carry(twos, twos_a, twos_b);
+                const Vector twos_c = carry(ones, bits(w + 4), bits(w + 5)), twos_d = carry(ones, bits(w + 6), bits(w + 7));
+                const Vector fours_b = carry(twos, twos_c, twos_d);
+                bytes = V::add_bytes(bytes, V::bits_of_bytes(carry(fours, fours_a, fours_b)));
+                // A byte gets at most 8 for each eight words: 31 times that is at most 248.
+                if (++taken == 31) flush();
             }
-            total = V::add(V::twice(total), V::sum_bytes(V::bits_of_bytes(fours)));
-            total = V::add(V::twice(total), V::sum_bytes(V::bits_of_bytes(twos)));
-            total = V::add(V::twice(total), V::sum_bytes(V::bits_of_bytes(ones)));
-            for (; w < words; ++w) total = V::add(total, V::sum_bytes(V::bits_of_bytes(bits(w))));
+            // Eight times what twice eight words leave is at most 128; fours, twos and ones add 56, words behind them 56.
+            if (taken > 2) flush();
+            for (const Vector& less : {fours, twos, ones}) bytes = V::add_bytes(V::add_bytes(bytes, bytes), V::bits_of_bytes(less));
+            for (; w < words; ++w) bytes = V::add_bytes(bytes, V::bits_of_bytes(bits(w)));
+            total = V::add(V::twice(V::twice(V::twice(total))), V::sum_bytes(bytes));
             V::store(wide + first, total);
         }
         for (int r = 0; r < kTile; ++r) out[r] = int32_t(wide[r]);

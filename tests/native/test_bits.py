@@ -40,11 +40,12 @@ def test_bits_multiply_as_whole_numbers(rows: int, outputs: int, columns: int) -
     for isa in isas():
         for threads in (1, 3):
             with running(isa=isa, threads=threads):
+                matrix = ops.BitMatrix(tiles, columns, scales)
                 assert torch.equal(ops.sign_words(x), words)
-                assert torch.equal(ops.binary_product(tiles, words, columns, scales), wanted)
-                assert torch.equal(ops.binary_linear(tiles, x, None, scales), wanted)
+                assert torch.equal(matrix.product(words), wanted)
+                assert torch.equal(matrix.linear(x, None), wanted)
                 half = torch.full((columns,), 0.5)
-                assert torch.equal(ops.binary_linear(tiles, x, half, scales), wanted)
+                assert torch.equal(matrix.linear(x, half), wanted)
 
 
 @switched_off
@@ -53,7 +54,7 @@ def test_no_count_runs_over(columns: int) -> None:
     x, weight = torch.ones(2, columns), -torch.ones(17, columns)
     for isa in isas():
         with running(isa=isa):
-            found = ops.binary_product(tiles_of(weight), ops.sign_words(x), columns, torch.ones(17))
+            found = ops.BitMatrix(tiles_of(weight), columns, torch.ones(17)).product(ops.sign_words(x))
             assert torch.equal(found, torch.full((2, 17), -float(columns)))
 
 
@@ -79,22 +80,25 @@ def test_the_reference_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
     x, weight, scales = signs(5, 130, 2), signs(19, 130, 3), torch.rand(19)
     with monkeypatch.context() as patch:
         patch.setattr(native, "module", lambda: None)
-        plain = ops.binary_product(tiles_of(weight), ops.sign_words(x, torch.full((130,), 0.5)), 130, scales)
+        plain = ops.BitMatrix(tiles_of(weight), 130, scales).linear(x, torch.full((130,), 0.5))
     native_words = ops.sign_words(x, torch.full((130,), 0.5))
     assert torch.equal(plain, scales * (x @ weight.T))
-    assert torch.equal(ops.binary_product(tiles_of(weight), native_words, 130, scales), plain)
+    assert torch.equal(ops.BitMatrix(tiles_of(weight), 130, scales).product(native_words), plain)
 
 
 @switched_off
 def test_arrays_that_do_not_fit_are_refused() -> None:
     tiles, words = tiles_of(signs(20, 70, 0)), ops.words_of_bits(signs(3, 70, 1) < 0)
-    with pytest.raises(ValueError, match=r"weight must have shape \(1, 2, 16\)"):
-        ops.binary_product(tiles, words, 70, torch.ones(16))
-    with pytest.raises(ValueError, match=r"weight must have shape \(2, 1, 16\)"):
-        ops.binary_product(tiles, words[:, :1], 64, torch.ones(20))
+    matrix = ops.BitMatrix(tiles, 70, torch.ones(20))
+    with pytest.raises(ValueError, match="as many numbers as the matrix has columns"):
+        matrix.linear(torch.ones(2, 71), None)
+    with pytest.raises(ValueError, match=r"weight must have shape \(1, any, 16\)"):
+        ops.BitMatrix(tiles, 70, torch.ones(16))
+    with pytest.raises(ValueError, match=r"x must have shape \(any, 2\)"):
+        matrix.product(words[:, :1])
     with pytest.raises(ValueError, match="more columns than bits"):
-        ops.binary_product(tiles, words, 129, torch.ones(20))
+        ops.BitMatrix(tiles, 129, torch.ones(20))
     with pytest.raises(ValueError, match="x must be int64"):
-        ops.binary_product(tiles, words.int(), 70, torch.ones(20))
+        matrix.product(words.int())
     with pytest.raises(ValueError, match=r"shift must have shape \(70\)"):
         ops.sign_words(torch.ones(2, 70), torch.ones(3))

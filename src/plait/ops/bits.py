@@ -8,6 +8,9 @@ Shapes: N rows, C numbers of a row, W words of 64 bits, O outputs, T tiles of 16
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +19,7 @@ from plait.ops import native
 __all__ = [
     "WORD",
     "WORD_TILE",
-    "binary_linear",
-    "binary_product",
+    "BitMatrix",
     "bits_of_words",
     "sign_words",
     "words_of_bits",
@@ -56,42 +58,50 @@ def sign_words(x: Tensor, shift: Tensor | None = None) -> Tensor:
     return words_of_bits(~((x if shift is None else x + shift) >= 0))
 
 
-def binary_product(weight: Tensor, x: Tensor, columns: int, scales: Tensor) -> Tensor:
-    """`scales * (x W^T)` for numbers that are -1 or 1, fp32 (N, O); exact but for the rounding of the one scale.
+class BitMatrix:
+    """A matrix of numbers that are -1 or 1, with a scale for each row; the tensors are borrowed, and must not change.
 
     Args:
         weight: words of W, (T, W, 16) int64; outputs beyond O have any.
-        x: words of the rows, (N, W) int64.
-        columns: how many numbers a row has; the bits beyond them must be 0 in both, wherever they lie.
+        columns: how many numbers a row has; the bits beyond them must be 0 here and in what it meets, wherever they lie.
         scales: (O,), fp32.
     """
-    if native.module() is not None and all(t.device.type == "cpu" for t in (weight, x, scales)):
-        y = torch.empty(x.shape[0], scales.shape[0])
-        native.extension().binary_product(weight.contiguous(), x.contiguous(), columns, scales, y)
-        return y
-    rows = bits_of_words(weight.transpose(1, 2).reshape(-1, weight.shape[1])[: len(scales)])
-    width = rows.shape[1]
-    # Sums of at most 2^24 ones are exact in fp32.
-    both = (1 - 2 * bits_of_words(x).float()) @ (1 - 2 * rows.float()).T
-    return scales * (both - float(width - columns))
 
+    def __init__(self, weight: Tensor, columns: int, scales: Tensor) -> None:
+        self.weight, self.columns, self.scales = weight.contiguous(), columns, scales.detach().contiguous()
+        self.outputs = len(scales)
+        is_native = native.module() is not None and weight.device.type == scales.device.type == "cpu"
+        self._handle = native.extension().BitMatrix(self.weight, columns, self.scales) if is_native else None
 
-def binary_linear(weight: Tensor, x: Tensor, shift: Tensor | None, scales: Tensor) -> Tensor:
-    """`binary_product` with `sign_words` of x + shift, in one call where it is native.
+    def __deepcopy__(self, memo: dict[int, Any]) -> BitMatrix:
+        # It never changes, so a copy of what holds it can share it.
+        return self
 
-    Args:
-        weight: (T, W, 16) int64; x: (N, C) fp32; shift: (C,) or None; scales: (O,) fp32.
-    """
-    if native.module() is not None and x.device.type == "cpu":
-        y = torch.empty(x.shape[0], scales.shape[0])
-        native.extension().binary_linear(weight, *_plain(x, shift), scales, y)
-        return y
-    return binary_product(weight, sign_words(x, shift), x.shape[1], scales)
+    def product(self, x: Tensor) -> Tensor:
+        """`scales * (x W^T)` for rows as words, (N, W) int64: fp32 (N, O), exact but for the rounding of the one scale."""
+        if self._handle is not None and x.device.type == "cpu":
+            y = torch.empty(x.shape[0], self.outputs)
+            self._handle.product(x.contiguous().numpy(), y.numpy())
+            return y
+        rows = bits_of_words(self.weight.transpose(1, 2).reshape(-1, self.weight.shape[1])[: self.outputs])
+        # Sums of at most 2^24 ones are exact in fp32.
+        both = (1 - 2 * bits_of_words(x).float()) @ (1 - 2 * rows.float()).T
+        return self.scales * (both - float(rows.shape[1] - self.columns))
+
+    def linear(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """`product` with `sign_words` of x + shift, in one call where it is native: x (N, C) fp32 and shift (C,) or None."""
+        if self._handle is not None and x.device.type == "cpu":
+            rows, by = _plain(x, shift)
+            # numpy's arrays are handed over in a tenth of the time of torch's, which is that of a small product.
+            y = np.empty((x.shape[0], self.outputs), dtype=np.float32)
+            self._handle.linear(rows.numpy(), None if by is None else by.numpy(), y)
+            return torch.from_numpy(y)
+        return self.product(sign_words(x, shift))
 
 
 def _plain(x: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Numbers in fp32, those of a row side by side, and their shift."""
-    wide = x.detach().float()
+    wide = x if x.dtype == torch.float32 and not x.requires_grad else x.detach().float()
     if x.shape[1] > 1 and wide.stride(1) != 1:
         wide = wide.contiguous()
     return wide, None if shift is None else shift.detach().float().contiguous()

@@ -251,6 +251,10 @@ class PackedMatrix:
         self.shape: tuple[int, int] = self.handle.shape
         self._whole = Projection([self])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedMatrix:
+        # It never changes, so a copy of what holds it can share it.
+        return self
+
     def nbytes(self) -> int:
         """Bytes held: codes, scales and minima, rows padded to a multiple of 16."""
         return int(self.handle.nbytes())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -28,8 +30,13 @@ class StackMatrix(ExactMatrix):
     def __init__(self, shape: tuple[int, int], rank: int, blocks: Sequence[Tensor]) -> None:
         self.handle = extension().StackMatrix(shape[0], shape[1], rank, list(blocks))
         self.shape = self.handle.shape
+        self.rank, self._blocks = rank, list(blocks)
         self._whole = Projection([self])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackMatrix:
+        return StackMatrix(self.shape, self.rank, copy.deepcopy(self._blocks, memo))
 
     def hold(self, blocks: Sequence[Tensor]) -> None:
         """Be the sum of these blocks from the next product on; not while one is computed."""
-        self.handle.hold(list(blocks))
+        self._blocks = list(blocks)
+        self.handle.hold(self._blocks)

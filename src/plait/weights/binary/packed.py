@@ -58,7 +58,7 @@ class BinaryMatrix(Packed, kind="binary"):
         )
         self.register_buffer("signs", signs)
         self.register_buffer("scales", scales)
-        self._words: Tensor | None = None
+        self._words: ops.BitMatrix | None = None
         self._planes: BlockStack | None = None
 
     @classmethod
@@ -98,31 +98,23 @@ class BinaryMatrix(Packed, kind="binary"):
         self._planes = planes
         return planes.matmul(x)
 
-    def sign_product(self, words: Tensor) -> Tensor:
-        """The product with numbers that are -1 or 1: words (N, K ceil(C / 64)), tap by tap, to fp32 (N, O)."""
-        return ops.binary_product(self.words(), words, self.shape[1], self.scales)
-
-    def sign_matmul(self, x: Tensor, shift: Tensor | None) -> Tensor:
-        """The product with the signs of x + shift, where K is 1: x (..., I) and shift (I,) to fp32 (..., O)."""
-        rows = x.reshape(-1, x.shape[-1])
-        return ops.binary_linear(self.words(), rows, shift, self.scales).view(*x.shape[:-1], -1)
-
-    def words(self) -> Tensor:
-        """The bits as words, (T, W, 16), made at the first call; see `ops.binary_product`."""
+    def bits(self) -> ops.BitMatrix:
+        """The matrix in the form that meets binary inputs, tap by tap; made at the first call."""
         if self._words is None:
             bits = self._bits(torch.arange(self.shape[0]))
             rows = ops.words_of_bits(bits).flatten(1)
             tiles = -(-len(rows) // ops.WORD_TILE)
             filled = rows.new_zeros(tiles * ops.WORD_TILE, rows.shape[1])
             filled[: len(rows)] = rows
-            self._words = filled.view(tiles, ops.WORD_TILE, -1).transpose(1, 2).contiguous()
+            words = filled.view(tiles, ops.WORD_TILE, -1).transpose(1, 2)
+            self._words = ops.BitMatrix(words, self.shape[1], self.scales)
         return self._words
 
     def select(self, rows: Tensor) -> BinaryMatrix:
         return BinaryMatrix((len(rows), self.shape[1]), self.taps, self.signs[rows], self.scales[rows])
 
     def nbytes(self) -> int:
-        made = 0 if self._words is None else self._words.numel() * 8
+        made = 0 if self._words is None else self._words.weight.nbytes
         return super().nbytes() + made + (0 if self._planes is None else self._planes.nbytes())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -179,22 +171,26 @@ class PackedBinary(nn.Module):
 
     def forward(self, a: Tensor) -> Tensor:
         """Outputs (..., O) or (N, O, *S) of inputs (..., C) or (N, C, *S); no gradient passes binary inputs."""
-        place, dims = self.rule.place, len(self.window.kernel)
+        # A module looks its parts up slowly, beside what a small product takes.
+        rule, matrix = self.rule, self.matrix
+        place, dims = rule.place, len(self.window.kernel)
         if a.dim() <= dims or a.shape[place.channel_axis] != place.inputs:
             # Bits beyond a row would count as numbers of it.
             raise ConfigError(
                 f"This layer takes {place.inputs} inputs on axis {place.channel_axis}. Got shape {tuple(a.shape)}."
             )
-        if not dims:
-            y = self.matrix.sign_matmul(a, self.rule.shift()) if self.binary_inputs else self.matrix.matmul(a)
-        elif self.binary_inputs:
+        if not self.binary_inputs:
+            y = matrix.matmul(self._columns(a) if dims else a)
+        elif dims:
             words = self._words(a)
-            y = self.matrix.sign_product(words.view(-1, words.shape[-1])).view(*words.shape[:-1], -1)
+            y = matrix.bits().product(words.flatten(0, -2)).view(*words.shape[:-1], -1)
+        elif a.dim() == 2:
+            y = matrix.bits().linear(a, rule.shift())
         else:
-            y = self.matrix.matmul(self._columns(a))
+            y = matrix.bits().linear(a.reshape(-1, place.inputs), rule.shift()).view(*a.shape[:-1], -1)
         # In order, so that sums over it have theirs.
         y = y.movedim(-1, -1 - dims).contiguous() if dims else y
-        return finished(self.rule, y, a if self.binary_inputs else None, self.bias)
+        return finished(rule, y, a if self.binary_inputs else None, self.bias)
 
     def _words(self, a: Tensor) -> Tensor:
         """The signs of inputs for every place of the window, (N, *S, K W)."""
