@@ -19,6 +19,7 @@ from plait.memory import Rows
 from plait.nn import Transformer
 from plait.train import LexicalUnits, NextToken
 from plait.train.data import Piece
+from plait.train.objectives.distillation import with_laws
 from plait.train.objectives.lexical_units import Unit, find_units, placeholders
 from plait.train.runs import fresh_parameters
 
@@ -32,8 +33,8 @@ def model() -> Transformer:
     return Transformer(config, fresh_parameters(config.blocks, 5))
 
 
-def pieces(context: int = 17) -> list[Piece]:
-    data = small_data(4)
+def pieces(context: int = 17, teacher: Transformer | None = None, top: int = 0) -> list[Piece]:
+    data = small_data(4) if teacher is None else with_laws(small_data(4), teacher, top)
     data.weights[:3] = 0
     data.weights[20:26] = 0
     return [data.piece(start, stop) for start, stop in data.pieces(context)]
@@ -43,12 +44,22 @@ def one_unit_a_row(
     model: Transformer, batch: Sequence[Piece], objective: LexicalUnits
 ) -> tuple[Tensor, Tensor]:
     """The definition: each unit behind a copy of its own prefix; the loss of next tokens beside it."""
+
+    def by_text(logits: Tensor, piece: Piece, index: int) -> tuple[Tensor, float]:
+        """Of what a row of the text predicts: its loss, and how much it counts."""
+        if not objective.top:
+            return F.cross_entropy(logits, piece.ids[index]), 1.0
+        law, tokens = piece.notes["teacher_laws"][index].float(), piece.notes["teacher_tokens"][index].long()
+        return -(law * logits.log_softmax(dim=-1)[tokens]).sum(), float(law.sum() > 0)
+
     losses, weights = [], []
     text_losses, text_weights = [], []
     for piece in batch:
         hidden = model(piece.ids, Rows([(len(piece.ids), 0)]))
-        text_losses.append(F.cross_entropy(model.logits(hidden[:-1]), piece.ids[1:], reduction="none"))
-        text_weights.append(piece.weights[1:])
+        for index, row in enumerate(model.logits(hidden[:-1]), start=1):
+            loss, counts = by_text(row, piece, index)
+            text_losses.append(loss)
+            text_weights.append(counts * float(piece.weights[index]))
         confidence = piece.notes["confidence"]
         for unit in find_units(confidence, piece.weights, objective.alpha, objective.pads + 1):
             ids = torch.cat([piece.ids[: unit.start], torch.full((objective.pads,), PLACEHOLDER)])
@@ -56,17 +67,31 @@ def one_unit_a_row(
             for j, row in enumerate(logits):
                 if unit.start + j < len(piece.ids):
                     inside = 1.0 if j < unit.length else objective.tail
-                    losses.append(F.cross_entropy(row, piece.ids[unit.start + j]))
+                    loss = F.cross_entropy(row, piece.ids[unit.start + j])
+                    if j == 0:
+                        loss, inside = by_text(row, piece, unit.start)
+                    losses.append(loss)
                     weights.append(inside * float(piece.weights[unit.start + j]))
-    text = (torch.cat(text_losses) * torch.cat(text_weights)).sum() / torch.cat(text_weights).sum()
+    text = (torch.stack(text_losses) * torch.tensor(text_weights)).sum() / sum(text_weights)
     units = (torch.stack(losses) * torch.tensor(weights)).sum() / sum(weights)
     return text, units
 
 
-@pytest.mark.parametrize("settings", [{}, {"pads": 1, "tail": 0.0}, {"pads": 6, "alpha": 0.3, "mix": 0.9}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top": 0},
+        {"top": 0, "pads": 1, "tail": 0.0},
+        {"top": 0, "pads": 6, "alpha": 0.3, "mix": 0.9},
+        {"top": 5},
+        {"tail": 0.5},
+    ],
+)
 def test_the_packed_loss_equals_one_unit_a_row_with_gradients(model: Transformer, settings: dict) -> None:  # type: ignore[type-arg]
     objective = LexicalUnits(**({"alpha": 0.6} | settings))
-    batch = pieces()
+    config = run_config().model
+    teacher = Transformer(config, fresh_parameters(config.blocks, 6))
+    batch = pieces(teacher=teacher if objective.top else None, top=objective.top)
     names = [name for name, _ in model.named_parameters()]
     text, units = one_unit_a_row(model, batch, objective)
     wanted = (1 - objective.mix) * text + objective.mix * units
@@ -82,7 +107,7 @@ def test_the_packed_loss_equals_one_unit_a_row_with_gradients(model: Transformer
 
 
 def test_no_real_token_sees_a_placeholder(model: Transformer) -> None:
-    objective = LexicalUnits(alpha=0.5)
+    objective = LexicalUnits(alpha=0.5, top=0)
     batch = pieces()
     with torch.no_grad():
         plain = NextToken().loss(model, batch, torch.Generator()).value
@@ -137,7 +162,7 @@ def test_confidence_is_the_models_own(model: Transformer) -> None:
 
 
 def test_a_share_of_the_units_is_drawn_by_the_steps_own_numbers(model: Transformer) -> None:
-    objective, batch = LexicalUnits(alpha=0.5, share=0.4), pieces()
+    objective, batch = LexicalUnits(alpha=0.5, share=0.4, top=0), pieces()
     values = [
         float(objective.loss(model, batch, torch.Generator().manual_seed(seed)).value.detach())
         for seed in (1, 1, 2)
@@ -151,6 +176,8 @@ def test_what_is_missing_is_said(model: Transformer) -> None:
         LexicalUnits().loss(bare, pieces(), torch.Generator())
     with pytest.raises(ConfigError, match="Call annotate first"):
         LexicalUnits().loss(model, [Piece(torch.tensor([2, 3]), torch.ones(2), {})], torch.Generator())
+    with pytest.raises(ConfigError, match="teacher has annotated"):
+        LexicalUnits(top=4).loss(model, pieces(), torch.Generator())
     for settings_text in ("alpha=0", "alpha=1.5", "pads=0", "tail=-1", "share=0"):
         with pytest.raises(ConfigError, match="LexicalUnits"):
             LexicalUnits.from_settings(dict([settings_text.split("=")]))

@@ -19,7 +19,7 @@ from plait.nn import Transformer
 from plait.train.data import Piece, TokenData
 from plait.train.objectives.base import Loss, Objective, cross_entropy, mean_loss, predict
 
-__all__ = ["Distillation"]
+__all__ = ["Distillation", "check_laws", "law_losses", "with_laws"]
 
 _ROWS_AT_ONCE = 512
 
@@ -40,22 +40,7 @@ class Distillation(Objective, name="distillation"):
     hard: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     def annotate(self, data: TokenData, teacher: Transformer) -> TokenData:
-        top = min(self.top, teacher.config.vocab_size)
-        tokens = torch.zeros(len(data), top, dtype=torch.int32)
-        laws = torch.zeros(len(data), top, dtype=torch.float16)
-        entropies = torch.zeros(len(data))
-        with torch.no_grad():
-            for start, stop in data.pieces(_ROWS_AT_ONCE):
-                if stop - start < 2:
-                    continue
-                found = predict(teacher, [data.piece(start, stop)])
-                logits = teacher.logits(found.hidden)
-                best = logits.topk(top)
-                tokens[start + found.places] = best.indices.int()
-                laws[start + found.places] = best.values.softmax(dim=-1).half()
-                entropies[start + found.places] = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
-        notes = {"teacher_tokens": tokens, "teacher_laws": laws, "teacher_entropies": entropies}
-        return data.with_notes(notes)
+        return with_laws(data, teacher, self.top)
 
     def token_weights(self, batch: Sequence[Piece], places: Tensor, weights: Tensor) -> Tensor:
         """How much each predicted token counts, (R,), where the data says `weights`.
@@ -66,20 +51,55 @@ class Distillation(Objective, name="distillation"):
         return weights
 
     def loss(self, model: Transformer, batch: Sequence[Piece], random: torch.Generator) -> Loss:
-        if any("teacher_tokens" not in piece.notes for piece in batch):
-            raise ConfigError("Distillation needs data that a teacher has annotated. Call annotate first.")
+        check_laws(batch)
         found = predict(model, batch)
-        tokens = torch.cat([piece.notes["teacher_tokens"] for piece in batch])[found.places].long()
-        laws = torch.cat([piece.notes["teacher_laws"] for piece in batch])[found.places].float()
         logits = model.logits(found.hidden)
-        own = logits.log_softmax(dim=-1).gather(1, tokens).masked_fill(laws == 0, 0.0)
-        # The first tokens of later pieces of a long document have no law.
-        weights = self.token_weights(batch, found.places, found.weights * (laws.sum(dim=-1) > 0))
-        soft = mean_loss(-(laws * own).sum(dim=-1), weights)
+        soft_losses, has_law, best = law_losses(logits, batch, found.places)
+        weights = self.token_weights(batch, found.places, found.weights * has_law)
+        soft = mean_loss(soft_losses, weights)
         hard = mean_loss(cross_entropy(logits, found.wanted), found.weights)
         value = self.hard * hard + (1 - self.hard) * soft
-        agree = (logits.argmax(dim=-1) == tokens[:, 0]).float().mean()
+        agree = (logits.argmax(dim=-1) == best).float().mean()
         return Loss(
             value,
             {"text": float(hard.detach()), "teacher": float(soft.detach()), "agreement": float(agree)},
         )
+
+
+def with_laws(data: TokenData, teacher: Transformer, top: int) -> TokenData:
+    """Data with the `top` likeliest tokens of a teacher's law of each token, their probabilities, and its entropy."""
+    top = min(top, teacher.config.vocab_size)
+    tokens = torch.zeros(len(data), top, dtype=torch.int32)
+    laws = torch.zeros(len(data), top, dtype=torch.float16)
+    entropies = torch.zeros(len(data))
+    with torch.no_grad():
+        for start, stop in data.pieces(_ROWS_AT_ONCE):
+            if stop - start < 2:
+                continue
+            found = predict(teacher, [data.piece(start, stop)])
+            logits = teacher.logits(found.hidden)
+            best = logits.topk(top)
+            tokens[start + found.places] = best.indices.int()
+            laws[start + found.places] = best.values.softmax(dim=-1).half()
+            entropies[start + found.places] = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
+    notes = {"teacher_tokens": tokens, "teacher_laws": laws, "teacher_entropies": entropies}
+    return data.with_notes(notes)
+
+
+def check_laws(batch: Sequence[Piece]) -> None:
+    """Raise `ConfigError` for data without laws."""
+    if any("teacher_tokens" not in piece.notes for piece in batch):
+        raise ConfigError("Distillation needs data that a teacher has annotated. Call annotate first.")
+
+
+def law_losses(logits: Tensor, batch: Sequence[Piece], places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropies (R,) under the teacher's laws, which tokens have one (R,), and its likeliest tokens (R,).
+
+    Args:
+        logits: (R, V), which predict the tokens at `places` (R,) among those of the batch.
+    """
+    tokens = torch.cat([piece.notes["teacher_tokens"] for piece in batch])[places].long()
+    laws = torch.cat([piece.notes["teacher_laws"] for piece in batch])[places].float()
+    own = logits.log_softmax(dim=-1).gather(1, tokens).masked_fill(laws == 0, 0.0)
+    # The first tokens of later pieces of a long document have no law.
+    return -(laws * own).sum(dim=-1), laws.sum(dim=-1) > 0, tokens[:, 0]

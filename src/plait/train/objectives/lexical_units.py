@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from plait.memory import Tree as TreeMask
 from plait.nn import Transformer
 from plait.train.data import Piece, TokenData
 from plait.train.objectives.base import Loss, Objective, cross_entropy, mean_loss, predict
+from plait.train.objectives.distillation import check_laws, law_losses, with_laws
 
 __all__ = ["LexicalUnits", "Placeholders", "Unit", "find_units", "placeholders"]
 
@@ -52,6 +54,9 @@ class LexicalUnits(Objective, name="lud"):
             confidence honest.
         mix: weight of the units' loss, in [0, 1]; the loss of next tokens has the rest.
         share: of the units that get placeholders in a step, drawn at random.
+        top: how many of the likeliest tokens at each place the model before training keeps. Then the text is learned
+            from its laws instead of from the tokens themselves, so that plain decoding stays as it was. 0 for the
+            tokens.
     """
 
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.9
@@ -59,6 +64,7 @@ class LexicalUnits(Objective, name="lud"):
     tail: Annotated[float, Field(ge=0, le=1)] = 0.1
     mix: Annotated[float, Field(ge=0, le=1)] = 0.5
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top: Annotated[int, Field(ge=0, le=1024)] = 32
 
     def annotate(self, data: TokenData, teacher: Transformer) -> TokenData:
         confidence = torch.zeros(len(data))
@@ -68,7 +74,8 @@ class LexicalUnits(Objective, name="lud"):
                 if len(found.wanted):
                     losses = cross_entropy(teacher.logits(found.hidden), found.wanted)
                     confidence[start + found.places] = (-losses).exp()
-        return data.with_notes({"confidence": confidence})
+        noted = with_laws(data, teacher, self.top) if self.top else data
+        return noted.with_notes({"confidence": confidence})
 
     def loss(self, model: Transformer, batch: Sequence[Piece], random: torch.Generator) -> Loss:
         placeholder = model.config.placeholder
@@ -99,11 +106,26 @@ class LexicalUnits(Objective, name="lud"):
             labels.append(part.labels)
             pad_weights.append(part.weights)
         order = torch.cat([*next_rows, *pad_rows])
-        losses = cross_entropy(model.logits(hidden[order]), torch.cat([*wanted, *labels]))
+        logits = model.logits(hidden[order])
         own = sum(map(len, wanted))
-        text = mean_loss(losses[:own], torch.cat(weights))
+        own_weights, first_weights = torch.cat(weights), torch.cat(firsts)
+        if self.top:
+            check_laws(batch)
+            starts = accumulate((len(piece.ids) for piece in batch[:-1]), initial=0)
+            places = torch.cat(
+                [
+                    torch.arange(start + 1, start + len(piece.ids))
+                    for start, piece in zip(starts, batch, strict=True)
+                ]
+            )
+            text_losses, has_law, _ = law_losses(logits[:own], batch, places)
+            own_weights, first_weights = own_weights * has_law, first_weights * has_law
+        else:
+            text_losses = cross_entropy(logits[:own], torch.cat(wanted))
+        losses = torch.cat([text_losses, cross_entropy(logits[own:], torch.cat(labels))])
+        text = mean_loss(text_losses, own_weights)
         # A unit's loss is that of all its tokens; the first is predicted by a row of the text itself.
-        units = mean_loss(losses, torch.cat([*firsts, *pad_weights]))
+        units = mean_loss(losses, torch.cat([first_weights, *pad_weights]))
         value = (1 - self.mix) * text + self.mix * units
         return Loss(value, {"text": float(text.detach()), "units": float(units.detach())})
 
