@@ -132,13 +132,20 @@ def test_only_what_changed_is_read(make_small: Make) -> None:
     session = read(lm, TEXT)
     fed: list[int] = []
     hook = lm.model.register_forward_pre_hook(lambda _, inputs: fed.append(len(inputs[1])))
-    report = session.edit(9, 14, "a wide")
+    report = session.edit(9, 14, "a wide", refresh=0)
     # The last 16 tokens are read with the next answer, because it depends on them most.
     assert report == EditReport(encoded=6 + 16, moved=len(TEXT) - 14 - 16, reused=9)
     assert fed == [6]
     session.generate(max_new_tokens=2, ignore_end=True)
     hook.remove()
     assert fed == [6, 16, 1]
+
+
+def test_tokens_behind_an_edit_are_read_again_unless_told_otherwise(make_small: Make) -> None:
+    lm = make_small()
+    text = 2 * TEXT
+    report = read(lm, text).edit(9, 14, "a wide")
+    assert report == EditReport(encoded=6 + 32 + 16, moved=len(text) - 14 - 32 - 16, reused=9)
 
 
 def test_edits_at_once_equal_edits_one_after_the_other(make_small: Make) -> None:
@@ -265,7 +272,7 @@ def test_a_failure_in_the_middle_leaves_the_session_as_it_was(
 
     monkeypatch.setattr(Past, "splice", failing)
     with pytest.raises(MemoryError):
-        session.apply([Edit(1, 2, "abc"), Edit(50, 60, "")])
+        session.apply([Edit(1, 2, "abc"), Edit(50, 60, "")], refresh=0)
     assert session.text == TEXT
     assert session.generate(max_new_tokens=5, ignore_end=True).tokens == wanted
 

@@ -63,7 +63,7 @@ def test_a_session_continues_forks_and_rewinds_as_in_the_library(
 
 
 def test_an_edit_reads_only_what_changed(serve: Serve, make_small: Callable[..., LanguageModel]) -> None:
-    text = TEXT * 4
+    text = TEXT * 6
     with make_small().session() as own:
         own.read(text)
         (own,) = own.fork()

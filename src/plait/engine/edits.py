@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Edit",
     "EditReport",
+    "DEFAULT_REFRESH",
     "Refresh",
     "TokenEdit",
     "check_token_edits",
@@ -40,6 +41,8 @@ _AROUND, _AGREEING = 16, 4
 # Tokens at the end that are read again after every edit. What comes next depends on them most: with only the
 # very last one read again, a new name is often not found that is found with four.
 _LAST = 16
+# Tokens behind an edit that are read again when nobody says how many: they depend on it most.
+DEFAULT_REFRESH = 32
 
 Refresh = int | Literal["line"]
 E = TypeVar("E", "Edit", "TokenEdit")
@@ -121,17 +124,23 @@ def check_token_edits(edits: Sequence[TokenEdit], length: int, vocab_size: int) 
 
 
 def refreshed(
-    tokenizer: Tokenizer, tokens: Sequence[int], edits: Sequence[TokenEdit], refresh: Refresh
+    tokenizer: Tokenizer,
+    tokens: Sequence[int],
+    edits: Sequence[TokenEdit],
+    refresh: Refresh,
+    borders: Sequence[int] = (),
 ) -> list[TokenEdit]:
     """The edits, each made longer by tokens behind it that shall be read again with the new text in view.
 
     Args:
         refresh: how many, or `"line"` for those up to the end of the line.
+        borders: tokens that are not read again; an edit in front of one ends there at the latest.
     """
     if refresh != "line" and (isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 0):
         raise ConfigError(f"refresh takes a number of tokens from 0 on, or 'line'. Got {refresh!r}.")
     longer = []
-    for edit, limit in zip(edits, _ends(edits, len(tokens)), strict=True):
+    for edit, end in zip(edits, _ends(edits, len(tokens)), strict=True):
+        limit = min([end, *(border for border in borders if border >= edit.stop)])
         if refresh == "line":
             newline = (at for at in range(edit.stop, limit) if b"\n" in tokenizer.token_bytes(tokens[at]))
             stop = next(newline, limit - 1) + 1

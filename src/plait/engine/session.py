@@ -11,6 +11,7 @@ from plait.decode import token_ids
 from plait.engine.context_store import ContextStore
 from plait.engine.contexts import APE, ContextReport, read_contexts
 from plait.engine.edits import (
+    DEFAULT_REFRESH,
     Edit,
     EditReport,
     Refresh,
@@ -224,12 +225,18 @@ class Session:
         """What was read and generated so far, without special tokens."""
         return self.lm.tokenizer.decode(self.tokens)
 
-    def edit(self, start: int, end: int, text: str, *, refresh: Refresh = 0) -> EditReport:
+    def edit(self, start: int, end: int, text: str, *, refresh: Refresh = DEFAULT_REFRESH) -> EditReport:
         """Replace characters [start, end) of `text`, reading only what changed; see `apply`."""
         return self.apply([Edit(start, end, text)], refresh=refresh)
 
     def edit_tokens(
-        self, start: int, stop: int, ids: Sequence[int], *, refresh: Refresh = 0, materialise: bool = False
+        self,
+        start: int,
+        stop: int,
+        ids: Sequence[int],
+        *,
+        refresh: Refresh = DEFAULT_REFRESH,
+        materialise: bool = False,
     ) -> EditReport:
         """Replace tokens [start, stop) by others, reading only those; see `apply`."""
         self._check_open()
@@ -238,14 +245,16 @@ class Session:
         edits = check_token_edits([edit], len(self.tokens), vocab_size)
         return self._apply(edits, refresh, materialise)
 
-    def apply(self, edits: Sequence[Edit], *, refresh: Refresh = 0, materialise: bool = False) -> EditReport:
+    def apply(
+        self, edits: Sequence[Edit], *, refresh: Refresh = DEFAULT_REFRESH, materialise: bool = False
+    ) -> EditReport:
         """Make several edits of `text` at once, all or none.
 
-        Only new tokens, and the few whose spelling an edit changes, are read; what stands behind an edit is
-        moved. Moved tokens keep what they were computed from, so that answers are close to those after
-        reading everything again, but not the same; `refresh` trades time for that. The last 16 tokens are
+        Only new tokens, the few whose spelling an edit changes, and `refresh` tokens behind each edit are read; what
+        stands further behind is moved. Moved tokens keep what they were computed from, so that answers are close to
+        those after reading everything again, but not the same; `refresh` trades time for that. The last 16 tokens are
         always read again, with the next answer.
-        Source: He et al. 2024, arXiv:2407.03157.
+        Source: He et al. 2024, arXiv:2407.03157, which reads nothing behind an edit again (`refresh=0`).
 
         Args:
             edits: in characters of `text` as it is before any of them.
@@ -351,14 +360,17 @@ class Session:
             self.last = sequence.result()
 
     def _apply(self, edits: list[TokenEdit], refresh: Refresh, materialise: bool) -> EditReport:
-        edits = refreshed(self.lm.tokenizer, self.tokens, edits, refresh)
-        for group in self._parallel_groups():
+        groups = self._parallel_groups()
+        edits = refreshed(
+            self.lm.tokenizer, self.tokens, edits, refresh, [group.position for group in groups]
+        )
+        for group in groups:
             if any(edit.start < group.position + len(group) and edit.stop > group.position for edit in edits):
                 raise ConfigError(
                     f"Tokens {group.position} to {group.position + len(group) - 1} are parallel contexts, which an "
                     "edit cannot change. Rewind to before them and read others."
                 )
-        behind = max((group.position + len(group) for group in self._parallel_groups()), default=0)
+        behind = max((group.position + len(group) for group in groups), default=0)
         edits = with_the_end(self.tokens, edits, behind)
         report = count_edits(edits, len(self.tokens), len(self.past))
         if not edits:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plait.decode import Sampling
+from plait.engine.edits import DEFAULT_REFRESH
 from plait.errors import ConfigError
 
 __all__ = [
@@ -321,7 +322,8 @@ class EditRequest(_Body):
     end: Annotated[int, Field(ge=0)]
     text: str
     refresh: Annotated[int, Field(ge=0, le=4096)] | Literal["line"] = Field(
-        0, description="Tokens behind the edit that are read again, or line for the rest of its line."
+        DEFAULT_REFRESH,
+        description="Tokens behind the edit that are read again, or line for the rest of its line.",
     )
 
 
