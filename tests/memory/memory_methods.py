@@ -99,7 +99,9 @@ CODEC_ENTRIES = [
     # Of the first 40 tokens of the tests less than 16 are attended to.
     CodecEntry("snapkv:capacity=24,window=8,kernel=1,chunk=8", quiet=True),
     CodecEntry(
-        "snapkv:capacity=24,window=8,kernel=1,chunk=6,sinks=2,think:ratio=0.25,window=2", dead=(3, 7), quiet=True
+        "snapkv:capacity=24,window=8,kernel=1,chunk=6,sinks=2,think:ratio=0.25,window=2",
+        dead=(3, 7),
+        quiet=True,
     ),
 ]
 POLICY_ENTRIES = [

@@ -64,9 +64,7 @@ class TokenTable:
 
     SIZE = 64
 
-    def __init__(
-        self, heads: Heads, seed: int = 0, dead: Sequence[int] = (), *, quiet: bool = False
-    ) -> None:
+    def __init__(self, heads: Heads, seed: int = 0, dead: Sequence[int] = (), *, quiet: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.heads = heads
         self.q = torch.randn(self.SIZE, heads.num_heads, heads.head_dim, generator=generator)
