@@ -64,6 +64,11 @@ def pairs(prompt: int) -> list[Pair]:
     window = keep - 4 + FOLLOWING // 2
     return [
         Pair("think:ratio=0.4", "ThinKPress", {"key_channel_compression_ratio": 0.4, "window_size": 32}, 0.8),
+        Pair(
+            f"snapkv:capacity={keep},window=32",
+            "SnapKVPress",
+            {"compression_ratio": 1 - keep / prompt, "window_size": 32},
+        ),
         Pair("gear:bits=4", "quantised", {"nbits": 4, **codes}),
         Pair("gear:bits=4,rank=0,rank_decode=0,sparsity=0", "quantised", {"nbits": 4, **codes}),
         Pair("gear:bits=2", "quantised", {"nbits": 2, **codes}),

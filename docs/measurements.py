@@ -132,6 +132,12 @@ def coded(lm: LanguageModel, ids: Tensor) -> None:
             "saq:steps=rest@3",
             "saq:steps=64@16/128@8/192@4/rest@2,sink=64@8",
         ),
+        "snapkv": (
+            "snapkv:capacity=512",
+            "snapkv:capacity=256",
+            "snapkv:capacity=512,think:ratio=0.4",
+            "snapkv:capacity=512,gear:bits=4,dtype=fp16",
+        ),
         "think": ("think:ratio=0.4", "think:ratio=0.6", "think:ratio=0.4,gear:bits=4,dtype=fp16"),
     }
     plans = {spec: MemoryPlan.parse(spec) for specs in pages.values() for spec in specs}

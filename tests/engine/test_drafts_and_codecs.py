@@ -19,6 +19,8 @@ MEMORIES = [
     "saq:steps=8@16/8@4/rest@2,group=8",
     "think:recent=3,window=4,chunk=5",
     "think:recent=3,window=4,chunk=8,gear:group=8,buffer=8,rank=2,rank_decode=1",
+    "snapkv:capacity=12,window=5,chunk=4",
+    "snapkv:capacity=14,window=5,chunk=3,sinks=2,think:ratio=0.4,window=7,gear:group=8,buffer=8,rank=2,rank_decode=1",
     "window:size=40,sinks=2,gear:group=8,buffer=8,rank=2,rank_decode=1",
     "infllm:local=16,initial=2,block=4,topk=99,cached=99,execution=16,gear:group=4,buffer=4,bits=2",
 ]

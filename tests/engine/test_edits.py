@@ -350,3 +350,24 @@ def test_each_layer_turns_keys_by_its_own_speeds(byte_tokenizer: Tokenizer) -> N
     moved.fork(1)
     keys = stored(moved.past, 0)[0], stored(anew.past, 0)[0][:, : len(moved)]
     torch.testing.assert_close(*keys, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_is_edited_behind_what_its_memory_has_dropped_and_not_inside(make_small: Make) -> None:
+    lm = make_small("snapkv:capacity=52,window=40,chunk=8")
+    session, other = read(lm, TEXT), read(lm, TEXT)
+    tokens, nbytes = list(session.tokens), session.nbytes()
+    with pytest.raises(
+        ConfigError, match=r"at 10: snapkv has dropped some of them\. Go back to at least \d+ or"
+    ):
+        session.edit_tokens(10, 12, [65, 66, 67])
+    assert (session.tokens, session.nbytes()) == (tokens, nbytes)
+    end = len(tokens)
+    report = session.edit_tokens(end - 30, end - 28, [65, 66, 67])
+    assert report.moved == 12
+    assert session.tokens == [*tokens[: end - 30], 65, 66, 67, *tokens[end - 28 :]]
+    options = {"max_new_tokens": 8, "ignore_end": True}
+    assert session.generate(**options).tokens != ()
+    assert len(other.generate(**options).tokens) == 8
+    # A text that is begun anew is read anew.
+    assert session.follow(tokens[:10]) == 0
+    assert len(session.generate(**options).tokens) == 8

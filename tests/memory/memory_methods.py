@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from memory_oracle import TOLERANCE, Distance, Sees, TokenTable, everything, storage_bound
 
-from plait.memory import MemoryPlan
+from plait.memory import Heads, MemoryPlan
 from plait.memory.policies import PrFlash
 
 
@@ -17,13 +17,19 @@ from plait.memory.policies import PrFlash
 class CodecEntry:
     """A codec and the rounding of what it stores: relative, and in steps of a group of numbers.
 
-    In the channels `dead` all keys are 0, so that a codec that drops the right ones loses nothing.
+    In the channels `dead` all keys are 0, so that a codec that drops the right ones loses nothing; with `quiet` so
+    does one that drops the tokens nobody attends to.
     """
 
     spec: str
     unit: float = 0.0
     step: float = 0.0
     dead: tuple[int, ...] = ()
+    quiet: bool = False
+
+    def table(self, heads: Heads) -> TokenTable:
+        """Tokens of which this codec loses no more than it says."""
+        return TokenTable(heads, dead=self.dead, quiet=self.quiet)
 
     def tolerance(self, table: TokenTable) -> float:
         """How far outputs may be from exact attention."""
@@ -89,6 +95,13 @@ CODEC_ENTRIES = [
         "think:ratio=0.25,recent=3,chunk=8,gear:group=4,buffer=8,rank=6,rank_decode=6,sparsity=0",
         unit=2**-11,
         dead=(3, 7),
+    ),
+    # Of the first 40 tokens of the tests less than 16 are attended to.
+    CodecEntry("snapkv:capacity=24,window=8,kernel=1,chunk=8", quiet=True),
+    CodecEntry(
+        "snapkv:capacity=24,window=8,kernel=1,chunk=6,sinks=2,think:ratio=0.25,window=2",
+        dead=(3, 7),
+        quiet=True,
     ),
 ]
 POLICY_ENTRIES = [

@@ -21,15 +21,31 @@ from memory_oracle import (
 )
 
 from plait.errors import ConfigError
-from plait.memory import Heads, Memory, Rows, attend
+from plait.memory import Heads, Memory, MemoryPlan, Rows, attend
 from plait.ops import DistanceBias
 
 BIASED = ["alibi", "harmonic"]
 each_layer = pytest.mark.parametrize("layer", BIASED)
 
 
+def needs_places(codec: CodecEntry) -> bool:
+    """Whether a bias would need to know where the tokens that a codec keeps have stood."""
+    return MemoryPlan.parse(codec.spec).codec.drops_tokens
+
+
 @each_layer
-@pytest.mark.parametrize("codec", CODEC_ENTRIES, ids=lambda codec: codec.spec)
+@pytest.mark.parametrize(
+    "codec", [codec for codec in CODEC_ENTRIES if needs_places(codec)], ids=lambda codec: codec.spec
+)
+def test_a_codec_that_drops_tokens_refuses_the_layer(codec: CodecEntry, layer: str) -> None:
+    with pytest.raises(ConfigError, match="a bias by distance needs"):
+        new_memory(LAYERS[layer], codec.spec)
+
+
+@each_layer
+@pytest.mark.parametrize(
+    "codec", [codec for codec in CODEC_ENTRIES if not needs_places(codec)], ids=lambda codec: codec.spec
+)
 def test_every_codec_keeps_its_bound(codec: CodecEntry, layer: str) -> None:
     table, ids = TokenTable(LAYERS[layer], dead=codec.dead), ids_of(48)
     tolerance = codec.tolerance(table)

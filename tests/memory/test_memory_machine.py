@@ -58,6 +58,8 @@ class Machine(RuleBasedStateMachine):
     sees: Sees = staticmethod(everything)
     distance: Distance | None = None
     sinks = 10**9
+    # What the error says where tokens cannot be taken back; `{}` stands for how many are to be left.
+    refused = "Cannot go back to {} tokens"
 
     @initialize()
     def begin(self) -> None:
@@ -136,7 +138,7 @@ class Machine(RuleBasedStateMachine):
             return
         message = refusal(twin.memory, length)
         if message is not None:
-            assert f"Cannot go back to {length} tokens" in message
+            assert self.refused.format(length) in message
             assert self.sinks < length < twin.longest - SLACK
             return
         del twin.tokens[length:]
@@ -227,6 +229,16 @@ class CodedWindowMachine(CodedMachine):
     sinks = 3
 
 
+class EvictedMachine(Machine):
+    """The same under a codec that drops tokens, of those to which nobody attends."""
+
+    spec = "snapkv:capacity=40,window=6,kernel=1,chunk=3,sinks=2,think:ratio=0.25,window=3"
+    table = TokenTable(GROUPED, dead=(3, 7), quiet=True)
+    # What is dropped stands before the window at the time of a choice.
+    sinks = 2
+    refused = "at {}: snapkv has dropped some of them"
+
+
 @pytest.mark.parametrize(
     "machine",
     [
@@ -237,6 +249,7 @@ class CodedWindowMachine(CodedMachine):
         StreamingMachine,
         CodedMachine,
         CodedWindowMachine,
+        EvictedMachine,
     ],
 )
 def test_any_sequence_of_calls(machine: type[Machine], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,8 @@ def test_a_row_has_the_same_bits_in_any_tree_and_behind_any_cut_of_its_past(kind
         "gear:bits=4,group=16,buffer=16",
         "saq:steps=rest@4,group=16",
         "think:ratio=0.4,gear:group=16,buffer=16",
+        "snapkv:capacity=300",
+        "snapkv:capacity=300,think:ratio=0.4,gear:group=16,buffer=16",
     ],
 )
 @torch.inference_mode()
@@ -422,6 +424,41 @@ def test_a_codec_that_learns_from_a_prompt_is_told_by_the_program() -> None:
             past.commit(is_prompt=stop < 300)
     for ours, other in zip(mine.layers, theirs.layers, strict=True):
         assert torch.equal(ours.codec_notes.key_channels, other.codec_notes.key_channels)
+
+
+@pytest.mark.parametrize(
+    ("stored", "tolerance"),
+    [
+        ("dense", SAME_MATRICES),
+        ("dense:dtype=fp16", SAME_MATRICES),
+        ("think:ratio=0.4", SAME_MATRICES),
+        # Numbers that are nearly the same may fall on either side of a step.
+        ("gear:group=16,buffer=16", 10 * SAME_MATRICES),
+    ],
+)
+@torch.inference_mode()
+def test_tokens_that_are_kept_of_a_prompt_are_those_of_the_modules_and_read_by_the_program(
+    stored: str, tolerance: float
+) -> None:
+    fast = model()
+    program = Lowered(fast)
+    tokens = torch.randint(0, 101, (300,))
+    mine, theirs = (new_past(fast, f"snapkv:capacity=80,window=16,chunk=8,{stored}") for _ in range(2))
+    for start, stop in [(0, 200), (200, 280), *((at, at + 1) for at in range(280, 300))]:
+        rows = Rows([(stop - start, start)])
+        found = program(tokens[start:stop], rows, [mine], with_logits=True)
+        assert found is not None
+        wanted = fast.logits(fast(tokens[start:stop], rows, [theirs]))
+        # Behind the prompt both see what each has kept.
+        if start >= 280:
+            assert distance(found[1], wanted) <= tolerance
+        for past in (mine, theirs):
+            past.commit(is_prompt=stop < 280)
+    for ours, other in zip(mine.layers, theirs.layers, strict=True):
+        assert (
+            [len(strand) for strand in ours.held()] == [len(strand) for strand in other.held()] == [264, 36]
+        )
+        assert ours.nbytes() == other.nbytes()
 
 
 @pytest.mark.parametrize("coded", ["", f",{CODED}", ",saq:group=4,steps=rest@4"])

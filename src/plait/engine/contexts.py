@@ -117,6 +117,9 @@ def read_contexts(
         found = {ids: store.get(key, heads) for ids, key in keys.items()}
     missing = [ids for ids, context in found.items() if context is None]
     twins = [past.fork() for _ in missing]
+    for twin in twins:
+        for memory in twin.memories("read in parallel"):
+            memory.set_apart()
     read_packed(lm.model, [[*prefix, *ids] for ids in missing], twins)
     for ids, twin in zip(missing, twins, strict=True):
         layers: list[list[Strand]] = []

@@ -40,6 +40,7 @@ class Memory:
     Attributes:
         layer: number of the layer within its model; a `Past` sets it.
         watcher: told the visits of each forward pass and the part that each gave; None in general.
+        apart_from: position from which on tokens are to be handed on by themselves; see `set_apart`.
 
     Raises:
         ConfigError: the codec cannot store layers of this geometry.
@@ -54,6 +55,7 @@ class Memory:
         self.window = window
         self.layer = 0
         self.watcher: Watcher | None = None
+        self.apart_from = 0
         self.strands: list[Strand] = []
         self.tail = self._new_tail(0)
         self.pending = 0
@@ -171,6 +173,7 @@ class Memory:
         self.pending = max(0, self.pending - (len(self) - length))
         if not self.pending:
             self.draft = None
+        self.apart_from = min(self.apart_from, length)
         for notes in self.notes:
             notes.truncate(length)
         if length >= self.tail.position:
@@ -210,12 +213,23 @@ class Memory:
         """
         self.freeze()
         twin = Memory(self.heads, self.plan, self.window)
-        twin.layer = self.layer
+        twin.layer, twin.apart_from = self.layer, self.apart_from
         twin.strands = list(self.strands)
         twin.tail = self._new_tail(len(self))
         twin.codec_notes = self.codec_notes and self.codec_notes.fork()
         twin.policy_notes = self.policy_notes and self.policy_notes.fork()
         return twin
+
+    def set_apart(self) -> None:
+        """Let what comes next be stored apart from what is held, so that `pieces` can hand it on by itself.
+
+        A codec that drops tokens would otherwise make one strand of both, which cannot be cut.
+
+        Raises:
+            ConfigError: a draft tree is pending.
+        """
+        self.freeze()
+        self.apart_from = len(self)
 
     def run(self, start: int, stop: int) -> list[Strand]:
         """The strands of tokens [start, stop), which other memories may then begin with (`adopt`).

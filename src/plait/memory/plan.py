@@ -193,6 +193,17 @@ class Codec(Spec, axis=CODECS):
     # Whether another codec may hold this one: `encode` is all that it does, and needs no notes.
     holdable: ClassVar[bool] = True
 
+    # Whether a strand that it stores lacks some of the tokens that it stands for, so that it cannot be cut.
+    drops_tokens: ClassVar[bool] = False
+
+    @property
+    def num_last_queries(self) -> int:
+        """How many of the last queries `encode` chooses by, when its notes are `LastQueries` of a codec that holds it.
+
+        0 for a codec that cannot be stored by another's notes.
+        """
+        return 0
+
     @property
     def exact_first(self) -> int:
         """First tokens of the sequence that stay plain numbers."""
@@ -312,6 +323,9 @@ class Policy(Spec, axis=POLICIES):
         """
         return None
 
+    # Whether what is seen ends at a place in a strand, which is cut there; one that cannot be cut would be in the way.
+    cuts_strands: ClassVar[bool] = False
+
     @property
     def stores(self) -> bool:
         """Whether this policy has tokens stored itself (`Codec.encode`); the codec seals none then."""
@@ -400,8 +414,9 @@ class MemoryPlan:
             through the memory: queries see what they will see in use. What a commit moves elsewhere is detached.
 
     Raises:
-        IncompatibleError: the policy has tokens stored while a prompt is read, the codec only behind it; or
-            gradients are to flow through tokens that are stored in another form.
+        IncompatibleError: the policy has tokens stored while a prompt is read, the codec only behind it; the policy
+            cuts strands, of which the codec drops tokens; or gradients are to flow through tokens that are stored
+            in another form.
     """
 
     codec: Codec = field(default_factory=lambda: CODECS.parse("dense"))
@@ -419,6 +434,11 @@ class MemoryPlan:
             raise IncompatibleError(
                 f"Policy {self.policy.name} stores blocks while a prompt is read, but codec {self.codec.name} chooses "
                 f"what to keep at its end. Use another codec with {self.policy.name}, such as gear."
+            )
+        if self.policy.cuts_strands and self.codec.drops_tokens:
+            raise IncompatibleError(
+                f"Policy {self.policy.name} sees tokens by where they stand, but codec {self.codec.name} keeps some of a "
+                f"run without their places. Use another codec with {self.policy.name}, such as gear, or policy full."
             )
 
     @classmethod

@@ -19,11 +19,13 @@ def plain_run(memory: Memory, exact_first: int = 0) -> list[FrozenStrand]:
     """The strands at the end of a memory whose tokens are plain numbers, in one frame; the tail is the last.
 
     A fork leaves plain strands before the tail; they are part of it. Strands of a moved frame, and those
-    before a gap that a policy made, are not.
+    before a gap that a policy made, are not; nor are those that a codec that drops tokens must keep apart.
 
     Args:
         exact_first: tokens of the sequence before this position are left out.
     """
+    if memory.plan.codec.drops_tokens:
+        exact_first = max(exact_first, memory.apart_from)
     run: list[FrozenStrand] = [memory.tail]
     for strand in reversed(memory.strands):
         begin = run[0].position

@@ -6,18 +6,19 @@ Shapes: Q queries, H query heads, G key/value heads, T tokens, D head size, V va
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from plait.errors import ConfigError, IncompatibleError
+from plait.errors import ConfigError
 from plait.memory.codecs.dense import Dense
+from plait.memory.holding import HoldingCodec, HoldingStrand
+from plait.memory.last_queries import LastQueries
 from plait.memory.memory import Memory
 from plait.memory.plan import Codec, Notes, Seen
 from plait.memory.sealing import plain_run, taken
@@ -29,12 +30,9 @@ __all__ = ["ThinK"]
 
 _PLAIN = Dense()
 
-# Pending rows that are noted beyond the window, because they may be taken back.
-_LONGEST_DRAFT = 128
-
 
 @dataclass(frozen=True, kw_only=True)
-class ThinK(Codec, name="think"):
+class ThinK(HoldingCodec, name="think"):
     """Keep, of every old key, only the channels that matter most to the prompt's last queries.
 
     Lossy. Channel c of a key/value head scores `sum |q_c|^2 * sum |k_c|^2`, over the last `window` queries of
@@ -59,8 +57,6 @@ class ThinK(Codec, name="think"):
         inner: codec that stores what is kept; in a spec string, the one that follows.
     """
 
-    holdable: ClassVar[bool] = False
-
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.4
     recent: Annotated[int, Field(ge=0)] = 32
     window: Annotated[int, Field(ge=1)] = 32
@@ -69,29 +65,9 @@ class ThinK(Codec, name="think"):
     sinks: Annotated[int, Field(ge=0)] = 0
     inner: Codec = _PLAIN
 
-    def check(self) -> None:
-        if not self.inner.holdable:
-            raise IncompatibleError(
-                f"Codec {self.name} cannot hold {self.inner.name}: that one changes or chooses what it stores "
-                f"by itself. Use one of them, or {self.name} with dense or gear."
-            )
-
-    def __str__(self) -> str:
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "inner"}
-        changed = [f"{f.name}={settings[f.name]}" for f in fields(self)[:-1] if settings[f.name] != f.default]
-        own = self.name + (":" + ",".join(changed) if changed else "")
-        return own if self.inner == _PLAIN else f"{own},{self.inner}"
-
-    def holding(self, inner: Codec) -> Codec:
-        return replace(self, inner=inner)
-
     @property
-    def tail_dtype(self) -> torch.dtype:
-        return self.inner.tail_dtype
-
-    @property
-    def exact_first(self) -> int:
-        return max(self.sinks, self.inner.exact_first)
+    def num_last_queries(self) -> int:
+        return self.window
 
     def check_heads(self, heads: Heads) -> None:
         pruned = self._pruned(heads)
@@ -122,9 +98,6 @@ class ThinK(Codec, name="think"):
         # The keys of a block that is stored early are not rotated, so nothing can be read from its values.
         return self.value_ratio > 0
 
-    def whole(self, count: int) -> int:
-        return self.inner.whole(count)
-
     def ready(self, count: int) -> int:
         if self._keeps_all:
             return self.inner.ready(count)
@@ -139,20 +112,21 @@ class ThinK(Codec, name="think"):
 
     def observe(self, memory: Memory, seen: Seen) -> None:
         if self.observes(memory):
-            _choice_of(memory).add(seen.queries, seen.segment.position)
+            _choice_of(memory).add(seen)
 
     def seal(self, memory: Memory, *, is_prompt: bool = False) -> None:
         notes = _choice_of(memory)
         if notes.key_channels is None and not is_prompt and not self._keeps_all:
             run = plain_run(memory)
             length = sum(map(len, run))
-            if notes.queries is None or self.ready(length - self.exact_first) == 0:
+            if notes.past is None or self.ready(length - self.exact_first) == 0:
                 return
-            strand = taken(run, 0, length)
-            notes.key_channels = self._key_channels(notes.queries, strand)
+            strand, queries = taken(run, 0, length), notes.past.queries
+            notes.key_channels = self._key_channels(queries, strand)
             if self.value_ratio:
-                notes.value_channels = self._value_channels(notes.queries, notes.end, strand)
-            notes.chosen_at, notes.queries = len(memory), None
+                notes.value_channels = self._value_channels(queries, notes.end, strand)
+            notes.chosen_at = len(memory)
+            notes.forget()
         super().seal(memory, is_prompt=is_prompt)
 
     def _key_channels(self, queries: Tensor, strand: FrozenStrand) -> Tensor:
@@ -170,20 +144,31 @@ class ThinK(Codec, name="think"):
     def encode(self, strand: FrozenStrand, notes: Notes | None) -> Strand:
         if self._keeps_all:
             return self.inner.encode(strand, None)
-        assert isinstance(notes, _Choice)
-        key_channels = notes.key_channels
-        if key_channels is None:
-            key_channels = self._channels_of_block(notes.last_queries, strand)
+        assert isinstance(notes, LastQueries)
+        key_channels, value_channels = self._chosen(notes, strand)
         keys = _gathered(strand.keys, key_channels)
         values, means = strand.values, None
-        if notes.value_channels is not None:
+        if value_channels is not None:
             means = values.float().mean(1)
-            values = _gathered(values, notes.value_channels)
+            values = _gathered(values, value_channels)
         kept = FrozenStrand(
             self._pruned(strand.heads), keys, values, offset=strand.offset, start=strand.start
         )
         inner = self.inner.encode(kept, None)
-        return ThinStrand(strand.heads, inner, key_channels, notes.value_channels, means)
+        return ThinStrand(strand.heads, inner, key_channels, value_channels, means)
+
+    def _chosen(self, notes: LastQueries, strand: FrozenStrand) -> tuple[Tensor, Tensor | None]:
+        """Channels (G, K) of keys and of values that are kept of a strand; None for all."""
+        last = notes.last
+        queries = None if last is None else last.last(self.window).queries
+        if isinstance(notes, _Choice):
+            if notes.key_channels is not None:
+                return notes.key_channels, notes.value_channels
+            return self._channels_of_block(queries, strand), None
+        # Whoever holds this codec has noted the queries that ask for these keys, in the same frame.
+        assert queries is not None
+        keys = self._key_channels(queries, strand)
+        return keys, self._value_channels(queries, notes.end, strand) if self.value_ratio else None
 
     def _channels_of_block(self, queries: Tensor | None, strand: FrozenStrand) -> Tensor:
         """Channels (G, K) of a block to keep, for queries (Q, H, D) rotated in another frame than its keys.
@@ -221,90 +206,39 @@ def _gathered(numbers: Tensor, channels: Tensor) -> Tensor:
     return numbers.gather(2, channels.long()[:, None].expand(-1, numbers.shape[1], -1))
 
 
-class _Choice(Notes):
+class _Choice(LastQueries):
     """The last queries until channels are chosen, then those channels.
 
     Args:
         window: how many queries to keep.
 
     Attributes:
-        queries: (Q, H, D) fp32 of the past, rotated in the tail's frame; None when there are none or they
-            are not needed any more.
-        end: position after the last of them.
-        pending: (n, H, D) of the last rows that may yet be taken back, such as the nodes of a draft tree.
-        pending_end: position after the last of them, every row counted.
         key_channels, value_channels: (G, K), None until chosen or where all are kept.
         chosen_at: length of the sequence at that moment.
     """
 
     def __init__(self, window: int) -> None:
-        self.window = window
-        self.queries: Tensor | None = None
-        self.end = 0
-        self.pending: Tensor | None = None
-        self.pending_end = 0
+        super().__init__(window)
         self.key_channels: Tensor | None = None
         self.value_channels: Tensor | None = None
         self.chosen_at = 0
 
-    @property
-    def last_queries(self) -> Tensor | None:
-        """The last queries (Q, H, D), those of pending rows included; None where nothing was read."""
-        rows = [rows for rows in (self.queries, self.pending) if rows is not None]
-        return torch.cat(rows)[-self.window :] if rows else None
-
-    def add(self, queries: Tensor, position: int) -> None:
-        """Note pending queries, the first of them at a position."""
-        self.pending = _last(self.pending, queries, self.window + _LONGEST_DRAFT)
-        self.pending_end = position + len(queries)
-
-    def commit(self, kept: Sequence[int], count: int) -> None:
-        if self.pending is None:
-            return
-        first = count - len(self.pending)
-        rows = [row - first for row in kept if row >= first]
-        if rows:
-            self.queries = _last(self.queries, self.pending[rows], self.window)
-            self.end = self.pending_end - count + len(kept)
-        self.pending = None
-
-    def fork(self) -> _Choice:
-        return copy.copy(self)
-
-    def check_splice(self) -> None:
-        """Moved strands come with channels of their own."""
-
     def splice(self, source: Notes, start: int, stop: int, position: int) -> None:
+        # Moved strands come with channels of their own.
         assert isinstance(source, _Choice)
         if self.key_channels is None and source.key_channels is not None:
             self.key_channels, self.value_channels = source.key_channels, source.value_channels
-            self.chosen_at, self.queries = position, None
+            self.chosen_at = position
+            self.forget()
 
     def truncate(self, length: int) -> None:
-        self.pending = _before(self.pending, self.pending_end, length)
-        self.pending_end = min(self.pending_end, length)
-        self.queries = _before(self.queries, self.end, length)
-        self.end = min(self.end, length)
+        super().truncate(length)
         if length < self.chosen_at:
             self.key_channels, self.value_channels, self.chosen_at = None, None, 0
 
     def tensors(self) -> list[Tensor]:
-        held = (self.queries, self.pending, self.key_channels, self.value_channels)
-        return [tensor for tensor in held if tensor is not None]
-
-
-def _last(older: Tensor | None, newer: Tensor, count: int) -> Tensor:
-    """The last `count` rows of both, in storage of their own."""
-    newer = newer.detach()[-count:].float()
-    with torch.inference_mode(False):
-        rows = newer.clone() if older is None else torch.cat([older, newer.clone()])
-        return rows[-count:].clone()
-
-
-def _before(rows: Tensor | None, end: int, length: int) -> Tensor | None:
-    """Of rows that end before position `end`, those before position `length`; None for none."""
-    left = 0 if rows is None else len(rows) - max(end - length, 0)
-    return None if rows is None or left <= 0 else rows[:left]
+        channels = (self.key_channels, self.value_channels)
+        return [*super().tensors(), *(tensor for tensor in channels if tensor is not None)]
 
 
 def _choice_of(memory: Memory) -> _Choice:
@@ -312,7 +246,7 @@ def _choice_of(memory: Memory) -> _Choice:
     return memory.codec_notes
 
 
-class ThinStrand(Strand):
+class ThinStrand(HoldingStrand):
     """A strand of fewer channels, seen as one of all channels.
 
     Args:
@@ -333,8 +267,7 @@ class ThinStrand(Strand):
         value_channels: Tensor | None = None,
         value_means: Tensor | None = None,
     ) -> None:
-        self.heads, self.inner = heads, inner
-        self.offset, self.start = inner.offset, inner.start
+        super().__init__(heads, inner, offset=inner.offset, start=inner.start)
         self.key_channels, self.value_channels, self.value_means = key_channels, value_channels, value_means
         self._native: CodedForm | Literal["unknown"] | None = "unknown"
 
@@ -397,33 +330,10 @@ class ThinStrand(Strand):
         return Partial(out.flatten(1, 2).masked_fill(nothing, 0.0), part.lse)
 
     def split(self, at: int) -> tuple[Self, Self]:
-        front, back = copy.copy(self), copy.copy(self)
-        front.inner, back.inner = self.inner.split(at)
+        front, back = map(self._holding, self.inner.split(at))
         back.start = back.inner.start
-        front._native = back._native = "unknown"
         return front, back
-
-    def moved(self, by: int) -> Self:
-        twin = super().moved(by)
-        twin.inner = self.inner.moved(by)
-        return twin
-
-    def weighed_by(self, heads: Heads) -> Self:
-        twin = super().weighed_by(heads)
-        twin.inner = self.inner.weighed_by(replace(self.inner.heads, **heads.scoring))
-        return twin
-
-    def copied(self) -> Self:
-        twin = copy.copy(self)
-        twin.inner = self.inner.copied()
-        twin._native = "unknown"
-        return twin
-
-    def restarted(self, start: int) -> Self:
-        twin = super().restarted(start)
-        twin.inner = self.inner.restarted(start)
-        return twin
 
     def tensors(self) -> list[Tensor]:
         own = (self.key_channels, self.value_channels, self.value_means)
-        return [*self.inner.tensors(), *(tensor for tensor in own if tensor is not None)]
+        return [*super().tensors(), *(tensor for tensor in own if tensor is not None)]

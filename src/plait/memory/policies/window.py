@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -28,6 +28,8 @@ _SLACK = 256
 
 class FirstAndLast(Policy):
     """What policies share that keep the first tokens and the most recent ones, and drop the others."""
+
+    cuts_strands: ClassVar[bool] = True
 
     @property
     def num_last(self) -> int:
