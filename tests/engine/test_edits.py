@@ -362,7 +362,7 @@ def test_a_text_is_edited_behind_what_its_memory_has_dropped_and_not_inside(make
         session.edit_tokens(10, 12, [65, 66, 67])
     assert (session.tokens, session.nbytes()) == (tokens, nbytes)
     end = len(tokens)
-    report = session.edit_tokens(end - 30, end - 28, [65, 66, 67])
+    report = session.edit_tokens(end - 30, end - 28, [65, 66, 67], refresh=0)
     assert report.moved == 12
     assert session.tokens == [*tokens[: end - 30], 65, 66, 67, *tokens[end - 28 :]]
     options = {"max_new_tokens": 8, "ignore_end": True}
