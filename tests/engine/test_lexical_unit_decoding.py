@@ -30,7 +30,7 @@ def tuned(byte_tokenizer: Tokenizer) -> Transformer:
     shape = ModelShape(width=48, blocks=2, heads=2, kv_heads=1, inner=96, vocab_size=258, context=512)
     config = shape.transformer(257, PLACEHOLDER)
     model = Transformer(config, fresh_parameters(config.blocks, 0))
-    objective = LexicalUnits(alpha=0.5, share=0.25)
+    objective = LexicalUnits(alpha=0.5, share=0.25, top=0)
     data = data.with_notes({"confidence": torch.ones(len(data))})
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     pieces = [data.piece(start, stop) for start, stop in data.pieces(64)]

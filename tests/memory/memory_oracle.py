@@ -225,3 +225,18 @@ def paths_of(tree: Tree) -> list[list[int]]:
     for node, parent in enumerate(tree.parents):
         paths.append([*(paths[parent] if parent >= 0 else []), node])
     return paths
+
+
+def read_with_detours(memory: Memory, table: TokenTable, past: Sequence[int], first: int) -> None:
+    """Read a prompt, with rows in between that are taken back: behind `first` tokens, and behind two more."""
+    memory.attend(*table.rows([*past[:first], 1, 2, 3]))
+    memory.truncate(first + 1)
+    memory.commit(is_prompt=True)
+    memory.truncate(first)
+    # A draft tree behind the next two tokens of the prompt, and then one of which nothing is kept.
+    memory.attend(*table.rows([*past[first : first + 2], 4, 5, 6]), mask=Tree([-1, 0, 1, 1, 2]))
+    memory.commit([0, 1], is_prompt=True)
+    memory.attend(*table.rows([4, 5, 6]), mask=Tree([-1, 0, 0]))
+    memory.commit([], is_prompt=True)
+    memory.attend(*table.rows([*past[first + 2 :], 7, 8]))
+    memory.commit(range(len(past) - first - 2))

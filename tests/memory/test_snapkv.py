@@ -15,12 +15,13 @@ from memory_oracle import (
     assert_equal_to,
     ids_of,
     new_memory,
+    read_with_detours,
     storage_bound,
     turned,
 )
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import FrozenStrand, Heads, Memory, MemoryPlan, Past, Rows, Tree, attend
+from plait.memory import FrozenStrand, Heads, Memory, MemoryPlan, Past, Rows, attend
 from plait.memory.arrangements import ParallelGroup
 from plait.memory.codecs import GEAR, SnapKV, ThinK
 from plait.memory.codecs.snapkv import EvictedStrand
@@ -215,14 +216,7 @@ def test_a_layer_with_a_window_of_its_own_keeps_all_that_it_shows() -> None:
 def test_what_was_taken_back_has_no_say() -> None:
     past = ids_of(30)
     memory = new_memory(spec=SPEC)
-    memory.attend(*TABLE.rows([*past[:25], 1, 2, 3]))
-    memory.truncate(26)
-    memory.commit(is_prompt=True)
-    memory.truncate(25)
-    memory.attend(*TABLE.rows([*past[25:27], 4, 5, 6]), mask=Tree([-1, 0, 1, 1, 2]))
-    memory.commit([0, 1], is_prompt=True)
-    memory.attend(*TABLE.rows([*past[27:], 7, 8]))
-    memory.commit(range(3))
+    read_with_detours(memory, TABLE, past, 25)
     twin = new_memory(spec=SPEC)
     read_prompt(twin, past)
     for one, other in zip(evicted_of(memory).tensors(), evicted_of(twin).tensors(), strict=True):

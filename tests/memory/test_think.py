@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_oracle import GROUPED, TokenTable, assert_equal_to, ids_of, new_memory, turned
+from memory_oracle import GROUPED, TokenTable, assert_equal_to, ids_of, new_memory, read_with_detours, turned
 
 from plait.errors import ConfigError, IncompatibleError
-from plait.memory import FrozenStrand, Heads, Memory, MemoryPlan, Rows, Tree, attend
+from plait.memory import FrozenStrand, Heads, Memory, MemoryPlan, Rows, attend
 from plait.memory.codecs import GEAR, Dense, ThinK
 from plait.memory.codecs.think import ThinStrand
 from plait.memory.coded import CodedStrand
@@ -166,17 +166,7 @@ def test_sequences_of_a_batch_choose_for_themselves() -> None:
 def test_what_was_taken_back_has_no_say() -> None:
     past = ids_of(20)
     memory = new_memory(spec=SPEC)
-    memory.attend(*TABLE.rows([*past[:15], 1, 2, 3]))
-    memory.truncate(16)
-    memory.commit(is_prompt=True)
-    memory.truncate(15)
-    # A draft tree behind the next two tokens of the prompt, and then one of which nothing is kept.
-    memory.attend(*TABLE.rows([*past[15:17], 4, 5, 6]), mask=Tree([-1, 0, 1, 1, 2]))
-    memory.commit([0, 1], is_prompt=True)
-    memory.attend(*TABLE.rows([4, 5, 6]), mask=Tree([-1, 0, 0]))
-    memory.commit([], is_prompt=True)
-    memory.attend(*TABLE.rows([*past[17:], 7, 8]))
-    memory.commit(range(3))
+    read_with_detours(memory, TABLE, past, 15)
     assert len(memory) == 20
     assert choice_of(memory).key_channels.tolist() == best_channels(past, 5, KEPT)
     memory.truncate(2)

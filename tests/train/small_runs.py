@@ -9,6 +9,7 @@ import torch
 from plait.nn import Transformer
 from plait.train import ModelShape, NextToken, RunConfig, TokenData, Trainer, Training
 from plait.train.objectives import Objective
+from plait.train.objectives.distillation import with_laws
 from plait.train.runs import fresh_parameters
 
 __all__ = ["VOCABULARY", "new_trainer", "run_config", "small_data", "small_shape"]
@@ -34,7 +35,7 @@ def run_config(objective: Objective | None = None, **training: object) -> RunCon
 
 
 def small_data(documents: int = 12, seed: int = 0) -> TokenData:
-    """Documents of several lengths in which most tokens follow from the one before."""
+    """Documents of several lengths in which most tokens follow from the one before, with a random teacher's laws."""
     random = torch.Generator().manual_seed(seed)
     lists = []
     for number in range(documents):
@@ -46,7 +47,9 @@ def small_data(documents: int = 12, seed: int = 0) -> TokenData:
         lists.append(ids)
     data = TokenData.of(lists)
     noise = torch.rand(len(data), generator=random)
-    return data.with_notes({"confidence": noise})
+    config = small_shape().transformer(VOCABULARY, PLACEHOLDER)
+    teacher = Transformer(config, fresh_parameters(config.blocks, 1))
+    return with_laws(data, teacher, top=8).with_notes({"confidence": noise})
 
 
 def new_trainer(folder: Path, config: RunConfig | None = None) -> Trainer:

@@ -176,8 +176,9 @@ def test_what_is_missing_is_said(model: Transformer) -> None:
         LexicalUnits().loss(bare, pieces(), torch.Generator())
     with pytest.raises(ConfigError, match="Call annotate first"):
         LexicalUnits().loss(model, [Piece(torch.tensor([2, 3]), torch.ones(2), {})], torch.Generator())
+    without_laws = Piece(torch.tensor([2, 3]), torch.ones(2), {"confidence": torch.ones(2)})
     with pytest.raises(ConfigError, match="teacher has annotated"):
-        LexicalUnits(top=4).loss(model, pieces(), torch.Generator())
+        LexicalUnits(top=4).loss(model, [without_laws], torch.Generator())
     for settings_text in ("alpha=0", "alpha=1.5", "pads=0", "tail=-1", "share=0"):
         with pytest.raises(ConfigError, match="LexicalUnits"):
             LexicalUnits.from_settings(dict([settings_text.split("=")]))

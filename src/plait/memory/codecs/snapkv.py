@@ -21,7 +21,7 @@ from plait.memory.memory import Memory
 from plait.memory.plan import Codec, Notes, Seen
 from plait.memory.sealing import plain_run
 from plait.memory.strand import FrozenStrand, Heads, Layout, Strand
-from plait.ops import Mask, Partial
+from plait.ops import Mask, Partial, capped
 from plait.ops.coded import CodedForm
 
 __all__ = ["EvictedStrand", "SnapKV"]
@@ -181,9 +181,7 @@ def attention_paid(strand: FrozenStrand, asked: Asked) -> Tensor:
         keys = strand.keys[:, low : low + _BLOCK].to(
             torch.float32, copy=True, memory_format=torch.contiguous_format
         )
-        scores = torch.einsum("qgnd,gtd->gnqt", queries, keys) * heads.scale
-        if heads.softcap is not None:
-            scores = heads.softcap * torch.tanh(scores / heads.softcap)
+        scores = capped(torch.einsum("qgnd,gtd->gnqt", queries, keys) * heads.scale, heads.softcap)
         sums.append((scores - lse).exp().sum(2).mean(1))
     return torch.cat(sums, dim=-1)
 

@@ -6,7 +6,7 @@ Shapes: N tokens, R predicted tokens, K kept tokens of each law, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from plait.nn import Transformer
 from plait.train.data import Piece, TokenData
 from plait.train.objectives.base import Loss, Objective, cross_entropy, mean_loss, predict
 
-__all__ = ["Distillation", "check_laws", "law_losses", "with_laws"]
+__all__ = ["Distillation", "Laws", "check_laws", "law_losses", "teacher_logits", "with_laws"]
 
 _ROWS_AT_ONCE = 512
 
@@ -68,22 +68,43 @@ class Distillation(Objective, name="distillation"):
 
 def with_laws(data: TokenData, teacher: Transformer, top: int) -> TokenData:
     """Data with the `top` likeliest tokens of a teacher's law of each token, their probabilities, and its entropy."""
-    top = min(top, teacher.config.vocab_size)
-    tokens = torch.zeros(len(data), top, dtype=torch.int32)
-    laws = torch.zeros(len(data), top, dtype=torch.float16)
-    entropies = torch.zeros(len(data))
+    laws = Laws(len(data), min(top, teacher.config.vocab_size))
+    for places, _, logits in teacher_logits(data, teacher):
+        laws.add(places, logits)
+    return data.with_notes(laws.notes)
+
+
+def teacher_logits(data: TokenData, teacher: Transformer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The places (R,) of predicted tokens in the data, their ids (R,), and the logits (R, V), a piece at a time."""
     with torch.no_grad():
         for start, stop in data.pieces(_ROWS_AT_ONCE):
-            if stop - start < 2:
-                continue
             found = predict(teacher, [data.piece(start, stop)])
-            logits = teacher.logits(found.hidden)
-            best = logits.topk(top)
-            tokens[start + found.places] = best.indices.int()
-            laws[start + found.places] = best.values.softmax(dim=-1).half()
-            entropies[start + found.places] = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
-    notes = {"teacher_tokens": tokens, "teacher_laws": laws, "teacher_entropies": entropies}
-    return data.with_notes(notes)
+            if len(found.places):
+                yield start + found.places, found.wanted, teacher.logits(found.hidden)
+
+
+class Laws:
+    """A teacher's laws of the tokens of some data, as they are found.
+
+    Args:
+        count: tokens N.
+        top: likeliest tokens K that are kept of each law.
+    """
+
+    def __init__(self, count: int, top: int) -> None:
+        self.top = top
+        self.notes = {
+            "teacher_tokens": torch.zeros(count, top, dtype=torch.int32),
+            "teacher_laws": torch.zeros(count, top, dtype=torch.float16),
+            "teacher_entropies": torch.zeros(count),
+        }
+
+    def add(self, places: Tensor, logits: Tensor) -> None:
+        """Note what predicts the tokens at `places` (R,): logits (R, V)."""
+        best = logits.topk(self.top)
+        self.notes["teacher_tokens"][places] = best.indices.int()
+        self.notes["teacher_laws"][places] = best.values.softmax(dim=-1).half()
+        self.notes["teacher_entropies"][places] = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
 
 
 def check_laws(batch: Sequence[Piece]) -> None:

@@ -23,12 +23,10 @@ from plait.memory import Rows
 from plait.memory import Tree as TreeMask
 from plait.nn import Transformer
 from plait.train.data import Piece, TokenData
-from plait.train.objectives.base import Loss, Objective, cross_entropy, mean_loss, predict
-from plait.train.objectives.distillation import check_laws, law_losses, with_laws
+from plait.train.objectives.base import Loss, Objective, cross_entropy, mean_loss
+from plait.train.objectives.distillation import Laws, check_laws, law_losses, teacher_logits
 
 __all__ = ["LexicalUnits", "Placeholders", "Unit", "find_units", "placeholders"]
-
-_ROWS_AT_ONCE = 512
 
 
 class Unit(NamedTuple):
@@ -68,14 +66,12 @@ class LexicalUnits(Objective, name="lud"):
 
     def annotate(self, data: TokenData, teacher: Transformer) -> TokenData:
         confidence = torch.zeros(len(data))
-        with torch.no_grad():
-            for start, stop in data.pieces(_ROWS_AT_ONCE):
-                found = predict(teacher, [data.piece(start, stop)])
-                if len(found.wanted):
-                    losses = cross_entropy(teacher.logits(found.hidden), found.wanted)
-                    confidence[start + found.places] = (-losses).exp()
-        noted = with_laws(data, teacher, self.top) if self.top else data
-        return noted.with_notes({"confidence": confidence})
+        laws = Laws(len(data), min(self.top, teacher.config.vocab_size))
+        for places, wanted, logits in teacher_logits(data, teacher):
+            confidence[places] = (-cross_entropy(logits, wanted)).exp()
+            if self.top:
+                laws.add(places, logits)
+        return data.with_notes({"confidence": confidence, **(laws.notes if self.top else {})})
 
     def loss(self, model: Transformer, batch: Sequence[Piece], random: torch.Generator) -> Loss:
         placeholder = model.config.placeholder

@@ -58,7 +58,7 @@ class BinaryMatrix(Packed, kind="binary"):
         )
         self.register_buffer("signs", signs)
         self.register_buffer("scales", scales)
-        self._words: ops.BitMatrix | None = None
+        self._bit_matrix: ops.BitMatrix | None = None
         self._planes: BlockStack | None = None
 
     @classmethod
@@ -100,21 +100,21 @@ class BinaryMatrix(Packed, kind="binary"):
 
     def bits(self) -> ops.BitMatrix:
         """The matrix in the form that meets binary inputs, tap by tap; made at the first call."""
-        if self._words is None:
+        if self._bit_matrix is None:
             bits = self._bits(torch.arange(self.shape[0]))
             rows = ops.words_of_bits(bits).flatten(1)
             tiles = -(-len(rows) // ops.WORD_TILE)
             filled = rows.new_zeros(tiles * ops.WORD_TILE, rows.shape[1])
             filled[: len(rows)] = rows
             words = filled.view(tiles, ops.WORD_TILE, -1).transpose(1, 2)
-            self._words = ops.BitMatrix(words, self.shape[1], self.scales)
-        return self._words
+            self._bit_matrix = ops.BitMatrix(words, self.shape[1], self.scales)
+        return self._bit_matrix
 
     def select(self, rows: Tensor) -> BinaryMatrix:
         return BinaryMatrix((len(rows), self.shape[1]), self.taps, self.signs[rows], self.scales[rows])
 
     def nbytes(self) -> int:
-        made = 0 if self._words is None else self._words.weight.nbytes
+        made = 0 if self._bit_matrix is None else self._bit_matrix.weight.nbytes
         return super().nbytes() + made + (0 if self._planes is None else self._planes.nbytes())
 
     def tensors(self) -> dict[str, Tensor]:
