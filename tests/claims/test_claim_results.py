@@ -91,6 +91,25 @@ def test_progress_is_told_in_order() -> None:
     assert lines == ["half way"]
 
 
+def test_a_part_that_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    run = Run(parts=tmp_path / "parts")
+    asked = []
+
+    def measure(value: float) -> dict[str, Quantity]:
+        asked.append(value)
+        return {"speed": Quantity(value, "x", (1.0, 2.5), 3)}
+
+    first = run.once("speed", measure, 2.0)
+    assert (
+        first == run.once("speed", measure, 7.0) == Run(parts=tmp_path / "parts").once("speed", measure, 8.0)
+    )
+    assert asked == [2.0]
+    assert Run().once("speed", measure, 4.0)["speed"].value == 4.0
+    (tmp_path / "parts" / "speed.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"is damaged\. Remove it"):
+        run.once("speed", measure, 2.0)
+
+
 def test_a_missing_package_is_not_a_failed_claim() -> None:
     claim = dataclasses.replace(CLAIMS["fast"], needs=("no_such_module",))
     with pytest.raises(MissingExtraError, match=r"The claim fast needs no_such_module.*plait\[test\]"):

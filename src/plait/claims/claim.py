@@ -8,13 +8,17 @@ import statistics
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Literal, ParamSpec, Self, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from plait.errors import ConfigError, PlaitError
+from plait.files import write_bytes
 
 __all__ = ["Bar", "Claim", "MeasurementError", "Measurements", "Quantity", "Run"]
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class MeasurementError(PlaitError):
@@ -47,6 +51,9 @@ class Quantity:
         """The largest of several values, at least one; NaN if any of them is, which `max` would hide."""
         value = math.nan if any(math.isnan(sample) for sample in samples) else max(samples)
         return cls(value, unit, samples=len(samples))
+
+
+_PART = TypeAdapter(dict[str, Quantity])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +99,32 @@ class Run:
     def pick(self, full: T, quick: T) -> T:
         """The first for a full run, the second for a quick one."""
         return quick if self.quick else full
+
+    def once(
+        self, part: str, measure: Callable[P, dict[str, Quantity]], *args: P.args, **kwargs: P.kwargs
+    ) -> dict[str, Quantity]:
+        """What a part of the measurement finds, or what it found in a run that was stopped later.
+
+        Args:
+            part: a name in the words of a file name, another for each part of a claim.
+            measure: measures it from its beginning, with the other arguments.
+
+        Raises:
+            ConfigError: what the earlier run left is damaged.
+        """
+        kept = None if self.parts is None else self.parts / f"{part}.json"
+        if kept is not None and kept.exists():
+            try:
+                return _PART.validate_json(kept.read_bytes(), strict=True)
+            except ValidationError:
+                raise ConfigError(
+                    f"{kept} is damaged. Remove it, so that this part is measured again."
+                ) from None
+        found = measure(*args, **kwargs)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(kept, _PART.dump_json(found))
+        return found
 
 
 # A measurement yields a line now and then about how far it is, and returns its quantities by name.

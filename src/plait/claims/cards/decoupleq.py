@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Sequence
 from pathlib import Path
 
 from plait.claims.claim import Bar, Claim, Measurements, Quantity, Run
@@ -37,58 +38,65 @@ def _of_best_codes(rows: int) -> Quantity:
     return Quantity(sum(ratios) / rows, "x", (min(ratios), max(ratios)), rows)
 
 
-def _sentences(run: Run) -> Generator[str, None, dict[str, Quantity]]:
+def _of_embeddings(name: str, judged: Sequence[str], calibration: Sequence[str]) -> dict[str, Quantity]:
     """Cosines of the embeddings of a sentence encoder, whose published weights are in fp32, with those it had."""
-    from plait.claims.encoders import likeness, sentences
+    from plait.claims.encoders import likeness
     from plait.weights import FORMATS
 
-    judged = sentences(run.pick(400, 3))
-    calibration = sentences(run.pick(400, 5), calibration=True)
-    found: dict[str, Quantity] = {}
-    for name, format in _FORMATS.items():
-        yield f"sentences with {format}"
-        packed = likeness(FORMATS.parse(format), judged, calibration)
-        spread = (min(packed.cosines), max(packed.cosines))
-        found[f"sentences_{name}_cosine"] = Quantity(packed.mean, "", spread, len(judged))
-    gain = found["sentences_blocks_cosine"].value - found["sentences_nearest_cosine"].value
-    return found | {
-        "sentences_above_nearest": Quantity(gain, ""),
+    packed = likeness(FORMATS.parse(_FORMATS[name]), judged, calibration)
+    spread = (min(packed.cosines), max(packed.cosines))
+    return {
+        f"sentences_{name}_cosine": Quantity(packed.mean, "", spread, len(judged)),
         "sentences_bits": Quantity(packed.bits_per_weight, "bits"),
     }
 
 
+def _packed_anew(name: str, format: str, folder: Path, samples: int) -> dict[str, Quantity]:
+    """Pack SmolLM2 into a folder, whatever a stopped run has left there; the time that it takes."""
+    from plait.claims.weights import calibration_text
+    from plait.engine import quantize
+
+    text = calibration_text()
+    shutil.rmtree(folder, ignore_errors=True)
+    start = time.perf_counter()
+    quantize("smollm2", format, folder, calibration=text, samples=samples)
+    return {f"{name}_seconds": Quantity(time.perf_counter() - start, "s")}
+
+
 def _measure(run: Run) -> Measurements:
+    from plait.claims.encoders import sentences
     from plait.claims.texts import token_runs
-    from plait.claims.weights import judge_of, output_errors_of, packed
+    from plait.claims.weights import judge_of, output_errors_of
     from plait.engine import load
 
-    names = list(_FORMATS)
     yield "short rows, and all codes that they could have"
     found = {"of_best_codes": _of_best_codes(run.pick(200, 5))}
-    found |= yield from _sentences(run)
+    judged = sentences(run.pick(400, 3))
+    calibration = sentences(run.pick(400, 5), calibration=True)
+    for name, format in _FORMATS.items():
+        yield f"sentences with {format}"
+        found |= run.once(f"sentences-{name}", _of_embeddings, name, judged, calibration)
+    gain = found["sentences_blocks_cosine"].value - found["sentences_nearest_cosine"].value
+    found["sentences_above_nearest"] = Quantity(gain, "")
     with tempfile.TemporaryDirectory() as folder:
         made: dict[str, Path] = {}
-        for name in names:
-            start = time.perf_counter()
-            made |= yield from packed(
-                "smollm2", [_FORMATS[name]], Path(folder) / name, samples=run.pick(16, 1)
-            )
-            found[f"{name}_seconds"] = Quantity(time.perf_counter() - start, "s")
+        for name, format in (_FORMATS | _FOUR_BITS).items():
+            yield f"packing in {format}"
+            samples = run.pick(4 if name in _FOUR_BITS else 16, 1)
+            made[name] = (run.parts or Path(folder)) / f"packed-{name}"
+            found |= run.once(f"packing-{name}", _packed_anew, name, format, made[name], samples)
         yield "what changes in the outputs of matrices"
         exact = load("smollm2", weights="fp32")
-        layer_wise = {name: made[_FORMATS[name]] for name in ("nearest", "gptq", "layers")}
+        layer_wise = {name: made[name] for name in ("nearest", "gptq", "layers")}
         texts = token_runs(exact.tokenizer, run.pick([512] * 4, [64]))
         errors = output_errors_of(exact, layer_wise, texts)
         found["error_of_gptq"] = Quantity(errors["layers"] / errors["gptq"], "x")
         found["error_of_nearest"] = Quantity(errors["layers"] / errors["nearest"], "x")
-        made |= yield from packed(
-            "smollm2", list(_FOUR_BITS.values()), Path(folder) / "four", samples=run.pick(4, 1)
-        )
         judge = judge_of(run, exact, windows=3)
         found["file_nats"] = Quantity(judge.quality().nats, "nats")
         for name, format in (_FORMATS | _FOUR_BITS).items():
             yield f"reading with {format}"
-            quality = judge.quality(load(made[format], weights="file").model)
+            quality = judge.quality(load(made[name], weights="file").model)
             found[f"{name}_nats"] = Quantity(quality.nats, "nats", samples=quality.tokens)
             found[f"{name}_divergence"] = Quantity(quality.divergence, "nats", samples=quality.tokens)
     for before, after in (
