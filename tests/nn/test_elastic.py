@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +71,22 @@ def test_any_size_is_that_of_a_model_loaded_so_and_comes_back_bit_for_bit(
         assert torch.equal(seen[-1], answers(fresh))
     assert torch.equal(seen[-1], whole)
     assert not torch.equal(seen[0], whole)
+
+
+@pytest.mark.parametrize("is_lowered", [True, False])
+def test_a_copy_has_a_size_of_its_own(folder: Path, is_lowered: bool) -> None:
+    model = opened(folder)
+    if is_lowered:
+        lower(model)
+    twin = copy.deepcopy(model)
+    assert (twin.program is None) == (model.program is None)
+    whole = answers(model)
+    assert torch.equal(answers(twin), whole)
+    small = twin.resizable().sizes()[0]
+    twin.resizable().resize(small)
+    assert twin.resizable().nbytes() == small < model.resizable().nbytes()
+    assert not torch.equal(answers(twin), whole)
+    assert torch.equal(answers(model), whole)
 
 
 def test_what_is_counted_is_what_is_held_and_what_the_file_has(folder: Path) -> None:

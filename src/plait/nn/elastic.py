@@ -6,12 +6,13 @@ in the order in which they are loaded. So a larger model is read by going on, an
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +70,12 @@ class StackFile:
             self._file = self.path.open("rb", buffering=0)
         except OSError as error:
             raise ModelFileError(f"{self.path} could not be opened: {error}.") from error
+        self._reading = threading.Lock()
         weakref.finalize(self, self._file.close)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackFile:
+        # It never changes, so a copy of what holds it can share it.
+        return self
 
     def sizes(self) -> list[int]:
         """Bytes of the model at every position of the stack, from one block of each matrix to all; increasing."""
@@ -118,14 +124,16 @@ class StackFile:
         block = torch.empty(size, dtype=torch.uint8)
         view, got = memoryview(block.numpy().data), 0
         try:
-            self._file.seek(start)
-            while got < size:
-                count = self._file.readinto(view[got:])
-                if not count:
-                    raise ModelFileError(
-                        f"{self.path} ends inside block {index} of {name}. The file is damaged; nothing was changed."
-                    )
-                got += count
+            with self._reading:
+                self._file.seek(start)
+                while got < size:
+                    count = self._file.readinto(view[got:])
+                    if not count:
+                        raise ModelFileError(
+                            f"{self.path} ends inside block {index} of {name}. The file is damaged; "
+                            "nothing was changed."
+                        )
+                    got += count
         except OSError as error:
             raise ModelFileError(
                 f"{self.path}: block {index} of {name} could not be read: {error}."
@@ -148,6 +156,10 @@ class ElasticWeights:
     def __init__(self, file: StackFile, matrices: Mapping[str, BlockStack], position: int) -> None:
         self.file, self.matrices, self.position = file, dict(matrices), position
         self.guard = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ElasticWeights:
+        with self.guard:
+            return ElasticWeights(self.file, copy.deepcopy(self.matrices, memo), self.position)
 
     def sizes(self) -> list[int]:
         """Bytes that the model's weights may have; see `StackFile.sizes`."""

@@ -100,8 +100,7 @@ def load_transformer(
                 raise ModelFileError(f"{checkpoint.path}: {error}") from error
             raise
     _check_unused(checkpoint, family, parameters, entries["head.weight"].name)
-    if elastic is not None:
-        model.elastic, model.guard = elastic, elastic.guard
+    model.elastic = elastic
     return model
 
 

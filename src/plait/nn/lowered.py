@@ -115,6 +115,9 @@ class Lowered:
         for block in _blocks(model):
             self._add(block)
 
+    def of(self, model: Transformer) -> Lowered:
+        return Lowered(model)
+
     def __call__(
         self,
         tokens: Tensor | None,

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,10 @@ class Program(Protocol):
         """
         ...
 
+    def of(self, model: Transformer) -> Program:
+        """The same form of another model of the same kind, such as a copy."""
+        ...
+
 
 class Transformer(nn.Module):
     """A decoder: token ids in, a hidden row for each token out, logits on request.
@@ -86,7 +90,6 @@ class Transformer(nn.Module):
     Attributes:
         program: a faster form of the whole model, used where it applies; see `plait.nn.lower`.
         elastic: what changes the size of its matrices, where they are stacks of blocks.
-        guard: held while the model computes; nobody else changes its parameters meanwhile.
         learns_through: a differentiable plan; the parallel form reads every segment through a memory of it. None
             for full attention.
     """
@@ -123,9 +126,21 @@ class Transformer(nn.Module):
         self.head = Linear(head, bias)
         self.program: Program | None = None
         self.elastic: ElasticWeights | None = None
-        self.guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         self.learns_through: MemoryPlan | None = None
         self._active: list[Adapter | None] = [None]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__ | {"program": None}, memo))
+        # A program reads the matrices of its own model.
+        twin.program = None if self.program is None else self.program.of(twin)
+        return twin
+
+    @property
+    def guard(self) -> contextlib.AbstractContextManager[Any]:
+        """What to hold while the model computes, so that its size does not change in between."""
+        return contextlib.nullcontext() if self.elastic is None else self.elastic.guard
 
     def resizable(self) -> ElasticWeights:
         """What changes the size of this model while it runs.
