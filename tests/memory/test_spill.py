@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from plait.errors import CapacityError
 from plait.memory import FrozenStrand, Heads, MemoryPlan, Strand, spill
-from plait.memory.spill import SpillFile
+from plait.memory.spill import SpilledRows, SpilledStrands, SpillFile
 from plait.ops import Causal, Rope
 
 HEADS = Heads(4, 2, 16, scale=0.25, rope=Rope(torch.tensor([1.0, 0.3, 0.1, 0.03])))
@@ -116,3 +122,62 @@ def test_what_is_read_from_a_file_can_be_changed_without_changing_the_file() -> 
     before = first.tensors()[0].clone()
     first.tensors()[0].zero_()
     assert torch.equal(stored.load().tensors()[0], before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["append", "truncate", "fork"]), st.integers(0, 40), st.integers(0, 3)),
+        max_size=120,
+    )
+)
+def test_rows_in_a_file_are_those_of_a_list(steps: list[tuple[str, int, int]]) -> None:
+    file = SpillFile()
+    pairs: list[tuple[SpilledRows, list[list[int]]]] = [(SpilledRows(file), [])]
+    for number, (step, value, which) in enumerate(steps):
+        rows, wanted = pairs[which % len(pairs)]
+        if step == "append":
+            rows.append(torch.tensor([number, value]))
+            wanted.append([number, value])
+        elif step == "truncate":
+            rows.truncate(value)
+            del wanted[value:]
+        else:
+            pairs.append((rows.fork(), list(wanted)))
+        assert all(found.numbers.tolist() == kept for found, kept in pairs)
+        assert not any(found.tensors() for found, _ in pairs)
+
+
+def test_many_strands_take_no_memory_each() -> None:
+    strands = SpilledStrands(SpillFile())
+    numbers = [torch.randn(2, 2, length, 16) for length in (8, 32, 8, 8)]
+    for start, each in enumerate(numbers):
+        strands.append(FrozenStrand(HEADS, *each).restarted(start))
+    twin = strands.copy()
+    del strands[2:]
+    strands.append(FrozenStrand(HEADS, *numbers[1]))
+    assert (len(strands), len(twin)) == (3, 4)
+    for held, order in ((strands, (0, 1, 1)), (twin, (0, 1, 2, 3))):
+        for one, again, number in zip(held, held[:], order, strict=True):
+            assert one == again
+            assert torch.equal(one.load().tensors()[0], numbers[number][0])
+    assert [one.start for one in twin] == [0, 1, 2, 3]
+    with pytest.raises(IndexError, match="Only the last strands"):
+        del twin[1:2]
+
+
+def test_a_full_disk_leaves_rows_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = SpilledRows(SpillFile())
+    for number in range(16):
+        rows.append(torch.tensor([number]))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(CapacityError, match="No room on disk"):
+            rows.append(torch.tensor([16]))
+    assert rows.numbers.flatten().tolist() == list(range(16))
+    rows.append(torch.tensor([16]))
+    assert rows.numbers.flatten().tolist() == list(range(17))

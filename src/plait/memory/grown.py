@@ -40,7 +40,7 @@ class Asked(NamedTuple):
 
 
 class GrownRows:
-    """Rows of numbers in storage that grows by a quarter at a time."""
+    """Rows of numbers, all of one shape and dtype, in storage that grows by a quarter at a time."""
 
     def __init__(self) -> None:
         self.storage = torch.empty(0)
@@ -59,6 +59,14 @@ class GrownRows:
             self.storage = new
         self.storage[self.length] = row
         self.length += 1
+
+    def truncate(self, length: int) -> None:
+        """Keep the first rows only."""
+        self.length = min(self.length, length)
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds in memory."""
+        return [self.storage]
 
     def fork(self) -> GrownRows:
         twin = GrownRows()

@@ -7,6 +7,7 @@ Native code reads it where the file is mapped: what describes codes to it lies b
 
 from __future__ import annotations
 
+import copy
 import mmap
 import os
 import tempfile
@@ -14,8 +15,9 @@ import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cached_property
+from itertools import islice
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from plait.errors import CapacityError
 from plait.memory.strand import Layout, Strand
 from plait.ops.coded import CODED
 
-__all__ = ["SpillFile", "Spilled"]
+__all__ = ["SpillFile", "Spilled", "SpilledRows", "SpilledStrands"]
 
 # Tensors of a run of bytes begin at multiples of this, as the allocator's own do.
 _ALIGNMENT = 64
@@ -56,12 +58,14 @@ class _Outline(NamedTuple):
         places: of its tensors, in the order of `Strand.relocated`.
         nbytes: of the run of bytes.
         layout: `Strand.layout`, its addresses counted from the run's first byte; None where it has none.
+        number: of those of a file.
     """
 
     strand: Strand
     places: tuple[_Place, ...]
     nbytes: int
     layout: Layout | None
+    number: int = 0
 
     def strand_of(self, numbers: Tensor) -> Strand:
         """The strand whose tensors lie in a run of bytes (n,), at the start of its frame."""
@@ -174,28 +178,45 @@ class SpillFile:
         key = (_form(bare), tuple(places))
         outline = self._outlines.get(key)
         if outline is None:
-            outline = _laid_out(_Outline(bare, tuple(places), length, None), numbers)
+            outline = _laid_out(_Outline(bare, tuple(places), length, None, len(self._outlines)), numbers)
         where = self._room(outline.nbytes)
-        self.write(_with_descriptions(outline, numbers, self.address(where)))
+        self.write(where, _with_descriptions(outline, numbers, self.address(where)))
+        self._end = where + _whole_pages(outline.nbytes)
         return Spilled(self, self._outlines.setdefault(key, outline), strand.start, where)
 
-    def write(self, numbers: Tensor) -> int:
-        """Append bytes; returns where they are."""
-        start = end = self._end
+    def spilled(self, number: int, start: int, where: int) -> Spilled:
+        """A strand that was put here: the number of its outline, its `start`, and where it is."""
+        return Spilled(self, next(islice(self._outlines.values(), number, None)), start, where)
+
+    def reserve(self, length: int) -> int:
+        """Where bytes may be written later; they are zeros until then, and take no room on disk.
+
+        Raises:
+            CapacityError: the file cannot be mapped as far.
+        """
+        where = self._room(length)
+        self._end = where + _whole_pages(length)
+        return where
+
+    def write(self, where: int, numbers: Tensor) -> None:
+        """Write bytes (n,) at a place.
+
+        Raises:
+            CapacityError: the disk is full.
+        """
         left = numbers.numpy().data
         try:
             while len(left):
-                written = os.pwrite(self._file, left, end)
-                left, end = left[written:], end + written
+                written = os.pwrite(self._file, left, where)
+                left, where = left[written:], where + written
         except OSError as error:
             raise _full(error) from error
-        # Maps begin at whole pages.
-        self._end = _whole_pages(end)
-        return start
 
     def read(self, where: int, length: int) -> Tensor:
         """Bytes as a tensor over the file's own pages."""
-        return torch.frombuffer(self._map(where, length), dtype=torch.uint8)
+        # Writing to a copy does not change the file.
+        pages = mmap.mmap(self._file, length, access=mmap.ACCESS_COPY, offset=where)
+        return torch.frombuffer(pages, dtype=torch.uint8)
 
     def address(self, where: int) -> int:
         """Where a byte of the file lies in memory, for as long as the file does."""
@@ -227,7 +248,8 @@ class SpillFile:
             try:
                 # What is not written takes no room on disk.
                 os.ftruncate(self._file, start + size)
-                pages = self._map(start, size)
+                # Shared with the file: what is written later to pages that were read already must be seen.
+                pages = mmap.mmap(self._file, size, access=mmap.ACCESS_WRITE, offset=start)
             except OSError as error:
                 raise _full(error) from error
             address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
@@ -235,9 +257,104 @@ class SpillFile:
             self._end = start
         return self._end
 
-    def _map(self, where: int, length: int) -> mmap.mmap:
-        # Writing to a copy would not change the file.
-        return mmap.mmap(self._file, length, access=mmap.ACCESS_COPY, offset=where)
+
+class SpilledRows:
+    """Rows of numbers, all of one shape and dtype, in a file: `GrownRows` of which nothing is held in memory.
+
+    Forks share what is written until either of them has more.
+    """
+
+    def __init__(self, file: SpillFile) -> None:
+        self.file = file
+        self.length = 0
+        self._storage = torch.empty(0)
+        self._where = 0
+        self._is_shared = False
+
+    @property
+    def numbers(self) -> Tensor:
+        """The rows, where the file is mapped."""
+        return self._storage[: self.length]
+
+    def append(self, row: Tensor) -> None:
+        """Write a row behind the others.
+
+        Raises:
+            CapacityError: the disk is full; nothing has changed then.
+        """
+        row = row.detach().contiguous()
+        size = row.numel() * row.itemsize
+        if self.length == len(self._storage) or self._is_shared:
+            capacity = max(16, 2 * self.length)
+            where = self.file.reserve(capacity * size)
+            if self.length:
+                self.file.write(where, _bytes_of(self.numbers))
+            numbers = self.file.view(where, capacity * size)
+            with torch.inference_mode(False):
+                self._storage, self._where = numbers.view(row.dtype).view(capacity, *row.shape), where
+            self._is_shared = False
+        self.file.write(self._where + self.length * size, _bytes_of(row))
+        self.length += 1
+
+    def truncate(self, length: int) -> None:
+        """Keep the first rows only."""
+        self.length = min(self.length, length)
+
+    def tensors(self) -> list[Tensor]:
+        """What it holds in memory: nothing."""
+        return []
+
+    def fork(self) -> SpilledRows:
+        twin = copy.copy(self)
+        self._is_shared = twin._is_shared = True
+        return twin
+
+
+class SpilledStrands(Sequence[Spilled]):
+    """Strands in a file; in memory there is nothing of each."""
+
+    def __init__(self, file: SpillFile) -> None:
+        self._file = file
+        self._rows = SpilledRows(file)
+
+    def __len__(self) -> int:
+        return self._rows.length
+
+    @overload
+    def __getitem__(self, index: int) -> Spilled: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Spilled]: ...
+    def __getitem__(self, index: int | slice) -> Spilled | list[Spilled]:
+        found = self._rows.numbers[index].tolist()
+        return (
+            [self._file.spilled(*row) for row in found]
+            if isinstance(index, slice)
+            else self._file.spilled(*found)
+        )
+
+    def append(self, strand: Strand) -> None:
+        """Write a strand behind the others.
+
+        Raises:
+            CapacityError: the disk is full; nothing has changed then.
+        """
+        put = self._file.put(strand)
+        self._rows.append(torch.tensor([put.outline.number, put.start, put.where]))
+
+    def __delitem__(self, index: slice) -> None:
+        if index.step is not None or index.stop is not None:
+            raise IndexError(f"Only the last strands can be removed, as in strands[5:]. Got {index}.")
+        self._rows.truncate(len(range(len(self))[: index.start]))
+
+    def copy(self) -> SpilledStrands:
+        """These strands, to which others can be appended; see `SpilledRows.fork`."""
+        twin = SpilledStrands(self._file)
+        twin._rows = self._rows.fork()
+        return twin
+
+
+def _bytes_of(numbers: Tensor) -> Tensor:
+    return numbers.reshape(-1).view(torch.uint8)
 
 
 def _whole_pages(length: int) -> int:

@@ -15,13 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from plait.errors import ConfigError
+from plait.errors import CapacityError, ConfigError
 from plait.memory.grown import Asked, GrownRows, TokenScores
 from plait.memory.memory import Memory
 from plait.memory.plan import Choice, Notes, Seen, Visit
 from plait.memory.policies.window import FirstAndLast
 from plait.memory.rows import Segment
-from plait.memory.spill import Spilled, SpillFile
+from plait.memory.spill import SpilledRows, SpilledStrands, SpillFile
 from plait.memory.strand import FrozenStrand, Heads, HoldsTensors, Strand
 from plait.ops import Causal, Everything, Far, Mask, capped
 
@@ -57,7 +57,7 @@ class InfLLM(FirstAndLast, name="infllm"):
         representatives: keys of a block that make its index; at most `block`.
         execution: most queries that look up together; at most `local`.
         cached: blocks of a layer that stay in memory when the others are in a file; at least `topk`.
-        cold: where other blocks are: `memory`, or `file` for a memory-mapped temporary file.
+        cold: where other blocks and the index are: `memory`, or `file` for a memory-mapped temporary file.
     """
 
     local: Annotated[int, Field(ge=1)] = 4096
@@ -96,7 +96,7 @@ class InfLLM(FirstAndLast, name="infllm"):
         return True
 
     def new_notes(self) -> _Blocks:
-        return _Blocks(self, SpillFile() if self.cold == "file" else None)
+        return _Blocks.in_file(self, SpillFile()) if self.cold == "file" else _Blocks(self)
 
     def runs(self, segment: Segment) -> list[range]:
         if type(segment.mask) is not Causal:
@@ -298,12 +298,11 @@ class _Blocks(Notes):
     method: ClassVar[str] = "infllm"
 
     policy: InfLLM
-    file: SpillFile | None
     first: FrozenStrand | None = None
-    blocks: list[Strand | Spilled] = field(default_factory=list)
-    index: GrownRows = field(default_factory=GrownRows)
+    blocks: list[Strand] | SpilledStrands = field(default_factory=list)
+    index: GrownRows | SpilledRows = field(default_factory=GrownRows)
     # Where each block lies, for native code; as many as there are blocks where it can read them all.
-    places: GrownRows = field(default_factory=GrownRows)
+    places: GrownRows | SpilledRows = field(default_factory=GrownRows)
     # The block to be, most of which is still in the window.
     ahead: FrozenStrand | None = None
     mass: TokenScores = field(default_factory=TokenScores)
@@ -321,6 +320,12 @@ class _Blocks(Notes):
     resident: OrderedDict[int, Strand | Tensor] = field(default_factory=OrderedDict)
     together: tuple[tuple[int, ...], list[Strand]] = ((), [])
 
+    @classmethod
+    def in_file(cls, policy: InfLLM, file: SpillFile) -> _Blocks:
+        """With all that grows with the text in a file."""
+        rows = [SpilledRows(file) for _ in range(2)]
+        return cls(policy, blocks=SpilledStrands(file), index=rows[0], places=rows[1])
+
     @property
     def chosen(self) -> list[int]:
         """Numbers of the blocks that the last run of queries saw."""
@@ -336,17 +341,21 @@ class _Blocks(Notes):
     @property
     def cold_nbytes(self) -> int:
         """Bytes that blocks have in the file; blocks shared with a fork count in both."""
-        return sum(block.nbytes for block in self.blocks if isinstance(block, Spilled))
+        return 0 if isinstance(self.blocks, list) else sum(block.nbytes for block in self.blocks[:])
 
     def add(self, block: Strand, representative: Tensor) -> None:
         """Put a block behind the others."""
-        # A full disk is found here, before anything has changed.
-        stored = block if self.file is None else self.file.put(block)
-        self.blocks.append(stored)
-        self.index.append(representative)
-        place = stored.place
-        if place is not None:
-            self.places.append(torch.tensor(place))
+        count = len(self.blocks)
+        try:
+            self.blocks.append(block)
+            self.index.append(representative)
+            place = self.blocks[count].place
+            if place is not None:
+                self.places.append(torch.tensor(place))
+        except CapacityError:
+            # The disk is full: as before.
+            self._cut(count)
+            raise
         self.changes += 1
 
     def retrieve(self, numbers: Sequence[int], *, joined: bool) -> list[Strand]:
@@ -364,22 +373,19 @@ class _Blocks(Notes):
 
     def keep_chosen(self) -> None:
         """Count what native code has read of a file as resident, and let the rest go."""
-        if self.file is None:
+        if isinstance(self.blocks, list):
             return
         for number in self.chosen:
-            block = self.blocks[number]
-            if isinstance(block, Spilled):
-                if number not in self.resident:
-                    self.resident[number] = block.mapped()
-                self._touch(number)
+            if number not in self.resident:
+                self.resident[number] = self.blocks[number].mapped()
+            self._touch(number)
 
     def _load(self, number: int) -> Strand:
-        block = self.blocks[number]
-        if isinstance(block, Strand):
-            return block
+        if isinstance(self.blocks, list):
+            return self.blocks[number]
         found = self.resident.get(number)
         if not isinstance(found, Strand):
-            self.resident[number] = found = block.load()
+            self.resident[number] = found = self.blocks[number].load()
         self._touch(number)
         return found
 
@@ -389,16 +395,20 @@ class _Blocks(Notes):
             self._leave(*self.resident.popitem(last=False))
 
     def _leave(self, number: int, held: Strand | Tensor) -> None:
-        block = self.blocks[number]
-        if isinstance(block, Spilled) and not isinstance(held, Strand):
-            block.rest()
+        if isinstance(held, Tensor) and not isinstance(self.blocks, list):
+            self.blocks[number].rest()
+
+    def _cut(self, count: int) -> None:
+        """Keep the first blocks only."""
+        del self.blocks[count:]
+        for grown in (self.index, self.places):
+            grown.truncate(count)
 
     def fork(self) -> _Blocks:
         return _Blocks(
             self.policy,
-            self.file,
             first=self.first,
-            blocks=list(self.blocks),
+            blocks=self.blocks.copy(),
             index=self.index.fork(),
             places=self.places.fork(),
             ahead=self.ahead,
@@ -417,9 +427,7 @@ class _Blocks(Notes):
             self.ahead = None
         for number in [number for number in self.resident if number >= num_blocks]:
             self._leave(number, self.resident.pop(number))
-        del self.blocks[num_blocks:]
-        for grown in (self.index, self.places):
-            grown.length = min(grown.length, num_blocks)
+        self._cut(num_blocks)
         self.mass.truncate(length)
         self.choice, self.together = None, ((), [])
         self.changes += 1
@@ -438,14 +446,14 @@ class _Blocks(Notes):
 
     def tensors(self) -> list[Tensor]:
         strands = [strand for strand in (self.first, self.ahead) if strand is not None]
-        inside = [block for block in self.blocks if isinstance(block, Strand)]
+        inside = self.blocks if isinstance(self.blocks, list) else []
         read = self.resident.values()
         loaded = [block for block in read if isinstance(block, Strand)]
         held: list[HoldsTensors] = [*strands, *inside, *loaded, *self.together[1]]
         asked = [tensor for one in (*self.asked, *self.pending) for tensor in one]
         return [
-            self.index.storage,
-            self.places.storage,
+            *self.index.tensors(),
+            *self.places.tensors(),
             self.mass.storage,
             *asked,
             *(block for block in read if not isinstance(block, Strand)),
