@@ -178,6 +178,21 @@ def test_a_step_changes_few_groups_by_little_and_lowers_the_loss(delta_decay: fl
     assert min(losses) < losses[0]
 
 
+@pytest.mark.parametrize("kind", [PV, StraightThrough])
+def test_codes_follow_the_schedule_of_the_learning_rate(kind: type[PV | StraightThrough]) -> None:
+    codes = []
+    for rate, share in ((0.4, 0.5), (0.2, 1.0), (0.4, 1.0)):
+        matrix, goal, curvature = random_problem(3)
+        method = kind(rate=rate) if kind is StraightThrough else PV(fraction=1.0, trust=0.0, rate=rate)
+        method.prepare(matrix, None)
+        for step in range(1, 4):
+            quadratic(matrix, goal, curvature)
+            method.after_step({"m": matrix}, step, share)
+        codes.append(matrix.codes.clone())
+    assert torch.equal(codes[0], codes[1])
+    assert not torch.equal(codes[0], codes[2])
+
+
 def test_steps_too_short_for_any_code_leave_all_codes(
     origin: Path, small: dict[str, Path], tmp_path: Path
 ) -> None:

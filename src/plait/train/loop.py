@@ -215,7 +215,8 @@ class Trainer:
             adapter.config.after_step(adapter.at, self.step + 1, training.steps)
         if self.tuned is not None and self.config.tuner is not None:
             # Numbers first, then codes, which meet the numbers as they are now.
-            self.changed_codes += self.config.tuner.after_step(self.tuned.matrices, self.step + 1)
+            share = training.learning_rate_at(self.step) / training.learning_rate
+            self.changed_codes += self.config.tuner.after_step(self.tuned.matrices, self.step + 1, share)
         return value
 
     @torch.no_grad()

@@ -60,6 +60,8 @@ def _measure(run: Run) -> Measurements:
         # A real model, tuned on what it writes itself; a quick run calibrates the small one.
         formats = {"search": "db-llm:start=search", "calibrated": "db-llm:start=calibrated"}
         sources = {"search": "smollm2", "calibrated": run.pick("smollm2", str(model))}
+        # A start that says something already is lost in steps as long as a start that says nothing needs.
+        rates = {"search": 5e-3, "calibrated": 1e-3}
         sizes = {"smollm2": run.pick((128, 256), (2, 48)), str(model): (8, 128)}
         for name, source in sources.items():
             made = yield from packed(
@@ -75,7 +77,7 @@ def _measure(run: Run) -> Measurements:
             # Calibrated planes are kept: the nearest of the model's own weights would be others.
             done = tuned(
                 source, made[formats[name]], Path(root) / name, _PLANES if name == "search" else _EVEN, texts,
-                objective="dad", steps=steps, rows=rows, learning_rate=5e-3, seed=run.seed,
+                objective="dad", steps=steps, rows=rows, learning_rate=rates[name], seed=run.seed,
             )  # fmt: skip
             quality = real.quality(load(done.folder, weights="file").model)
             found[f"{name}_start_nats"] = Quantity(start.nats, "nats", samples=start.tokens)

@@ -34,12 +34,13 @@ class Tuner(Spec, axis=TUNERS):
             original: the matrix that it was packed from, (O, I); None where the run has none.
         """
 
-    def after_step(self, matrices: Mapping[str, Tunable], step: int) -> int:
+    def after_step(self, matrices: Mapping[str, Tunable], step: int, share: float = 1.0) -> int:
         """Choose codes anew, behind a step of the numbers that used the same gradient.
 
         Args:
             matrices: by name; those with a `gradient` were used in the pass.
             step: from 1 on.
+            share: of the highest learning rate that the schedule has in this step.
 
         Returns:
             How many code groups changed.

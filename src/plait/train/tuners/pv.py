@@ -36,7 +36,7 @@ class PV(Tuner, name="pv"):
     Args:
         fraction: of the code groups of each matrix that may change in a step.
         trust: a step changes a matrix by at most this, relative to its norm, or by one group; 0 for no limit.
-        rate: norm of the step of the dense weights, relative to that of the matrix.
+        rate: norm of the step of the dense weights, relative to that of the matrix, where the learning rate is highest.
         decay: of the squares of gradients.
         delta_decay: how much of the buffer is replaced by the packed weights after each step.
     """
@@ -53,12 +53,13 @@ class PV(Tuner, name="pv"):
             matrix.register_buffer("latent", latent_of(matrix, original, "packed"))
 
     @torch.no_grad()
-    def after_step(self, matrices: Mapping[str, Tunable], step: int) -> int:
-        return sum(self._chosen(matrix, step) for matrix in matrices.values() if matrix.gradient is not None)
+    def after_step(self, matrices: Mapping[str, Tunable], step: int, share: float = 1.0) -> int:
+        used = [matrix for matrix in matrices.values() if matrix.gradient is not None]
+        return sum(self._chosen(matrix, step, share * self.rate) for matrix in used)
 
-    def _chosen(self, matrix: Tunable, step: int) -> int:
+    def _chosen(self, matrix: Tunable, step: int, rate: float) -> int:
         present = by_group(matrix.dense(), matrix)
-        move = by_group(relative_step(matrix, self.rate, self.decay, step), matrix)
+        move = by_group(relative_step(matrix, rate, self.decay, step), matrix)
         matrix.forget()
         if self.delta_decay < 1:
             latent = matrix.get_buffer("latent").view(-1, matrix.width)

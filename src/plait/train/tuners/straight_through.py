@@ -29,7 +29,7 @@ class StraightThrough(Tuner, name="straight-through"):
     Costs 8 bytes for each weight while it runs. Codes flicker where weights lie between two levels.
 
     Args:
-        rate: norm of a step relative to that of the matrix; 0 leaves the dense weights, whose codes then follow the
+        rate: norm of a step relative to that of the matrix, where the learning rate is highest; 0 leaves the dense weights, whose codes then follow the
             numbers only.
         decay: of the squares of gradients.
         latent: the dense weights that it starts from: those of the packed model, or of the `model` that was packed.
@@ -46,14 +46,14 @@ class StraightThrough(Tuner, name="straight-through"):
             matrix.register_buffer("squares", torch.zeros(matrix.shape))
 
     @torch.no_grad()
-    def after_step(self, matrices: Mapping[str, Tunable], step: int) -> int:
+    def after_step(self, matrices: Mapping[str, Tunable], step: int, share: float = 1.0) -> int:
         changed = 0
         for matrix in matrices.values():
             if matrix.gradient is None:
                 continue
             latent = matrix.get_buffer("latent")
             if self.rate:
-                latent.sub_(relative_step(matrix, self.rate, self.decay, step))
+                latent.sub_(relative_step(matrix, share * self.rate, self.decay, step))
             matrix.forget()
             groups = torch.arange(len(matrix.codes))
             codes = matrix.nearest(by_group(latent, matrix), groups)
