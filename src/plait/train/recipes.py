@@ -97,7 +97,7 @@ def packed() -> Recipe:
         training=Training(
             steps=200,
             rows=1024,
-            learning_rate=2e-3,
+            learning_rate=1e-3,
             warmup=10,
             weight_decay=0.0,
             save_every=25,
