@@ -14,7 +14,7 @@ _RATES = (0.02, 0.05, 0.1, 0.2)
 _METHODS = {
     "values": "values",
     "pv": "pv:fraction=0.05,trust=0.1,rate=0.05",
-    "pure_pv": "pv:fraction=0.05,trust=0.1,rate=0.3,delta_decay=1",
+    "pure_pv": "pv:fraction=0.01,trust=0.03,rate=0.5,delta_decay=1",
     **{f"straight_{round(1000 * rate):03d}": f"straight-through:rate={rate}" for rate in _RATES},
 }
 
@@ -22,9 +22,35 @@ _METHODS = {
 _REAL = "pv:fraction=0.01,trust=0.01,rate=0.01"
 
 
+def _of_smollm2(run: Run, root: Path) -> dict[str, Quantity]:
+    """Divergence of SmolLM2 in 2 bits from what it was packed of, before and after."""
+    from plait.claims.tuning import tuned
+    from plait.claims.weights import calibration_text, judge_of
+    from plait.engine import load, quantize
+
+    quantize(
+        "smollm2",
+        run.pick("decoupleq:bits=2,epochs=0", "uniform:bits=2"),
+        root / "real",
+        calibration=calibration_text(),
+    )
+    judge = judge_of(run, load("smollm2", weights="fp32"), windows=2)
+    start = judge.quality(load(root / "real", weights="file").model)
+    done = tuned(
+        "smollm2", root / "real", root / "real-tuned", _REAL, [calibration_text(run.pick(400_000, 4_000))],
+        objective="distillation:hard=0", steps=run.pick(100, 1), rows=run.pick(1024, 64), learning_rate=1e-3, seed=run.seed,
+    )  # fmt: skip
+    end = judge.quality(load(done.folder, weights="file").model)
+    return {
+        "smollm2_start_divergence": Quantity(start.divergence, "nats", samples=start.tokens),
+        "smollm2_divergence": Quantity(end.divergence, "nats", samples=end.tokens),
+        "smollm2_of_start": Quantity(end.divergence / start.divergence, "x"),
+    }
+
+
 def _measure(run: Run) -> Measurements:
     from plait.claims.tuning import small_model, tuned, windows_of
-    from plait.claims.weights import calibration_text, judge_of, packed
+    from plait.claims.weights import packed
     from plait.engine import load
     from plait.engine.weight_quality import WeightJudge
 
@@ -71,20 +97,8 @@ def _measure(run: Run) -> Measurements:
             found[f"large_{name}_divergence"] = Quantity(quality.divergence, "nats", samples=quality.tokens)
         found["large_pure_pv_of_values"] = Quantity(large["pure_pv"] / large["values"], "x")
 
-        format = run.pick("decoupleq:bits=2,epochs=0", "uniform:bits=2")
-        made = yield from packed("smollm2", [format], Path(root) / "real", samples=16)
-        real = judge_of(run, load("smollm2", weights="fp32"), windows=2)
-        before = real.quality(load(made[format], weights="file").model)
-        steps, rows = run.pick(100, 1), run.pick(1024, 64)
-        yield f"{steps} steps of {rows} tokens on SmolLM2 with {_REAL}"
-        after = tuned(
-            "smollm2", made[format], Path(root) / "real-tuned", _REAL, [calibration_text(run.pick(400_000, 4_000))],
-            objective="distillation:hard=0", steps=steps, rows=rows, learning_rate=1e-3, seed=run.seed,
-        )  # fmt: skip
-        quality = real.quality(load(after.folder, weights="file").model)
-        found["smollm2_start_divergence"] = Quantity(before.divergence, "nats", samples=before.tokens)
-        found["smollm2_divergence"] = Quantity(quality.divergence, "nats", samples=quality.tokens)
-        found["smollm2_of_start"] = Quantity(quality.divergence / before.divergence, "x")
+        yield f"SmolLM2 in 2 bits, with {_REAL}"
+        found |= run.once("smollm2", _of_smollm2, run, Path(root))
     return found
 
 
